@@ -1,7 +1,7 @@
 """Orbax checkpoints: saved asynchronously, restored under today's shardings, the last good one if the last is damaged.
 
-A checkpoint is data: arrays (OCDBT/Zarr3 by TensorStore) and one JSON record with the schema version and the config
-hash. Restoring needs an abstract tree (shapes, dtypes, shardings) from the caller, so any topology can read any other's.
+A checkpoint is data: arrays (OCDBT/Zarr3 by TensorStore) and one JSON record with schema version and config hash.
+Restoring needs an abstract tree (shapes, dtypes, shardings) from the caller, so any topology can read any other's.
 """
 
 import os

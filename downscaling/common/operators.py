@@ -150,9 +150,7 @@ class Dense(Operator):
     if array.ndim != 2 or array.shape[1] != math.prod(fine):
       raise ValueError(f"a matrix of shape {array.shape} came, need [n, {math.prod(fine)}] for the grid {tuple(fine)}.")
     if (rank := np.linalg.matrix_rank(array)) < len(array):
-      raise ValueError(
-        f"the matrix has {len(array)} rows of rank {rank}: drop the dependent rows, else C′x = y has none."
-      )
+      raise ValueError(f"the matrix has {len(array)} rows of rank {rank}: drop the dependent ones.")
     return cls(tuple(fine), (len(array),), array, np.linalg.pinv(array))
 
   def apply(self, x):

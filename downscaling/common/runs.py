@@ -79,8 +79,19 @@ class Stage:
     """What `finish` was told; {} before."""
     return read_json(self.path / MARKER).get("summary", {})
 
+  @contextlib.contextmanager
+  def timed(self) -> Iterator[None]:
+    """Adds the wall time of the block to the marker, also when it is interrupted: restarts add up."""
+    began = time.monotonic()
+    try:
+      yield
+    finally:
+      record = read_json(self.path / MARKER)
+      seconds = record.get("seconds", 0.0) + time.monotonic() - began
+      write_json(self.path / MARKER, record | {"seconds": round(seconds, 2)})
+
   def finish(self, **summary: Any) -> None:
-    """Marks the stage complete, with figures worth keeping (wall time, sizes)."""
+    """Marks the stage complete, with figures worth keeping."""
     write_json(self.path / MARKER, read_json(self.path / MARKER) | {"complete": True, "summary": plain(summary)})
 
 
@@ -111,7 +122,8 @@ def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
       )
   elif path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise FileExistsError(
-      f"{path} holds files but no {MARKER}: downscaling did not make it and will not write there. Use another --workdir."
+      f"{path} holds files but no {MARKER}: downscaling did not make it and will not write there. "
+      "Use another --workdir."
     )
   else:
     path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,73 @@
+r"""Kuramoto–Sivashinsky, 8× downscaling: biased coarse 24 points -> 192 points (Wan et al. 2023, section 5).
+
+Run:       python -m downscaling pipeline --config=configs/ks.py --workdir=runs/ks
+Full:      --config=configs/ks.py:full    the figures of docs/results/ks
+Smoke:     --config=configs/ks.py:smoke   every job in a minute or two; its scores mean nothing
+"""
+
+import ml_collections
+
+VARIANTS = ("quick", "full", "smoke")
+
+
+def get_config(variant="quick"):
+  if variant not in VARIANTS:
+    raise ValueError(f"configs/ks.py:{variant} is unknown; use one of {', '.join(':' + v for v in VARIANTS)}.")
+
+  def pick(quick, full, smoke):
+    return {"quick": quick, "full": full, "smoke": smoke}[variant]
+
+  c = ml_collections.ConfigDict()
+  c.experiment = "ks-8x"
+  c.seed = 0
+  c.mesh = dict(data=-1)  # devices along the data axis; -1 for all
+
+  # length: of the box, KS units. operator: strided | block_mean.
+  c.grid = dict(points=192, length=64.0, factor=8, operator="strided")
+  # Two unpaired worlds. dt: KS time units; scheme, cells: see downscaling/equations/ks.py.
+  c.fine = dict(dt=0.125)
+  c.coarse = dict(scheme="godunov", cells=96, dt=0.05)
+  c.data = dict(
+    name="ks",
+    dir="",  # "" for WORKDIR/data
+    burn_in=25.0,  # KS time units before the first snapshot
+    spacing=12.5,  # between snapshots
+    snapshots=4,  # a trajectory
+    shard=pick(512, 1024, 64),  # trajectories a file
+    # Trajectories of each split; no split shares one with another.
+    hfhr=pick(
+      dict(train=4096, validation=1024, test=2048),
+      dict(train=12288, validation=4096, test=4096),
+      dict(train=128, validation=64, test=64),
+    ),
+    lflr=pick(dict(train=2048, test=1024), dict(train=8192, test=4096), dict(train=128, test=64)),
+  )
+
+  c.debias = dict(
+    points=pick(8192, 32768, 256),  # snapshots a side in the fit
+    epsilon=pick(0.001, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
+    threshold=1e-3,  # L1 error of the marginals
+    max_iterations=pick(1000, 2000, 100),
+    held_out=pick(1024, 4096, 64),  # LFLR test snapshots that are debiased, in this order
+  )
+
+  # The prior is trained on fields of unit variance: every sigma is in that unit.
+  c.schedule = dict(name="vp_linear", beta_min=0.1, beta_max=20.0, sigma_min=1e-3)
+  c.noise = dict(kind="log_normal", mean=-1.2, std=1.6)  # levels to train on; the paper has uniform_time
+  c.model = dict(
+    channels=pick((32, 64, 128), (32, 64, 128), (8, 16)),
+    strides=pick((2, 2, 2), (2, 2, 2), (2, 4)),
+    blocks=1,
+    stem=1,
+    heads=0,  # the paper has 8; at 24 coarse points convolutions see the whole box
+    embedding=pick(128, 128, 32),
+    convolution="auto",
+    dtype="float32",
+    preconditioning="wiener",  # or edm
+  )
+  c.optimizer = dict(peak=3e-3, end=1e-6, warmup_steps=pick(200, 500, 2), clip=1.0)
+  c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1500, 16_000, 20), ema_decay=pick(0.995, 0.999, 0.9))
+  # How often, in steps; free to change between restarts.
+  c.plan = dict(log_every=pick(50, 100, 5), eval_every=pick(500, 2000, 10), save_every=pick(500, 1000, 10))
+
+  return c

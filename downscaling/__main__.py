@@ -1,0 +1,5 @@
+"""python -m downscaling JOB ..."""
+
+from downscaling import main
+
+main.run()

@@ -1,0 +1,151 @@
+"""TFDS builders over array_record files: one example is one snapshot, and says which trajectory and time it is from.
+
+Read them like any TFDS data set, without TensorFlow:
+
+  builder = Ks(config="hfhr", data_dir="runs/ks/data")
+  builder.as_data_source("train")[0]  # {"u": [192, 1] float32, "trajectory": int, "time": float}
+
+The files are written by `downscaling generate` (see generate.py), which resumes; `download_and_prepare` says so.
+"""
+
+import dataclasses
+import os
+import pathlib
+from typing import ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+SPLITS = ("train", "validation", "test")
+# Ids of a split's trajectories begin here: splits never share a trajectory, and enlarging one leaves the others alone.
+FIRST_TRAJECTORY = {"train": 0, "validation": 1_000_000_000, "test": 1_500_000_000}
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class FieldsConfig(tfds.core.BuilderConfig):
+  """space: points an axis; channels: fields a point."""
+
+  space: tuple[int, ...] = ()
+  channels: int = 1
+
+
+class FieldsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Snapshots of gridded fields, split by trajectory."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES: ClassVar = {"1.0.0": "First version: u, trajectory, time."}
+  about = ""
+
+  def __init__(self, **kwargs):
+    super().__init__(file_format="array_record", **kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    config = self.builder_config
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=f"{self.about} {config.description}".strip(),
+      features=tfds.features.FeaturesDict(
+        {
+          "u": tfds.features.Tensor(shape=(*config.space, config.channels), dtype=np.float32),
+          "trajectory": tfds.features.Scalar(dtype=np.int64),
+          "time": tfds.features.Scalar(dtype=np.float32),
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    raise RuntimeError(
+      f"{self.data_dir} holds no finished data set. These fields are simulated by a job that resumes: run "
+      "`downscaling generate --config=... --workdir=...`."
+    )
+
+  def _generate_examples(self, ids: np.ndarray, times: np.ndarray, fields: np.ndarray):
+    """(key, example) of every snapshot of fields [T, S, *space, C], trajectory by trajectory."""
+    for trajectory, series in zip(ids, fields, strict=True):
+      for snapshot, (time, u) in enumerate(zip(times, series, strict=True)):
+        yield f"{trajectory}-{snapshot}", {"u": u, "trajectory": int(trajectory), "time": float(time)}
+
+
+class Ks(FieldsBuilder):
+  """Kuramoto–Sivashinsky snapshots; see equations/ks.py."""
+
+  about = "u_t + u u_x + u_xx + u_xxxx = 0 on a periodic line of length 64."
+  BUILDER_CONFIGS: ClassVar = [
+    FieldsConfig(name="hfhr", description="High fidelity: 192 points, pseudo-spectral.", space=(192,)),
+    FieldsConfig(name="lflr", description="Low fidelity, biased: 24 points of a finite-volume run.", space=(24,)),
+  ]
+
+
+BUILDERS = {"ks": Ks}
+
+
+def make(name: str, which: str, data_dir: str | os.PathLike, space: tuple[int, ...], channels: int = 1):
+  """The builder of one data set, on the grid of this run.
+
+  Args:
+    name: a key of BUILDERS.
+    which: "hfhr" or "lflr".
+    data_dir: where NAME/WHICH/VERSION lies.
+    space, channels: the grid.
+  Raises: ValueError for an unknown name.
+  """
+  if name not in BUILDERS:
+    raise ValueError(f"config.data.name={name!r} is unknown; known: {sorted(BUILDERS)}.")
+  cls = BUILDERS[name]
+  config = {c.name: c for c in cls.BUILDER_CONFIGS}[which]
+  if (config.space, config.channels) != (tuple(space), channels):  # another grid is another data set, under its own name
+    name = f"{which}-{'x'.join(map(str, space))}"
+    config = dataclasses.replace(config, name=name, space=tuple(space), channels=channels)
+  builder = cls(config=config, data_dir=str(pathlib.Path(data_dir).absolute()))
+  return builder
+
+
+def source(builder: FieldsBuilder, split: str, at_least: int = 1):
+  """Random-access source of one split.
+
+  Raises:
+    FileNotFoundError: the data set is not finished.
+    ValueError: the split has fewer snapshots than `at_least`, or a file of it is damaged.
+  """
+  if not builder.info.initialized:
+    raise FileNotFoundError(
+      f"{builder.data_dir} has no dataset_info.json: the data set is missing or half made. Run `downscaling generate` "
+      "with the same --config and --workdir; it goes on where it stopped."
+    )
+  have = builder.info.splits[split].num_examples if split in builder.info.splits else 0
+  if have < at_least:
+    raise ValueError(
+      f"{builder.data_dir} has {have} {split} snapshots, {at_least} are needed: raise config.data (trajectories or "
+      "snapshots) and generate into another --workdir, or ask for fewer."
+    )
+  try:
+    return builder.as_data_source(split)
+  except Exception as error:  # array_record raises its own kinds for a truncated file
+    raise ValueError(
+      f"{builder.data_dir} split {split} cannot be read ({error}): generate it anew elsewhere."
+    ) from error
+
+
+def load(builder: FieldsBuilder, split: str, count: int | None = None) -> dict[str, np.ndarray]:
+  """Snapshots of a split as arrays: {"u": [S, *space, C] float32, "trajectory": [S], "time": [S]}.
+
+  Args:
+    builder, split: which.
+    count: how many, evenly spread over all trajectories; None for all.
+  Raises: ValueError if there are fewer, or a value is not finite (file and trajectory are named).
+  """
+  data = source(builder, split, count or 1)
+  total = len(data)
+  count = count or total
+  # One row of every stratum, at a place that wanders: with as many strata as trajectories, one snapshot of each.
+  place = np.arange(count) * 0.6180339887 % 1
+  index = ((np.arange(count) + place) * total / count).astype(int)
+  rows = data.__getitems__(index.tolist())
+  out = {k: np.stack([np.asarray(r[k]) for r in rows]) for k in ("u", "trajectory", "time")}
+  if not (finite := np.isfinite(out["u"]).reshape(len(rows), -1).all(1)).all():
+    bad = int(np.argmin(finite))
+    raise ValueError(
+      f"{builder.data_dir} split {split}: trajectory {out['trajectory'][bad]} at time {out['time'][bad]:g} "
+      f"holds NaN or infinity ({int((~finite).sum())} of {len(rows)} snapshots). Generate the data anew in another --workdir."
+    )
+  return out

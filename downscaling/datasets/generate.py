@@ -1,0 +1,128 @@
+"""The `generate` job: trajectory ids -> snapshots -> array_record shards, resumable shard by shard.
+
+A shard is the unit of work: a run of consecutive trajectories, computed in one call over all devices, written to a
+temporary file and renamed. A shard whose file is there is never computed again.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+
+from downscaling.common import mesh as meshes
+from downscaling.common import runs
+from downscaling.datasets import builders
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What to simulate of one data set.
+
+  builder: a FieldsBuilder. trajectories: {split: how many}. shard: trajectories a shard.
+  times: [S] times of the snapshots, in units of the equation.
+  rollout: ids [T], sharded over the mesh -> fields [T, S, *space, C], sharded likewise; compiled by the equation.
+  check: (fields, ids, times) raises FloatingPointError, naming trajectory and time, where a field is not finite.
+  """
+
+  builder: builders.FieldsBuilder
+  trajectories: dict[str, int]
+  shard: int
+  times: np.ndarray
+  rollout: Callable
+  check: Callable
+
+  def shards(self) -> list[tuple[str, int, np.ndarray, pathlib.Path]]:
+    """(split, index, trajectory ids, file) of every shard."""
+    out = []
+    for split, count in self.trajectories.items():
+      number = -(-count // self.shard)
+      first = builders.FIRST_TRAJECTORY[split]
+      template = self.template(split)
+      for i in range(number):
+        ids = np.arange(i * self.shard, min((i + 1) * self.shard, count)) + first
+        path = pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=number))
+        out.append((split, i, ids, path))
+    return out
+
+  def template(self, split: str) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+      data_dir=self.builder.data_path, dataset_name=self.builder.name, split=split, filetype_suffix="array_record"
+    )
+
+
+def generate(plan: Plan, mesh: jax.sharding.Mesh, stop: Callable[[], bool]) -> int:
+  """Makes what is missing of one data set; returns the number of trajectories computed now.
+
+  Computation of a shard overlaps the writing of the one before. The float64 simulation needs jax.enable_x64 around the
+  call; examples are stored in float32.
+  Raises: FloatingPointError for a blow-up; runs.Interrupted once `stop()` is true, every begun shard being whole.
+  """
+  shards = plan.shards()
+  missing = [s for s in shards if not s[3].exists()]
+  name = f"generate {plan.builder.name}/{plan.builder.builder_config.name}"
+  plan.builder.data_path.mkdir(parents=True, exist_ok=True)
+  total, todo = (sum(len(s[2]) for s in group) for group in (shards, missing))
+  width = -(-plan.shard // mesh.size) * mesh.size  # one compilation: every shard is padded to the same width
+  with runs.Progress(name, total, "trajectories", done=total - todo) as bar:
+    pending = None
+    for shard in [*missing, None]:
+      if shard is not None:
+        ids = shard[2]
+        padded = np.concatenate([ids, np.full(width - len(ids), ids[0])])
+        computed = plan.rollout(jax.device_put(padded, meshes.rows(mesh)))
+      if pending is not None:
+        _write(plan, pending[0], np.asarray(pending[1]))
+        bar.advance(len(pending[0][2]))
+        if stop() and shard is not None:
+          raise runs.Interrupted(f"{name} stopped with {bar.done} of {total} trajectories on disk")
+      if shard is not None:
+        pending = (shard, computed)
+  if missing or not plan.builder.info.initialized:
+    _finalise(plan, shards)
+  return todo
+
+
+def _write(plan: Plan, shard, fields: np.ndarray) -> None:
+  _, _, ids, path = shard
+  fields = fields[: len(ids)]
+  plan.check(fields, ids, plan.times)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  serialize = plan.builder.info.features.serialize_example
+  try:
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for _, example in plan.builder._generate_examples(ids, plan.times, fields.astype(np.float32)):
+      writer.write(serialize(example))
+    writer.close()
+    with open(temporary, "rb") as file:
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def _finalise(plan: Plan, shards) -> None:
+  """Counts the records of every shard and writes dataset_info.json: only then the data set counts as made."""
+  splits = []
+  for split in plan.trajectories:
+    lengths, size = [], 0
+    for _, _, ids, path in (s for s in shards if s[0] == split):
+      reader = array_record_module.ArrayRecordReader(str(path))
+      lengths.append(reader.num_records())
+      reader.close()
+      size += path.stat().st_size
+      if lengths[-1] != len(ids) * len(plan.times):
+        raise ValueError(
+          f"{path} has {lengths[-1]} records, {len(ids) * len(plan.times)} are needed: it is damaged. Move it away and "
+          "run the same command; only that shard is made again."
+        )
+    if lengths:
+      splits.append(
+        tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=plan.template(split))
+      )
+  plan.builder.info.set_splits(tfds.core.splits.SplitDict(splits))
+  plan.builder.info.write_to_directory(plan.builder.data_dir)

@@ -1,0 +1,60 @@
+"""Grain over a TFDS source: the example at (seed, step, row) is a pure function of those three.
+
+There is no iterator state to save: the position is the global step, so a run resumes exactly on any number of
+processes, each of which reads only its own rows.
+"""
+
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+
+from downscaling.common import mesh as meshes
+
+
+class Batches:
+  """Batches of normalised snapshots.
+
+  Args:
+    source: random access to {"u": [*space, C]}, with __getitems__.
+    statistics: its normalise() is applied.
+    batch: rows a step over all processes.
+    seed: of the order; every epoch is shuffled anew.
+  """
+
+  def __init__(self, source, statistics, batch: int, seed: int):
+    if len(source) < batch:
+      raise ValueError(
+        f"{len(source)} training snapshots, a batch of {batch}: generate more or lower --config.train.batch."
+      )
+    self.source, self.statistics, self.batch = source, statistics, batch
+    self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+  def indices(self, step: int) -> np.ndarray:
+    """Source indices of the batch of a step, [B]."""
+    return np.array([self._order[step * self.batch + row] for row in range(self.batch)])
+
+  def rows(self, step: int, process: int = 0, processes: int = 1) -> dict[str, np.ndarray]:
+    """This process's rows of the batch of a step: {"x": [B / processes, *space, C]}, normalised float32."""
+    share = self.batch // processes
+    first = step * self.batch + process * share
+    index = [self._order[first + row] for row in range(share)]
+    u = np.stack([example["u"] for example in self.source.__getitems__(index)])
+    return {"x": self.statistics.normalise(u)}
+
+  def stream(self, mesh: jax.sharding.Mesh, first_step: int, last_step: int) -> Iterator[dict[str, jax.Array]]:
+    """Global device batches of steps first_step … last_step − 1, prefetched by threads and one step ahead on device."""
+    process, processes = jax.process_index(), jax.process_count()
+    hosts = (
+      grain.MapDataset.range(first_step, last_step)
+      .map(lambda step: self.rows(int(step), process, processes))
+      .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    )
+    ahead = None
+    for host in hosts:
+      now, ahead = ahead, meshes.to_global(mesh, host)
+      if now is not None:
+        yield now
+    if ahead is not None:
+      yield ahead

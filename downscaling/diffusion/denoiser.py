@@ -1,0 +1,57 @@
+"""D(x, σ) ≈ E[x₀ | x₀ + σ·noise = x], preconditioned around any net; x₀ has zero mean and unit variance.
+
+Two preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4):
+
+  edm     scalars skip = 1/(σ²+1), out = σ/√(σ²+1), inp = 1/√(σ²+1) (Karras et al. 2022, arXiv:2206.00364, Table 1);
+  wiener  skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²), out_k = √(S_k σ²/(S_k+σ²)), with
+          S the spectrum of the training data: a silent net is then the exact denoiser of a Gaussian field of that
+          spectrum, and the net's output is coloured by what is left to know. The steep tail of a smooth field costs nothing.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Denoiser(nn.Module):
+  """Attributes:
+  net: module (x [B, *space, C], level [B]) -> [B, *space, C].
+  spectrum: None for edm; for wiener [*space, C], E|x̂_k|²/N on the full FFT grid (datasets/statistics.py).
+  """
+
+  net: nn.Module
+  spectrum: np.ndarray | None = None
+
+  def __call__(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
+    """Removes noise.
+
+    Args:
+      x: x₀ + σ·noise, [B, *space, C].
+      sigma: noise standard deviation, [B], > 0, in units of x.
+    Returns: the denoised field, like x.
+    Raises: ValueError if sigma is not one value a sample.
+    """
+    if sigma.shape != x.shape[:1]:
+      raise ValueError(
+        f"sigma is {sigma.shape}, need {x.shape[:1]}: one noise level a sample. For a single level pass "
+        "jnp.full(x.shape[0], sigma)."
+      )
+    s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+    level = jnp.log(sigma) / 4
+    inp = jax.lax.rsqrt(s**2 + 1)
+    net = self.net(inp * x, level)
+    if self.spectrum is None:
+      return inp**2 * x + s * inp * net
+    axes = tuple(range(1, x.ndim - 1))
+    half = jnp.asarray(half_spectrum(self.spectrum), x.dtype)[None]
+    var = half + s**2
+    modes = half / var * jnp.fft.rfftn(x, axes=axes) + s * jnp.sqrt(half / var) * jnp.fft.rfftn(net, axes=axes)
+    return jnp.fft.irfftn(modes, x.shape[1:-1], axes=axes).astype(x.dtype)
+
+
+def half_spectrum(spectrum: np.ndarray) -> np.ndarray:
+  """[*space, C] on the full FFT grid -> the half grid of rfftn, with a floor that keeps float32 ratios finite."""
+  n = spectrum.shape[-2]
+  half = spectrum[..., : n // 2 + 1, :]
+  return np.maximum(half, 1e-14 * spectrum.max())

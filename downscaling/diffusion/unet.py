@@ -1,0 +1,197 @@
+"""U-Net for fields in one or two dimensions, periodic or not: one implementation, the rank comes with the input.
+
+Stem (optionally space-to-depth), then per level a strided patch embedding and residual blocks with FiLM from the noise
+level; self-attention at the coarsest level; the way back up adds blocks on (upsampled, skip). Layout after Wan et al.
+2023 (arXiv:2305.15618), appendix, as public re-implementations give it. Equivariant to shifts by a whole patch when
+periodic: no positional encoding, since the equations here know no preferred point.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def convolve(x: jax.Array, kernel: jax.Array, periodic: bool = True, method: str = "auto") -> jax.Array:
+  """Convolution with unit stride and the output the size of the input.
+
+  Args:
+    x: [B, *space, C]. kernel: [*odd sizes, C, C'].
+    periodic: wrap around; else zeros beyond the edge.
+    method: "im2col" gathers neighbours and does one matmul, "lax" calls the backend's convolution; "auto" takes im2col
+      for one dimension on CPU, where it is several times faster (benchmarks/convolution.py), and lax elsewhere.
+  Returns: [B, *space, C'].
+  """
+  rank = x.ndim - 2
+  if kernel.ndim != rank + 2 or any(k % 2 == 0 for k in kernel.shape[:rank]):
+    raise ValueError(f"kernel {kernel.shape} for a field {x.shape}: need {rank} odd sizes, then [in, out] channels.")
+  if method == "auto":
+    method = "im2col" if rank == 1 and jax.default_backend() == "cpu" else "lax"
+  halo = [(0, 0), *[(k // 2, k // 2) for k in kernel.shape[:rank]], (0, 0)]
+  padded = jnp.pad(x, halo, mode="wrap" if periodic else "constant")
+  if method == "lax":
+    layout = ("NWC", "WIO", "NWC") if rank == 1 else ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(padded, kernel, (1,) * rank, "VALID", dimension_numbers=layout)
+  if method != "im2col":
+    raise ValueError(f"config.model.convolution={method!r} is unknown; use auto, im2col or lax.")
+  columns = padded
+  for axis, size in enumerate(kernel.shape[:rank], start=1):
+    n = x.shape[axis]
+    columns = jnp.concatenate([jax.lax.slice_in_dim(columns, i, i + n, axis=axis) for i in range(size)], axis=-1)
+  # The last axis was gathered slowest-first: (k_last, ..., k_first, C).
+  order = (*reversed(range(rank)), rank, rank + 1)
+  return columns @ kernel.transpose(order).reshape(-1, kernel.shape[-1])
+
+
+def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
+  """[B, *space, C] -> [B, *(space / patch), patch^rank · C]."""
+  rank = x.ndim - 2
+  split = [s for n in x.shape[1:-1] for s in (n // patch, patch)]
+  x = x.reshape(x.shape[0], *split, x.shape[-1])
+  x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+  return x.reshape(*x.shape[: rank + 1], -1)
+
+
+def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
+  """The inverse of space_to_depth."""
+  rank = x.ndim - 2
+  space = x.shape[1:-1]
+  x = x.reshape(x.shape[0], *space, *(patch,) * rank, -1)
+  x = x.transpose(0, *[i for r in range(rank) for i in (1 + r, 1 + rank + r)], 2 * rank + 1)
+  return x.reshape(x.shape[0], *[n * patch for n in space], -1)
+
+
+class Conv(nn.Module):
+  """convolve() with parameters; size points an axis."""
+
+  features: int
+  size: int = 3
+  periodic: bool = True
+  method: str = "auto"
+  scale: float = 1.0  # of the initial weights; 0 starts a residual branch silent
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    shape = (*(self.size,) * (x.ndim - 2), x.shape[-1], self.features)
+    init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal") if self.scale else nn.initializers.zeros
+    kernel = self.param("kernel", init, shape).astype(self.dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+    y = convolve(x.astype(self.dtype), kernel, self.periodic, self.method)
+    return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def _norm(x, dtype):
+  groups = math.gcd(x.shape[-1], max(1, min(32, x.shape[-1] // 4)))
+  return nn.GroupNorm(num_groups=groups, dtype=dtype)(x)
+
+
+class ResidualBlock(nn.Module):
+  """Norm, swish, convolution, twice; FiLM from the noise embedding between; the skip is projected if widths differ."""
+
+  features: int
+  periodic: bool
+  method: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, embedding):
+    conv = lambda scale: Conv(self.features, 3, self.periodic, self.method, scale, self.dtype)
+    h = conv(1.0)(nn.swish(_norm(x, self.dtype)))
+    film = nn.Dense(2 * self.features, dtype=self.dtype)(embedding)
+    shift, scale = jnp.split(film.reshape(film.shape[0], *(1,) * (x.ndim - 2), -1), 2, axis=-1)
+    h = conv(0.0)(nn.swish(_norm(h, self.dtype) * (1 + scale) + shift))
+    if x.shape[-1] != self.features:
+      x = nn.Dense(self.features, dtype=self.dtype)(x)
+    return x + h
+
+
+class Attention(nn.Module):
+  """Self-attention over all points of the field, on top of the input."""
+
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    tokens = _norm(x, self.dtype).reshape(x.shape[0], -1, x.shape[-1])
+    heads = math.gcd(self.heads, x.shape[-1])
+    y = nn.MultiHeadDotProductAttention(heads, dtype=self.dtype, out_kernel_init=nn.initializers.zeros)(tokens)
+    return x + y.reshape(x.shape)
+
+
+class UNet(nn.Module):
+  """F(x, c): [B, *space, C] and one number a sample -> [B, *space, C].
+
+  Attributes:
+    channels: width of each level; level l has the grid divided by stem · Π strides[: l + 1].
+    strides: coarsening on entering each level.
+    blocks: residual blocks a level, on the way down and again on the way up.
+    stem: patch of the space-to-depth stem; 1 keeps the full grid.
+    heads: attention heads at the coarsest level; 0 for none.
+    embedding: width of the noise embedding.
+    periodic: wrap around every axis, or zeros beyond the edge.
+    convolution: see convolve().
+    dtype: of the computation; parameters stay float32.
+  """
+
+  channels: tuple[int, ...] = (32, 64, 128)
+  strides: tuple[int, ...] = (2, 2, 2)
+  blocks: int = 2
+  stem: int = 1
+  heads: int = 8
+  embedding: int = 128
+  periodic: bool = True
+  convolution: str = "auto"
+  dtype: jnp.dtype = jnp.float32
+
+  def check(self, space: tuple[int, ...]) -> None:
+    """Raises ValueError if the grid cannot be coarsened so often."""
+    if len(self.channels) != len(self.strides):
+      raise ValueError(
+        f"config.model: {len(self.channels)} channels and {len(self.strides)} strides: one of each a level."
+      )
+    total = self.stem * math.prod(self.strides)
+    if bad := [n for n in space if n % total]:
+      raise ValueError(
+        f"a grid of {bad[0]} points cannot be coarsened {total} times (stem {self.stem} × strides {self.strides}): "
+        "choose config.model.strides whose product divides it."
+      )
+
+  @nn.compact
+  def __call__(self, x: jax.Array, level: jax.Array) -> jax.Array:
+    """Raises ValueError for a grid that the strides do not divide; level is [B]."""
+    self.check(x.shape[1:-1])
+    kinds = {"periodic": self.periodic, "method": self.convolution, "dtype": self.dtype}
+    embedding = self._embed(level)
+    out_channels = x.shape[-1] * self.stem ** (x.ndim - 2)
+
+    h = Conv(self.channels[0], **kinds)(space_to_depth(x, self.stem) if self.stem > 1 else x)
+    skips = [h]
+    for width, stride in zip(self.channels, self.strides, strict=True):
+      h = nn.Dense(width, dtype=self.dtype)(space_to_depth(h, stride))
+      for _ in range(self.blocks):
+        h = ResidualBlock(width, **kinds)(h, embedding)
+      skips.append(h)
+    if self.heads:
+      h = Attention(self.heads, self.dtype)(h)
+
+    widths = (self.channels[0], *self.channels)
+    for i in reversed(range(len(self.channels))):
+      h = jnp.concatenate([h, skips[i + 1]], axis=-1)
+      for _ in range(self.blocks):
+        h = ResidualBlock(self.channels[i], **kinds)(h, embedding)
+      patch = self.strides[i] ** (x.ndim - 2)
+      h = depth_to_space(nn.Dense(widths[i] * patch, dtype=self.dtype)(h), self.strides[i])
+    h = nn.swish(_norm(h + skips[0], self.dtype))
+    h = Conv(out_channels, scale=0.0, **kinds)(h)
+    return (depth_to_space(h, self.stem) if self.stem > 1 else h).astype(x.dtype)
+
+  def _embed(self, level):
+    """Fourier features of the level, then two dense layers, [B, embedding]."""
+    frequencies = jnp.geomspace(0.25, 64.0, self.embedding // 2, dtype=level.dtype)
+    angles = level[:, None] * frequencies[None, :]
+    features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    h = nn.swish(nn.Dense(self.embedding, dtype=self.dtype)(features))
+    return nn.swish(nn.Dense(self.embedding, dtype=self.dtype)(h))

@@ -1,0 +1,142 @@
+"""Trajectories of any solver, by id: initial condition, burn-in, snapshots; sharded over the leading axis.
+
+A trajectory is (seed, stream, id) and nothing else: its numbers do not depend on which others share the batch, on their
+order, or on the devices.
+"""
+
+import fractions
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Solver(Protocol):
+  """What `rollout` asks of a solver. It must be hashable (a frozen dataclass is): it is static under jit.
+
+  stream: number of its random stream. Solvers of different worlds have different ones, so that equal ids give
+    unrelated initial conditions: the worlds are unpaired.
+  """
+
+  dt: float
+  stream: int
+
+  def start(self, key: jax.Array) -> jax.Array:
+    """A random initial state u [*space]."""
+    ...
+
+  def advance(self, u: jax.Array, steps: int) -> jax.Array:
+    """u after `steps` steps of dt."""
+    ...
+
+  def output(self, u: jax.Array) -> jax.Array:
+    """What is kept of a state, [*space_out]."""
+    ...
+
+
+def rollout(
+  solver: Solver,
+  ids: jax.Array | np.ndarray,
+  *,
+  seed: int = 0,
+  burn_in: float = 25.0,
+  spacing: float = 12.5,
+  snapshots: int = 1,
+  sharding: jax.sharding.NamedSharding | None = None,
+) -> jax.Array:
+  """Snapshots of the trajectories `ids`, at times burn_in + j·spacing, j = 0 ... snapshots − 1.
+
+  One compilation for each (solver, times, len(ids)). States between snapshots are never stored. Within
+  `with jax.enable_x64(True)` the result is float64.
+
+  Args:
+    solver: a Solver.
+    ids: [T] integers in [0, 2³²): key = fold_in(fold_in(PRNGKey(seed), solver.stream), id).
+    seed: of the data set.
+    burn_in, spacing: times, in units of the equation; whole multiples of solver.dt.
+    snapshots: how many, ≥ 1.
+    sharding: of ids and of the result, leading axis over one mesh axis (mesh.rows); its devices then work alone, without
+      any communication (XLA's own partitioner would gather the batch before every FFT). None: one device.
+  Returns: [T, snapshots, *space_out].
+  Raises: ValueError for times that are no multiple of dt, for ids of another kind, or a T that does not divide.
+  """
+  first, between = step_counts(solver.dt, burn_in, spacing)
+  if ids.ndim != 1 or not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise ValueError(f"ids are {ids.dtype}{list(ids.shape)}, need integers [T], one a trajectory: jnp.arange(T).")
+  if snapshots < 1:
+    raise ValueError(f"snapshots={snapshots}: nothing would be kept. Ask for 1 or more.")
+  shards = 1 if sharding is None else sharding.num_devices
+  if len(ids) % shards:
+    raise ValueError(
+      f"{len(ids)} trajectories over {shards} devices: each integrates as many. Pad ids to {-(-len(ids) // shards) * shards}."
+    )
+  return _compiled(solver, first, between, snapshots, sharding)(np.uint32(seed), ids)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(solver, first, between, snapshots, sharding):
+  def one(seed, trajectory):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(seed), solver.stream), trajectory)
+    u = solver.advance(solver.start(key), first)
+
+    def snapshot(u, _):
+      return solver.advance(u, between), solver.output(u)
+
+    u, kept = jax.lax.scan(snapshot, u, length=snapshots - 1)  # the last one is not advanced further
+    return jnp.concatenate([kept, solver.output(u)[None]])
+
+  many = jax.vmap(one, in_axes=(None, 0))
+  if sharding is None:
+    return jax.jit(many)
+  alone = jax.sharding.PartitionSpec()
+  many = jax.shard_map(many, mesh=sharding.mesh, in_specs=(alone, sharding.spec), out_specs=sharding.spec)
+  return jax.jit(
+    many, in_shardings=(jax.sharding.NamedSharding(sharding.mesh, alone), sharding), out_shardings=sharding
+  )
+
+
+def step_counts(dt: float, burn_in: float, spacing: float) -> tuple[int, int]:
+  """Steps of dt in burn_in and in spacing.
+
+  Raises: ValueError unless both are whole; it names the nearest dt for which they are.
+  """
+  if not (dt > 0 and burn_in >= 0 and spacing > 0):
+    raise ValueError(f"dt={dt}, burn_in={burn_in}, spacing={spacing}: need dt > 0, burn_in >= 0 and spacing > 0.")
+  counts = [round(time / dt) for time in (burn_in, spacing)]
+  # 1e-6 of a step: far above the rounding of decimal times, far below any slip of a person
+  if counts[1] < 1 or any(abs(time / dt - n) > 1e-6 for time, n in zip((burn_in, spacing), counts, strict=True)):
+    a, b = (fractions.Fraction(time).limit_denominator(10**6) for time in (burn_in, spacing))
+    unit = fractions.Fraction(
+      np.gcd(a.numerator * b.denominator, b.numerator * a.denominator).item(), a.denominator * b.denominator
+    )
+    nearest = min((float(unit / n) for n in _around(float(unit) / dt)), key=lambda fit: abs(fit - dt))
+    raise ValueError(
+      f"dt={dt} does not divide burn_in={burn_in} and spacing={spacing} into whole steps, so snapshots would drift off "
+      f"their times. The nearest dt that does is {nearest:.12g}."
+    )
+  return counts[0], counts[1]
+
+
+def _around(ratio: float) -> tuple[int, int]:
+  low = max(int(ratio), 1)
+  return low, low + 1
+
+
+def check_finite(u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) -> None:
+  """Raises FloatingPointError, naming trajectory and time, where u [T, S, *space] holds a NaN or an infinity.
+
+  Args:
+    u: snapshots on this host. ids: [T]. times: [S], of the snapshots.
+  """
+  u = np.asarray(u)
+  bad = ~np.isfinite(u).all(axis=tuple(range(2, u.ndim)))
+  if not bad.any():
+    return
+  row = int(np.argmax(bad.any(1) & (bad.argmax(1) == bad.argmax(1)[bad.any(1)].min())))  # the first to go
+  time = float(np.asarray(times)[bad[row].argmax()])
+  raise FloatingPointError(
+    f"trajectory {int(np.asarray(ids)[row])} is not finite at t = {time:g} ({int(bad.any(1).sum())} of {len(u)} in this "
+    "block are not, at some time): the solver blew up. Set a smaller dt (--config.fine.dt or --config.coarse.dt)."
+  )

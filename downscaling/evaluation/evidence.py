@@ -1,0 +1,166 @@
+"""What a report is made from: arrays and records that finished stages left on disk, and the numbers they give."""
+
+import dataclasses
+import functools
+import math
+import os
+import platform
+from typing import Any
+
+import numpy as np
+
+from downscaling.common import symmetry
+from downscaling.common.operators import Operator
+from downscaling.evaluation import calibration, tables
+
+TITLES = {
+  "ks-8x": "Kuramoto–Sivashinsky, 8×",
+  "kolmogorov-8x": "Kolmogorov flow, 8×",
+  "kolmogorov-16x": "Kolmogorov flow, 16×",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+  """One experiment's results. Every part but the name may be absent; its section then says which job makes it.
+
+  Fields carry no channel axis: one report a channel. K conditions, M members, S and R rows.
+
+  Attributes:
+    experiment: key of the table of published numbers, e.g. "ks-8x".
+    coarse: {"lflr": y, "ot": T y, ...}, [S, *coarse] each.
+    sources: {row: y [S, *coarse]} for rows not made from coarse["lflr"].
+    coarse_reference, coarse_floor: [R, *coarse] and [≥ S, *coarse], independent held-out C′x.
+    group: symmetry of the coarse grid.
+    samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
+    conditions: {row: y′ [K, *coarse]}.
+    truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
+    fine_reference, fine_floor: [R, *fine] and [≥ K, *fine], independent held-out x.
+    operator: C′.
+    history: the solver's record, [{"epsilon", "iterations", "errors"}, ...], one entry an ε (see `convergence`).
+    threshold: marginal error at which the solver calls itself converged.
+    loss: (steps, values).
+    symbol, unit, length, length_unit: what axes say; length is the box size.
+    provenance: config_hash (str), versions, config, times (seconds by stage), sizes, seeds (dicts), machine (dict),
+      rows ({row: "held-out" or "in-sample"}), command, commit (str). All optional.
+  """
+
+  experiment: str
+  coarse: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  sources: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  coarse_reference: np.ndarray | None = None
+  coarse_floor: np.ndarray | None = None
+  group: symmetry.Group | None = None
+  samples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  fine_reference: np.ndarray | None = None
+  fine_floor: np.ndarray | None = None
+  operator: Operator | None = None
+  history: Any = None
+  threshold: float | None = None
+  loss: tuple[Any, Any] | None = None
+  symbol: str = "u"
+  unit: str = ""
+  length: float = 1.0
+  length_unit: str = ""
+  provenance: dict = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    for rows, name in ((self.coarse, "coarse"), (self.samples, "fine")):
+      if rows and (getattr(self, f"{name}_reference") is None or getattr(self, f"{name}_floor") is None):
+        raise ValueError(
+          f"{name} rows {sorted(rows)} came without {name}_reference and {name}_floor: a number needs a set to be "
+          "compared with and an independent one for its floor."
+        )
+    if strangers := sorted({*self.truth, *self.conditions} - {*self.samples}):
+      raise ValueError(f"truth or conditions for {strangers}, which are not among the samples {sorted(self.samples)}.")
+
+  @property
+  def title(self) -> str:
+    return TITLES.get(self.experiment, self.experiment)
+
+  @property
+  def u(self) -> str:
+    """The axis label of field values."""
+    return f"{self.symbol} ({self.unit})" if self.unit else self.symbol
+
+  @functools.cached_property
+  def calibrations(self) -> dict[str, calibration.Calibration]:
+    """Scores against the truth of rows that have one and two members or more."""
+    return {
+      name: calibration.calibrate(self.samples[name], truth)
+      for name, truth in self.truth.items()
+      if np.shape(self.samples[name])[1] > 1
+    }
+
+  @functools.cached_property
+  def metrics(self) -> dict:
+    """metrics.json, checked against its schema."""
+    given = self.provenance
+    debias, samples = {}, {}
+    if self.coarse:
+      debias = tables.debias_rows(self.coarse, self.sources, self.coarse_reference, self.coarse_floor, self.group)
+    if self.samples:
+      samples = tables.sample_rows(
+        self.samples, self.conditions, self.fine_reference, self.fine_floor, self.operator
+      )
+    metrics = {
+      "experiment": self.experiment,
+      "debias": debias,
+      "samples": samples,
+      "calibration": {name: c.as_json() for name, c in self.calibrations.items()},
+      "rows": dict(given.get("rows", {})),
+      "sizes": self.sizes() | dict(given.get("sizes", {})),
+      "seeds": dict(given.get("seeds", {})),
+      "versions": dict(given.get("versions", {})),
+      "config_hash": str(given.get("config_hash", "unknown")),
+      "command": given.get("command"),
+      "commit": given.get("commit"),
+      "seconds": dict(given.get("times", {})),
+      "machine": dict(given.get("machine") or machine()),
+      "notes": (
+        "Floors: the same metric of independent true fields, as many as the row has. Distribution metrics of samples "
+        "see member 0 of every condition; variability and constraint see all members."
+      ),
+    }
+    tables.check_schema(metrics)
+    return metrics
+
+  def sizes(self) -> dict[str, list[int]]:
+    """Shapes of every set that was compared."""
+    sets = {"coarse_reference": self.coarse_reference, "fine_reference": self.fine_reference}
+    sets |= {f"coarse.{k}": v for k, v in self.coarse.items()} | {f"samples.{k}": v for k, v in self.samples.items()}
+    return {name: list(np.shape(x)) for name, x in sets.items() if x is not None}
+
+  def convergence(self) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """[(ε, iterations, errors)] in the order of solving, iterations counted on from one ε to the next.
+
+    Raises ValueError if the record has another form.
+    """
+    out, done = [], 0
+    for entry in self.history or []:
+      try:
+        epsilon, steps, errors = entry["epsilon"], entry["iterations"], entry["errors"]
+      except (KeyError, TypeError):
+        raise ValueError(
+          f"a Sinkhorn record {str(entry)[:80]!r} came; need a list of {{'epsilon': float, 'iterations': [...], "
+          "'errors': [...]}, one an ε. Was diagnostics.json made by another version?"
+        ) from None
+      kept = [(s, e) for s, e in zip(steps, errors, strict=True) if e is not None and math.isfinite(e) and e > 0]
+      if kept:
+        steps, errors = np.array(kept).T
+        out.append((float(epsilon), done + steps, errors))
+        done += steps[-1]
+    return out
+
+
+def machine() -> dict[str, str | int]:
+  """Processor model, cores and system of this host."""
+  model = platform.processor() or platform.machine()
+  try:
+    with open("/proc/cpuinfo") as file:
+      model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
+  except OSError:
+    pass  # only Linux has it
+  return {"processor": model, "cores": os.cpu_count() or 1, "system": f"{platform.system()} {platform.release()}"}

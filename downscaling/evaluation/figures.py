@@ -1,0 +1,263 @@
+"""The figures of the report: each takes numbers already computed and returns draw(theme), see `canvas.py`.
+
+Nothing here reads a file or computes a score; shapes are those of `report.py`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from downscaling.evaluation.canvas import Theme, label, page
+
+Draw = Callable[[Theme], Figure]
+
+
+def spectrum(
+  reference: np.ndarray, rows: Mapping[str, np.ndarray], floor: np.ndarray, half: np.ndarray, held: np.ndarray
+) -> Draw:
+  """E(k) on log axes over E(k)/E_ref(k) with the floor band.
+
+  reference, floor, half (relative half width of the band), held (mask of energy-holding shells): [k]; rows: {name: [k]}.
+  """
+  k = np.arange(1, len(reference) + 1)
+  cut = k[held].max()
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(4.5)
+    top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    top.loglog(k, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference", zorder=1)
+    low.fill_between(k, 1 - np.minimum(half, 0.99), 1 + half, color=theme.muted, alpha=0.28, linewidth=0, label="floor band")
+    low.loglog(k, _ratio(floor, reference), **theme.line("floor") | {"linewidth": 1.2}, label="floor set")
+    for name, energy in rows.items():
+      top.loglog(k, np.maximum(energy, 1e-30 * reference.sum()), **theme.line(name), label=label(name))
+      low.loglog(k, _ratio(energy, reference), **theme.line(name))
+    if cut < k[-1]:
+      for axes in (top, low):
+        axes.axvline(cut + 0.5, color=theme.muted, linewidth=0.7, linestyle=(0, (1, 2)))
+      top.annotate("99.9999 % of\nthe energy", (cut, reference.max() * 1.3), ha="right", va="top", fontsize=8.5,
+                   color=theme.muted, xytext=(-3, 0), textcoords="offset points")  # fmt: skip
+    gaps = [np.abs(np.log(_ratio(e, reference)[held])).max() for e in rows.values()]
+    reach = float(np.clip(np.exp(max(gaps, default=0.0)) * 1.15, 1.15, 30.0))
+    low.set_ylim(1 / reach, reach)
+    ticks = [t for t in (0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.25, 2, 5, 10, 20) if 1 / reach <= t <= reach]
+    if reach > 2:
+      ticks = [t for t in ticks if t not in (0.8, 0.9, 1.1, 1.25)]
+    low.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    low.yaxis.set_minor_formatter(NullFormatter())
+    low.yaxis.set_minor_locator(LogLocator(subs=[]))
+    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500) if t <= k[-1]]
+    low.set_xticks(ticks, [str(t) for t in ticks])
+    low.xaxis.set_minor_formatter(NullFormatter())
+    low.set(xlabel="wavenumber k (waves a box)", ylabel="ratio to\nreference")
+    top.set(ylabel="energy E(k)")
+    top.legend(loc="lower left")
+    low.legend(loc="best", ncols=2, fontsize=8.5)
+    return figure
+
+  return draw
+
+
+def _ratio(energy, reference):
+  tiny = 1e-30 * reference.sum()
+  return np.maximum(energy, tiny) / np.maximum(reference, tiny)
+
+
+def density(
+  at: np.ndarray, reference: np.ndarray, rows: Mapping[str, np.ndarray], floor: np.ndarray, symbol: str
+) -> Draw:
+  """One-point densities on a log axis: at [P], reference and floor [P], rows {name: [P]}."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(3.1)
+    axes = figure.subplots()
+    axes.semilogy(at, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference")
+    axes.semilogy(at, floor, **theme.line("floor") | {"linewidth": 1.2}, label="floor set")
+    for name, value in rows.items():
+      axes.semilogy(at, value, **theme.line(name), label=label(name))
+    peak = max(reference.max(), *(v.max() for v in rows.values())) if rows else reference.max()
+    axes.set(ylim=(peak * 1e-5, peak * 2), xlabel=symbol, ylabel="density", xlim=(at[0], at[-1]))
+    axes.legend(loc="lower center")
+    return figure
+
+  return draw
+
+
+def curves(x: np.ndarray, panels: list[dict], row: str, symbol: str, unit: str) -> Draw:
+  """Members as lines, one panel a condition.
+
+  x: [N] positions; panels: dicts of members [M, N], at [n] and condition [n] (or None), truth [N] (or None).
+  """
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(0.6 + 1.05 * len(panels))
+    line = theme.line(row) | {"linestyle": "-"}
+    for i, (axes, panel) in enumerate(zip(figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0], panels, strict=True)):
+      for j, member in enumerate(panel["members"]):
+        axes.plot(x, member, **line | {"linewidth": 1.5 if j == 0 else 0.7, "alpha": 1.0 if j == 0 else 0.4})
+      if panel.get("truth") is not None:
+        axes.plot(x, panel["truth"], color=theme.ink, linewidth=1.1, linestyle=(0, (3, 1.5)), label="truth")
+      if panel.get("condition") is not None:
+        axes.plot(panel["at"], panel["condition"], "o", color=theme.ink, markersize=3.2, markeredgecolor=theme.paper,
+                  markeredgewidth=0.5, label="condition y′")  # fmt: skip
+      axes.set(ylabel=symbol, xlim=(x[0], x[-1]))
+      axes.yaxis.set_major_locator(MaxNLocator(3))
+      if i == 0:
+        axes.plot([], [], **line, label=f"member ({len(panel['members'])} drawn)")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.2)
+    axes.set_xlabel(f"x ({unit})" if unit else "x")
+    return figure
+
+  return draw
+
+
+def images(panels: Mapping[str, np.ndarray], symbol: str, axis_labels: tuple[str, str], extent=None) -> Draw:
+  """2-D arrays side by side under one shared, symmetric colour scale; at most 3 to a line.
+
+  panels: {title: [rows, columns]}; extent: (left, right, bottom, top) of every image, or None for indices.
+  """
+  reach = max(float(np.quantile(np.abs(v), 0.995)) for v in panels.values())
+
+  def draw(theme: Theme) -> Figure:
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    shape = np.shape(next(iter(panels.values())))
+    square = shape[0] == shape[1]
+    figure = page(0.75 + lines * (WIDE / columns * (1.0 if square else 1.35) + 0.15))
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.ravel()[len(panels) :]:
+      axes.set_visible(False)
+    for i, (title, value) in enumerate(panels.items()):
+      axes = grid.ravel()[i]
+      shown = axes.imshow(value, cmap=theme.diverging, vmin=-reach, vmax=reach, origin="lower",
+                          aspect="equal" if square else "auto", extent=extent)  # fmt: skip
+      _frame(axes, theme)
+      axes.set_title(title)
+      axes.set_xlabel(axis_labels[0] if i // columns == lines - 1 else "")
+      axes.set_ylabel(axis_labels[1] if i % columns == 0 else "")
+      axes.xaxis.set_major_locator(MaxNLocator(3))
+    bar = figure.colorbar(shown, ax=grid, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
+    bar.set_label(symbol)
+    bar.outline.set_visible(False)
+    return figure
+
+  return draw
+
+
+WIDE = 4.6  # inches left for a line of images
+
+
+def _frame(axes, theme):
+  for spine in axes.spines.values():
+    spine.set_visible(True)
+    spine.set_color(theme.grid)
+
+
+def covariances(panels: Mapping[str, np.ndarray], unit: str) -> Draw:
+  """Covariances [n, n] side by side: all but the last under one scale, the last (a difference) under its own."""
+  names = list(panels)
+  reach = max(float(np.abs(panels[n]).max()) for n in names[:-1])
+  own = max(float(np.abs(panels[names[-1]]).max()), 1e-30)
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(2.6)
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+      top = own if name == names[-1] else reach
+      shown = axes.imshow(panels[name], cmap=theme.diverging, vmin=-top, vmax=top)
+      _frame(axes, theme)
+      axes.set_title(name)
+      axes.set_xlabel("point")
+      axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+      axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+      bar = figure.colorbar(shown, ax=axes, orientation="horizontal", aspect=14, pad=0.02)
+      bar.locator = MaxNLocator(3, symmetric=True)
+      bar.update_ticks()
+      bar.outline.set_visible(False)
+    figure.axes[0].set_ylabel("point")
+    figure.supxlabel(f"covariance ({unit})" if unit else "covariance", fontsize=9.5)
+    return figure
+
+  return draw
+
+
+def convergence(history: list[tuple[float, np.ndarray, np.ndarray]], threshold: float | None) -> Draw:
+  """Marginal error against iterations, one line for every ε: [(ε, iterations, errors)], iterations since the start."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(2.9)
+    axes = figure.subplots()
+    for i, (epsilon, steps, errors) in enumerate(history):
+      share = i / max(len(history) - 1, 1)
+      axes.semilogy(steps, errors, color=theme.ot, alpha=0.35 + 0.65 * share, linewidth=1.5, marker="o", markersize=2.5)
+      axes.annotate(f"{epsilon:.2g}", (steps[0], errors[0]), xytext=(0, 5), textcoords="offset points", ha="center",
+                    fontsize=8.5, color=theme.muted)  # fmt: skip
+    if threshold:
+      axes.axhline(threshold, color=theme.raw, linewidth=0.9, linestyle=(0, (3, 2)))
+      axes.annotate("threshold", (0, threshold), xytext=(2, 3), textcoords="offset points", fontsize=8.5, color=theme.raw)
+    axes.margins(y=0.15)
+    axes.set(xlabel="iteration (numbers on the lines: ε / mean cost)", ylabel="L1 marginal error")
+    return figure
+
+  return draw
+
+
+def loss(steps: np.ndarray, values: np.ndarray) -> Draw:
+  """Training loss as logged, and its running mean over a twentieth of the record."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(2.6)
+    axes = figure.subplots()
+    axes.plot(steps, values, color=theme.ot, alpha=0.3, linewidth=0.9, label="as logged")
+    width = max(len(values) // 20, 1)
+    if width > 1:
+      smooth = np.convolve(values, np.ones(width) / width, "valid")
+      axes.plot(steps[width - 1 :], smooth, color=theme.ot, linewidth=1.6, label=f"mean of {width} records")
+    positive = values.min() > 0
+    if positive:
+      axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="weighted denoising loss")
+    if positive:
+      axes.yaxis.set_minor_formatter(NullFormatter())
+      low, high = np.log10(np.quantile(values, [0.0, 1.0]))
+      ticks = [t for e in range(-6, 5) for m in (1, 2, 3, 5) if low - 0.1 <= np.log10(t := m * 10.0**e) <= high + 0.1]
+      axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.legend(loc="upper right")
+    return figure
+
+  return draw
+
+
+def ranks(rows: Mapping[str, np.ndarray]) -> Draw:
+  """Rank histograms: {name: [M + 1] shares}, each over the flat line of a perfect ensemble."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(0.5 + 1.9 * len(rows))
+    for axes, (name, share) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+      axes.bar(np.arange(len(share)), share * len(share), width=0.86, color=theme.line(name)["color"], alpha=0.8)
+      axes.axhline(1, color=theme.ink, linewidth=0.9)
+      axes.set(xlabel="members below the truth", ylabel="frequency ×\n(members + 1)", title=label(name))
+      axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return figure
+
+  return draw
+
+
+def spread_error(rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Draw:
+  """One point a condition: {name: (spread [K], error of the ensemble mean [K])}, both over the rms of the field."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(3.3)
+    axes = figure.subplots()
+    every = np.concatenate([np.concatenate(pair) for pair in rows.values()])
+    every = every[every > 0]
+    ends = (every.min() / 1.3, every.max() * 1.3) if every.size else (1e-3, 1.0)
+    axes.loglog(ends, ends, color=theme.ink, linewidth=0.9, label="spread = error")
+    for name, (spread, error) in rows.items():
+      axes.loglog(spread, error, "o", color=theme.line(name)["color"], alpha=0.45, markersize=3, markeredgewidth=0,
+                  label=label(name))  # fmt: skip
+    axes.set(xlabel="spread of the members (rms = 1)", ylabel="error of their mean (rms = 1)", xlim=ends, ylim=ends)
+    axes.legend(loc="upper left")
+    return figure
+
+  return draw
