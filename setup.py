@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "scipy>=1.13"]
-DEV = [*TEST, "ruff>=0.9"]
+DEV = [*TEST, "ruff>=0.9", "setuptools>=77"]  # setuptools: the editable install builds without the network
 
 setup(
   name="downscaling",

@@ -26,7 +26,7 @@ def get_config(variant="quick"):
   c.grid = dict(points=192, length=64.0, factor=8, operator="strided")
   # Two unpaired worlds. dt: KS time units; scheme, cells: see downscaling/equations/ks.py.
   c.fine = dict(dt=0.125)
-  c.coarse = dict(scheme="godunov", cells=96, dt=0.05)
+  c.coarse = dict(scheme="godunov", cells=96, dt=0.1, integrator="euler")
   c.data = dict(
     name="ks",
     dir="",  # "" for WORKDIR/data
@@ -69,5 +69,18 @@ def get_config(variant="quick"):
   c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1500, 16_000, 20), ema_decay=pick(0.995, 0.999, 0.9))
   # How often, in steps; free to change between restarts.
   c.plan = dict(log_every=pick(50, 100, 5), eval_every=pick(500, 2000, 10), save_every=pick(500, 1000, 10))
+
+  # Guidance: paper (Eq. 7) | scaled | wiener | none. Solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
+  # The paper's own: name="paper", final="overwrite"; euler_maruyama, steps=256, levels="exponential", sigma_max=152.
+  c.sampling = dict(
+    conditions=pick(512, 2048, 16),  # held-out coarse fields
+    members=pick(4, 8, 2),  # of each
+    unconditional=pick(512, 2048, 16),
+    unit=(pick(64, 64, 8), pick(4, 8, 2)),  # conditions × members drawn and written together
+    guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain"),
+    solver=dict(name="dpm_solver_pp_2m_sde", eta=pick(2.5, 2.5, 1.0)),
+    levels=dict(name="edm", steps=pick(16, 32, 4), sigma_max=40.0, sigma_min=3e-3, rho=7.0),
+  )
+  c.evaluate = dict(reference=pick(8192, 16_384, 128))  # true fields to compare with
 
   return c

@@ -2,21 +2,32 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from downscaling.common import operators
-from downscaling.common import runs
+from downscaling.common import operators, runs, symmetry
 from downscaling.datasets import builders, generate, statistics
 from downscaling.diffusion import denoiser, schedules, training, unet
 from downscaling.equations import ks
+from downscaling.sampling import gain as gains
+from downscaling.sampling import guidance, solvers
 
 # What each stage's result depends on; anything else may change between restarts.
 IDENTITY = {
   "data": ("seed", "grid", "fine", "coarse", "data"),
   "debias": ("seed", "grid", "fine", "coarse", "data", "debias"),
+  "samples": (
+    *("seed", "grid", "fine", "coarse", "data", "debias"),
+    *("noise", "schedule", "model", "optimizer", "train", "sampling"),
+  ),
+  "report": (
+    *("experiment", "seed", "grid", "fine", "coarse", "data", "debias"),
+    *("noise", "schedule", "model", "optimizer", "train", "sampling", "evaluate"),
+  ),
   "train": ("seed", "grid", "fine", "data", "noise", "schedule", "model", "optimizer", "train"),
 }
 
@@ -78,6 +89,11 @@ def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.
   )
 
 
+def debias_options(config) -> dict[str, Any]:
+  """Keywords of sinkhorn.debias from config.debias, less the sizes of the sets."""
+  return {k: v for k, v in config.debias.items() if k not in ("points", "held_out")}
+
+
 # ---------------------------------------------------------------- prior
 
 
@@ -99,7 +115,10 @@ def validation_rows(config) -> int:
 
 def schedule(config) -> schedules.Schedule:
   block = dict(config.schedule)
-  known = {f.__name__: f for f in (schedules.vp_linear, schedules.tangent, schedules.power, schedules.exponential, schedules.edm)}
+  known = {
+    f.__name__: f
+    for f in (schedules.vp_linear, schedules.tangent, schedules.power, schedules.exponential, schedules.edm)
+  }
   return choose(known, block.pop("name"), "config.schedule.name")(**block)
 
 
@@ -108,5 +127,59 @@ def noise_levels(config):
   return functools.partial(schedules.training_sigmas, schedule=schedule(config), **config.noise)
 
 
-def optimizer(config):
+def optimizer(config) -> optax.GradientTransformation:
   return training.optimizer(total_steps=config.train.total_steps, **config.optimizer)
+
+
+# ---------------------------------------------------------------- samples
+
+SOURCES = {"ot+diffusion": "ot", "raw+diffusion": "raw", "true+diffusion": "true", "unconditional": None}
+
+
+def sampler(config, stats: statistics.Statistics, denoise) -> Callable:
+  """(keys [B], coarse fields [B, *coarse, C] or None) -> fields [B, *space, C], in data units.
+
+  denoise: (x [B, *space, C], σ [B]) -> D, in the units of normalised fields.
+  """
+  c, op = config.sampling, operator(config)
+  levels = schedules.levels(**c.levels)
+  gain = gains.Gain(op, gains.prior_variance(stats.spectrum))
+  solve = _solver(config)
+
+  def draw(keys, y):
+    if y is None:
+      guided = guidance.make("none", denoise, op, y)
+    else:
+      guided = guidance.make(c.guidance.name, denoise, op, stats.normalise(y), gain=gain, **guidance_options(config))
+    x = solvers.initial(keys, (*op.fine, len(stats.mean)), float(levels[0]))
+    return stats.restore(solve(guided.denoise, x, levels, keys, last=guided.last))
+
+  return draw
+
+
+def guidance_options(config) -> dict[str, Any]:
+  return {k: v for k, v in config.sampling.guidance.items() if k != "name"}
+
+
+def _solver(config) -> Callable:
+  known = {
+    "euler_maruyama": functools.partial(solvers.euler_maruyama, schedule=schedule(config)),
+    "heun": solvers.heun,
+    "dpm_solver_pp_2m": solvers.dpm_solver_pp_2m,
+    "dpm_solver_pp_2m_sde": solvers.dpm_solver_pp_2m_sde,
+  }
+  block = dict(config.sampling.solver)
+  return functools.partial(choose(known, block.pop("name"), "config.sampling.solver.name"), **block)
+
+
+def coordinates(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
+  """Coordinates of the sample store: positions in the equation's own length unit."""
+  fine, coarse = operator(config).fine[0], operator(config).coarse[0]
+  at = lambda n: np.arange(n) * (config.grid.length / n)
+  about = {"long_name": "position", "units": "1"}
+  return {"x": (at(fine), about), "x_coarse": (at(coarse), about | {"long_name": "position of the coarse points"})}
+
+
+def group(config) -> symmetry.Group:
+  """The equation's symmetry group on the coarse grid."""
+  return ks.group(operator(config).coarse[0])

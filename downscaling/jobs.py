@@ -11,12 +11,17 @@ from collections.abc import Callable
 import jax
 import ml_collections
 import numpy as np
+import xarray
 
 from downscaling import build
+from downscaling.baselines import interpolation
 from downscaling.common import mesh as meshes
 from downscaling.common import runs
 from downscaling.datasets import builders, generate, pipeline, statistics
+from downscaling.debias import sinkhorn
 from downscaling.diffusion import training
+from downscaling.evaluation import evidence, report, tables
+from downscaling.sampling import ensemble
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +104,173 @@ def train_job(ctx: Context) -> str:
   return f"wrote {stage.path}; next: downscaling sample"
 
 
+def debias_job(ctx: Context) -> str:
+  """Fits the map from the coarse biased world to the coarsened true one, and applies it to held-out rows."""
+  ctx.need("data", "generate")
+  stage, c = ctx.stage("debias"), ctx.config
+  op, group = build.operator(c), build.group(c)
+  reference = np.asarray(op.apply(load_rows(ctx, "hfhr", "test", c.evaluate.reference)))[..., 0]
+
+  def against_truth(_, mapped):
+    return tables.measure(mapped[..., 0], reference, group=group)
+
+  with stage.timed():
+    report = sinkhorn.debias(
+      stage.path,
+      runs.config_hash(stage.identity),
+      load_rows(ctx, "lflr", "train", c.debias.points),
+      np.asarray(op.apply(load_rows(ctx, "hfhr", "train", c.debias.points))),
+      load_rows(ctx, "lflr", "test", c.debias.held_out),
+      space=op.coarse,
+      evaluators={"metrics": against_truth},
+      stop=ctx.stop,
+      **build.debias_options(c),
+    )
+  stage.finish(converged=report["converged"])
+  return f"wrote {stage.path}; next: downscaling sample"
+
+
+def sample_job(ctx: Context) -> str:
+  """Draws every set of build.SOURCES from the prior."""
+  ctx.need("data", "generate")
+  prior, c = ctx.need("train", "train"), ctx.config
+  ctx.need("debias", "debias")
+  stage, stats = ctx.stage("samples"), stage_statistics(ctx)
+  network = build.denoising_network(c, stats)
+  space, channels = build.space(c), len(stats.mean)
+  params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
+  draw = build.sampler(c, stats, lambda x, sigma: network.apply({"params": params}, x, sigma))
+  with stage.timed():
+    for name, source in build.SOURCES.items():
+      conditions = None if source is None else conditions_of(ctx, source)
+      ensemble.write_ensemble(
+        stage.path / f"{name}.zarr",
+        conditions=conditions,
+        members=c.sampling.members if source else c.sampling.unconditional,
+        sampler=draw,
+        space=space,
+        channels=channels,
+        unit=tuple(c.sampling.unit) if source else (1, c.sampling.unit[0] * c.sampling.unit[1]),
+        mesh=ctx.mesh,
+        seed=c.seed,
+        identity={"config": stage.identity, "source": source or "none"},
+        attrs={"title": f"{c.experiment}: {name}", "config_hash": runs.config_hash(stage.identity)},
+        coordinates=build.coordinates(c),
+        stop=ctx.stop,
+      )
+  stage.finish(sets=sorted(build.SOURCES))
+  return f"wrote {stage.path}; next: downscaling evaluate"
+
+
+def conditions_of(ctx: Context, source: str) -> np.ndarray:
+  """Coarse fields [K, *coarse, C]: "ot" debiased, "raw" as simulated, "true" of held-out fine fields."""
+  count, op = ctx.config.sampling.conditions, build.operator(ctx.config)
+  if source == "true":
+    return np.asarray(op.apply(load_rows(ctx, "hfhr", "validation", count)))
+  rows = held_out(ctx)[{"ot": "ot", "raw": "lflr"}[source]]
+  if len(rows) < count:
+    raise ValueError(
+      f"{count} conditions, but {len(rows)} debiased held-out fields: set --config.sampling.conditions={len(rows)} or "
+      f"fewer, or --config.debias.held_out={count} in another --workdir."
+    )
+  return rows[:count]
+
+
+def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
+  """{"lflr", "ot"}: [S, *coarse, C] of the debias stage, before and after the map."""
+  with xarray.open_zarr(ctx.workdir / "debias" / f"{name}.zarr", consolidated=False) as data:
+    return {key: np.asarray(data[key]).reshape(-1, *build.operator(ctx.config).coarse, 1) for key in ("lflr", "ot")}
+
+
+def evaluate_job(ctx: Context) -> str:
+  """Measures everything against held-out truth and writes metrics.json, the figures and report.html."""
+  ctx.need("samples", "sample")
+  stage, c = ctx.stage("report"), ctx.config
+  with stage.timed():
+    metrics = report.write(stage.path, evidence_of(ctx))
+  stage.finish(html=str(stage.path / "report.html"))
+  print(tables.summary_table(metrics))
+  return f"wrote {stage.path / 'report.html'} ({c.experiment}); open it in a browser"
+
+
+def evidence_of(ctx: Context) -> evidence.Evidence:
+  """Everything the report is made from, read back from the work folder."""
+  c, op = ctx.config, build.operator(ctx.config)
+  count = c.sampling.conditions
+  fine = load_rows(ctx, "hfhr", "test", c.evaluate.reference)[..., 0]
+  rows, fitted = held_out(ctx), held_out(ctx, "in_sample")
+  floor = load_rows(ctx, "hfhr", "validation", max(count, len(rows["ot"]), len(fitted["ot"])))[..., 0]
+  truth = load_rows(ctx, "hfhr", "validation", count)[..., 0]
+  coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
+  samples, conditions = {}, {}
+  for name, source in build.SOURCES.items():
+    data = np.asarray(ensemble.read(ctx.workdir / "samples" / f"{name}.zarr")["sample"])
+    samples[name] = data if source else data.swapaxes(0, 1)
+    if source:
+      conditions[name] = conditions_of(ctx, source)[..., 0]
+  samples["ot+cubic"] = interpolation.cubic(conditions["ot+diffusion"][..., None], op)[:, None, ..., 0]
+  conditions["ot+cubic"] = conditions["ot+diffusion"]
+  diagnostics = runs.read_json(ctx.workdir / "debias" / "diagnostics.json")
+  return evidence.Evidence(
+    experiment=c.experiment,
+    coarse={"lflr": rows["lflr"][..., 0], "ot": rows["ot"][..., 0], "ot in-sample": fitted["ot"][..., 0]},
+    sources={"ot in-sample": fitted["lflr"][..., 0]},
+    coarse_reference=coarsen(fine),
+    coarse_floor=coarsen(floor),
+    group=build.group(c),
+    samples=samples,
+    conditions=conditions,
+    truth={"true+diffusion": truth},
+    fine_reference=fine,
+    fine_floor=floor,
+    operator=op,
+    history=diagnostics["history"],
+    mean_cost=diagnostics["mean_cost"],
+    threshold=diagnostics["threshold"],
+    loss=runs.read_scalars(ctx.workdir / "train", "loss"),
+    length=c.grid.length,
+    provenance=provenance(ctx),
+  )
+
+
+def provenance(ctx: Context) -> dict:
+  """Who made the report's numbers: command, config, versions, times, which rows were seen in a fit."""
+  c = ctx.config
+  times = {}
+  for name in ("data", "debias", "train", "samples"):
+    path = build.data_dir(c, ctx.workdir) if name == "data" else ctx.workdir / name
+    times[name] = runs.read_json(path / runs.MARKER).get("seconds")
+  return {
+    "config_hash": runs.config_hash(build.identity(c, "report")),
+    "config": runs.plain(c),
+    "versions": runs.versions(),
+    "commit": runs.commit(),
+    "command": ctx.command,
+    "times": times,
+    "seeds": {"config.seed": c.seed},
+    "sizes": {"debias.points": c.debias.points},
+    "rows": {name: "in-sample" if name == "ot in-sample" else "held-out" for name in ("lflr", "ot", "ot in-sample")}
+    | dict.fromkeys((*build.SOURCES, "ot+cubic"), "held-out"),
+  }
+
+
+def pipeline_job(ctx: Context) -> str:
+  """All jobs in order; what is finished is skipped, what is broken off goes on."""
+  for name in ("generate", "debias", "train", "sample", "evaluate"):
+    runs.say(f"{name}: {run(name, ctx)}")
+  if (metrics := ctx.workdir / "report" / "metrics.json").exists():
+    print(tables.summary_table(runs.read_json(metrics)))
+  return f"report: {ctx.workdir / 'report' / 'report.html'}"
+
+
+# Job -> (its stage, what does it).
 JOBS = {
   "generate": ("data", generate_job),
+  "debias": ("debias", debias_job),
   "train": ("train", train_job),
+  "sample": ("samples", sample_job),
+  "evaluate": ("report", evaluate_job),
+  "pipeline": (None, pipeline_job),
 }
 NAMES = tuple(JOBS)
 
@@ -110,9 +279,5 @@ def run(name: str, ctx: Context) -> str:
   """Does a job, or says that it is done."""
   stage, job = JOBS[name]
   if stage and ctx.stage(stage).complete:
-    return f"{name} is done already"
+    return f"{name} is done already, in {ctx.stage(stage).path}"
   return job(ctx)
-
-
-def dry_run(name: str, ctx: Context) -> str:
-  return "not yet"

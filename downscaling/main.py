@@ -37,9 +37,8 @@ def main(argv: list[str]) -> None:
 
   if len(argv) != 2 or argv[1] not in jobs.NAMES:
     came = " ".join(argv[1:]) or "nothing"
-    fail(
-      f"{came} came, need one job: {', '.join(jobs.NAMES)}. E.g. downscaling pipeline --config=configs/ks.py --workdir=runs/ks"
-    )
+    example = "downscaling pipeline --config=configs/ks.py --workdir=runs/ks"
+    fail(f"{came} came, need one job: {', '.join(jobs.NAMES)}. E.g. {example}")
   job = argv[1]
   for name in ("config", "workdir"):
     if getattr(FLAGS, name) is None:
@@ -54,7 +53,7 @@ def main(argv: list[str]) -> None:
         stop=stop,
         command=shlex.join(["downscaling", *sys.argv[1:]]),
       )
-      runs.say(f"downscaling {job}: {jobs.dry_run(job, context) if FLAGS.dry_run else jobs.run(job, context)}")
+      runs.say(f"downscaling {job}: {jobs.run(job, context)}")
   except runs.Interrupted as interrupted:
     print(f"downscaling {job}: {interrupted}; run the same command to go on.", file=sys.stderr)
     sys.exit(143)

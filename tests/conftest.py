@@ -15,7 +15,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture()
+@pytest.fixture
 def x64():
   """float64 inside one test."""
   with jax.enable_x64(True):

@@ -59,6 +59,11 @@ class Operator:
       )
 
 
+def _lift(x: jax.Array, ndim: int) -> jax.Array:
+  """x with leading axes of size one, to `ndim` axes."""
+  return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
 def _coarse_shape(fine: tuple[int, ...], factor: int) -> tuple[int, ...]:
   if bad := [n for n in fine if factor < 1 or n % factor]:
     n = bad[0]
@@ -122,7 +127,8 @@ class BlockMean(Operator):
 
   def apply(self, x):
     blocks = self._blocks(x)
-    return (blocks * self._shares(x.dtype)).sum(self._inner(blocks))
+    shares = self._shares(x.dtype)
+    return (blocks * _lift(shares, blocks.ndim)).sum(self._inner(blocks))
 
   def pinv(self, y):
     self._check(y, self.coarse, "coarse")
@@ -130,7 +136,7 @@ class BlockMean(Operator):
     w = w / (w**2).sum(self._inner(w), keepdims=True)  # C′ᵀ (C′C′ᵀ)⁻¹; C′C′ᵀ is diagonal
     lead = y.shape[: y.ndim - len(self.coarse) - 1]
     cells = y.reshape(*lead, *[s for c in self.coarse for s in (c, 1)], y.shape[-1])
-    return (cells * w).reshape(*lead, *self.fine, y.shape[-1])
+    return (cells * _lift(w, cells.ndim)).reshape(*lead, *self.fine, y.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

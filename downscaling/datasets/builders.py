@@ -54,6 +54,10 @@ class FieldsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager):
+    return {}  # asked for by TFDS and never called: see download_and_prepare
+
+  def download_and_prepare(self, **_):
+    """Raises RuntimeError: these data sets are made by a job."""
     raise RuntimeError(
       f"{self.data_dir} holds no finished data set. These fields are simulated by a job that resumes: run "
       "`downscaling generate --config=... --workdir=...`."
@@ -93,7 +97,10 @@ def make(name: str, which: str, data_dir: str | os.PathLike, space: tuple[int, .
     raise ValueError(f"config.data.name={name!r} is unknown; known: {sorted(BUILDERS)}.")
   cls = BUILDERS[name]
   config = {c.name: c for c in cls.BUILDER_CONFIGS}[which]
-  if (config.space, config.channels) != (tuple(space), channels):  # another grid is another data set, under its own name
+  if (config.space, config.channels) != (
+    tuple(space),
+    channels,
+  ):  # another grid is another data set, under its own name
     name = f"{which}-{'x'.join(map(str, space))}"
     config = dataclasses.replace(config, name=name, space=tuple(space), channels=channels)
   builder = cls(config=config, data_dir=str(pathlib.Path(data_dir).absolute()))
@@ -146,6 +153,6 @@ def load(builder: FieldsBuilder, split: str, count: int | None = None) -> dict[s
     bad = int(np.argmin(finite))
     raise ValueError(
       f"{builder.data_dir} split {split}: trajectory {out['trajectory'][bad]} at time {out['time'][bad]:g} "
-      f"holds NaN or infinity ({int((~finite).sum())} of {len(rows)} snapshots). Generate the data anew in another --workdir."
+      f"holds NaN or infinity ({int((~finite).sum())} of {len(rows)} snapshots). Generate the data in another --workdir."
     )
   return out

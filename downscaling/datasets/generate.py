@@ -105,15 +105,25 @@ def _write(plan: Plan, shard, fields: np.ndarray) -> None:
     temporary.unlink(missing_ok=True)
 
 
+def _records(path: pathlib.Path) -> int:
+  """Records in a shard; 0 if it cannot be read."""
+  try:
+    reader = array_record_module.ArrayRecordReader(str(path))
+  except RuntimeError:  # what array_record raises for a file without its footer
+    return 0
+  try:
+    return reader.num_records()
+  finally:
+    reader.close()
+
+
 def _finalise(plan: Plan, shards) -> None:
   """Counts the records of every shard and writes dataset_info.json: only then the data set counts as made."""
   splits = []
   for split in plan.trajectories:
     lengths, size = [], 0
     for _, _, ids, path in (s for s in shards if s[0] == split):
-      reader = array_record_module.ArrayRecordReader(str(path))
-      lengths.append(reader.num_records())
-      reader.close()
+      lengths.append(_records(path))
       size += path.stat().st_size
       if lengths[-1] != len(ids) * len(plan.times):
         raise ValueError(
@@ -126,3 +136,4 @@ def _finalise(plan: Plan, shards) -> None:
       )
   plan.builder.info.set_splits(tfds.core.splits.SplitDict(splits))
   plan.builder.info.write_to_directory(plan.builder.data_dir)
+  plan.builder.info.read_from_directory(plan.builder.data_dir)

@@ -8,6 +8,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ class EntropicMap:
         "interpolate to that grid first, or fit a map on yours (downscaling debias)."
       )
     check_finite(y, "the rows to map")
-    return np.asarray(y).reshape(len(y), -1)
+    return np.asarray(y).reshape(len(y), math.prod(self.grid))
 
   def _blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(T [S', d], entropy [S']) block by block."""
@@ -114,7 +115,7 @@ class EntropicMap:
     if (found := (record.get("schema"), record.get("kind"))) != (SCHEMA, "entropic"):
       raise ValueError(f"{folder}/map.json has schema and kind {found}, this version reads {(SCHEMA, 'entropic')}.")
     try:
-      with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+      with open(folder / "arrays.npz", "rb") as file, np.load(file, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in record["arrays"]}
       damaged = [name for name, a in arrays.items() if _digest(a) != record["arrays"][name]["sha256"]]
     except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
@@ -138,7 +139,7 @@ def _digest(array: np.ndarray) -> str:
 
 def check_finite(rows: np.ndarray, what: str) -> None:
   """Raises ValueError naming the rows of [S, ...] that hold NaN or infinities."""
-  bad = np.flatnonzero(~np.isfinite(np.asarray(rows)).reshape(len(rows), -1).all(1))
+  bad = np.flatnonzero(~np.isfinite(rows).all(axis=tuple(range(1, np.ndim(rows)))))
   if len(bad):
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
     raise ValueError(

@@ -3,9 +3,9 @@
 Two preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4):
 
   edm     scalars skip = 1/(σ²+1), out = σ/√(σ²+1), inp = 1/√(σ²+1) (Karras et al. 2022, arXiv:2206.00364, Table 1);
-  wiener  skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²), out_k = √(S_k σ²/(S_k+σ²)), with
-          S the spectrum of the training data: a silent net is then the exact denoiser of a Gaussian field of that
-          spectrum, and the net's output is coloured by what is left to know. The steep tail of a smooth field costs nothing.
+  wiener  skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²), out_k = √(S_k σ²/(S_k+σ²)),
+          with S the spectrum of the training data: a silent net is then the exact denoiser of a Gaussian field of that
+          spectrum, and the net's output is coloured by what is left to know. The steep tail of a smooth field is free.
 """
 
 import flax.linen as nn

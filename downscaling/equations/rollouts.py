@@ -6,6 +6,7 @@ order, or on the devices.
 
 import fractions
 import functools
+import math
 from typing import Protocol
 
 import jax
@@ -57,8 +58,8 @@ def rollout(
     seed: of the data set.
     burn_in, spacing: times, in units of the equation; whole multiples of solver.dt.
     snapshots: how many, ≥ 1.
-    sharding: of ids and of the result, leading axis over one mesh axis (mesh.rows); its devices then work alone, without
-      any communication (XLA's own partitioner would gather the batch before every FFT). None: one device.
+    sharding: of ids and of the result, leading axis over one mesh axis (mesh.rows). Its devices then work alone, with
+      no communication (XLA's own partitioner would gather the batch before every FFT). None: one device.
   Returns: [T, snapshots, *space_out].
   Raises: ValueError for times that are no multiple of dt, for ids of another kind, or a T that does not divide.
   """
@@ -69,9 +70,8 @@ def rollout(
     raise ValueError(f"snapshots={snapshots}: nothing would be kept. Ask for 1 or more.")
   shards = 1 if sharding is None else sharding.num_devices
   if len(ids) % shards:
-    raise ValueError(
-      f"{len(ids)} trajectories over {shards} devices: each integrates as many. Pad ids to {-(-len(ids) // shards) * shards}."
-    )
+    fits = -(-len(ids) // shards) * shards
+    raise ValueError(f"{len(ids)} trajectories over {shards} devices: each integrates as many. Pad ids to {fits}.")
   return _compiled(solver, first, between, snapshots, sharding)(np.uint32(seed), ids)
 
 
@@ -107,11 +107,9 @@ def step_counts(dt: float, burn_in: float, spacing: float) -> tuple[int, int]:
   counts = [round(time / dt) for time in (burn_in, spacing)]
   # 1e-6 of a step: far above the rounding of decimal times, far below any slip of a person
   if counts[1] < 1 or any(abs(time / dt - n) > 1e-6 for time, n in zip((burn_in, spacing), counts, strict=True)):
-    a, b = (fractions.Fraction(time).limit_denominator(10**6) for time in (burn_in, spacing))
-    unit = fractions.Fraction(
-      np.gcd(a.numerator * b.denominator, b.numerator * a.denominator).item(), a.denominator * b.denominator
-    )
-    nearest = min((float(unit / n) for n in _around(float(unit) / dt)), key=lambda fit: abs(fit - dt))
+    unit = _common_divisor(burn_in, spacing)
+    ratio = max(int(unit / dt), 1)
+    nearest = min(unit / ratio, unit / (ratio + 1), key=lambda fit: abs(fit - dt))
     raise ValueError(
       f"dt={dt} does not divide burn_in={burn_in} and spacing={spacing} into whole steps, so snapshots would drift off "
       f"their times. The nearest dt that does is {nearest:.12g}."
@@ -119,9 +117,11 @@ def step_counts(dt: float, burn_in: float, spacing: float) -> tuple[int, int]:
   return counts[0], counts[1]
 
 
-def _around(ratio: float) -> tuple[int, int]:
-  low = max(int(ratio), 1)
-  return low, low + 1
+def _common_divisor(burn_in: float, spacing: float) -> float:
+  """The largest time that divides both into whole numbers."""
+  a, b = (fractions.Fraction(time).limit_denominator(10**6) for time in (burn_in, spacing))
+  common = math.lcm(a.denominator, b.denominator)
+  return math.gcd(int(a * common), int(b * common)) / common
 
 
 def check_finite(u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) -> None:
@@ -131,12 +131,13 @@ def check_finite(u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) 
     u: snapshots on this host. ids: [T]. times: [S], of the snapshots.
   """
   u = np.asarray(u)
-  bad = ~np.isfinite(u).all(axis=tuple(range(2, u.ndim)))
+  bad = ~np.isfinite(u).all(axis=tuple(range(2, u.ndim)))  # [T, S]
   if not bad.any():
     return
-  row = int(np.argmax(bad.any(1) & (bad.argmax(1) == bad.argmax(1)[bad.any(1)].min())))  # the first to go
-  time = float(np.asarray(times)[bad[row].argmax()])
+  when = int(bad.any(0).argmax())
+  row = int(bad[:, when].argmax())  # of the first that went
   raise FloatingPointError(
-    f"trajectory {int(np.asarray(ids)[row])} is not finite at t = {time:g} ({int(bad.any(1).sum())} of {len(u)} in this "
-    "block are not, at some time): the solver blew up. Set a smaller dt (--config.fine.dt or --config.coarse.dt)."
+    f"trajectory {int(np.asarray(ids)[row])} is not finite at t = {float(np.asarray(times)[when]):g} (so ended "
+    f"{int(bad.any(1).sum())} of {len(u)} in this block): the solver blew up. Set a smaller dt (--config.coarse.dt or "
+    "--config.fine.dt, whichever was running)."
   )

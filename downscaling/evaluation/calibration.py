@@ -139,7 +139,8 @@ def _ranks(ordered: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def _inside(ordered: np.ndarray, truth: np.ndarray, level: float) -> float:
   """How many truths lie in the central interval: members interpolated at positions p (M + 1), held to the extremes.
 
-  With those positions a perfect ensemble of M members covers `level`, or (M − 1)/(M + 1) if that is less.
+  With those positions a perfect ensemble of M members covers `level`, or (M − 1)/(M + 1) if that is less: exactly at
+  members, to .03 between them (M = 5, Gaussian).
   """
   low, high = (_quantile(ordered, p) for p in (0.5 - level / 2, 0.5 + level / 2))
   return float(((low <= truth) & (truth <= high)).sum())

@@ -1,7 +1,7 @@
 """How every figure looks: one restrained, colour-blind safe palette, for light and for dark pages, drawn by Agg.
 
-A figure is a function draw(theme) -> Figure, so that the same data can be drawn for both. All are WIDTH inches wide: shown
-across a 400 px screen their 9.5 pt text stays about 10 px high.
+A figure is a function draw(theme) -> Figure, so that the same data can be drawn for both. All are WIDTH inches wide:
+shown across a 400 px screen their 9.5 pt text stays about 10 px high.
 """
 
 import dataclasses
@@ -9,9 +9,11 @@ import io
 from collections.abc import Callable
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from PIL import Image
 
 WIDTH = 5.2
 DPI = 180
@@ -77,7 +79,7 @@ def label(row: str) -> str:
 def _style(theme: Theme) -> dict:
   return {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5, "axes.titlesize": 9.5,
-    "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "figure.dpi": DPI,
+    "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
     "figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper,
     "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.titlecolor": theme.ink, "axes.edgecolor": theme.muted,
     "xtick.color": theme.muted, "ytick.color": theme.muted, "xtick.labelcolor": theme.ink,
@@ -90,14 +92,15 @@ def _style(theme: Theme) -> dict:
 
 def page(height: float) -> Figure:
   """An empty figure of WIDTH x height inches with automatic layout."""
-  return Figure(figsize=(WIDTH, height), layout="constrained")
+  return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
 def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
   """PNG of draw(theme)."""
   with matplotlib.rc_context(_style(theme)):
-    figure = draw(theme)
-    FigureCanvasAgg(figure)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=DPI)
+    drawn = FigureCanvasAgg(draw(theme))
+    drawn.draw()
+  # 256 colours are more than lines and a colour scale need, at a third of the size.
+  out = io.BytesIO()
+  Image.fromarray(np.asarray(drawn.buffer_rgba())[..., :3]).quantize(256).save(out, format="png")
   return out.getvalue()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import platform
 from typing import Any
@@ -37,8 +36,8 @@ class Evidence:
     truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
     fine_reference, fine_floor: [R, *fine] and [≥ K, *fine], independent held-out x.
     operator: C′.
-    history: the solver's record, [{"epsilon", "iterations", "errors"}, ...], one entry an ε (see `convergence`).
-    threshold: marginal error at which the solver calls itself converged.
+    history: the solver's checks, {"iteration": [...], "epsilon": [...], "error": [...]} (debias/diagnostics.json).
+    mean_cost: of the solve, to print ε relative to it; threshold: marginal error at which it calls itself converged.
     loss: (steps, values).
     symbol, unit, length, length_unit: what axes say; length is the box size.
     provenance: config_hash (str), versions, config, times (seconds by stage), sizes, seeds (dicts), machine (dict),
@@ -57,7 +56,8 @@ class Evidence:
   fine_reference: np.ndarray | None = None
   fine_floor: np.ndarray | None = None
   operator: Operator | None = None
-  history: Any = None
+  history: dict[str, list] | None = None
+  mean_cost: float | None = None
   threshold: float | None = None
   loss: tuple[Any, Any] | None = None
   symbol: str = "u"
@@ -102,9 +102,7 @@ class Evidence:
     if self.coarse:
       debias = tables.debias_rows(self.coarse, self.sources, self.coarse_reference, self.coarse_floor, self.group)
     if self.samples:
-      samples = tables.sample_rows(
-        self.samples, self.conditions, self.fine_reference, self.fine_floor, self.operator
-      )
+      samples = tables.sample_rows(self.samples, self.conditions, self.fine_reference, self.fine_floor, self.operator)
     metrics = {
       "experiment": self.experiment,
       "debias": debias,
@@ -133,26 +131,22 @@ class Evidence:
     sets |= {f"coarse.{k}": v for k, v in self.coarse.items()} | {f"samples.{k}": v for k, v in self.samples.items()}
     return {name: list(np.shape(x)) for name, x in sets.items() if x is not None}
 
-  def convergence(self) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """[(ε, iterations, errors)] in the order of solving, iterations counted on from one ε to the next.
+  def convergence(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(iterations, ε, errors) of every check with a finite error, ε over the mean cost if that is known.
 
-    Raises ValueError if the record has another form.
+    None if there is no record. Raises ValueError if it has another form.
     """
-    out, done = [], 0
-    for entry in self.history or []:
-      try:
-        epsilon, steps, errors = entry["epsilon"], entry["iterations"], entry["errors"]
-      except (KeyError, TypeError):
-        raise ValueError(
-          f"a Sinkhorn record {str(entry)[:80]!r} came; need a list of {{'epsilon': float, 'iterations': [...], "
-          "'errors': [...]}, one an ε. Was diagnostics.json made by another version?"
-        ) from None
-      kept = [(s, e) for s, e in zip(steps, errors, strict=True) if e is not None and math.isfinite(e) and e > 0]
-      if kept:
-        steps, errors = np.array(kept).T
-        out.append((float(epsilon), done + steps, errors))
-        done += steps[-1]
-    return out
+    if not self.history:
+      return None
+    try:
+      steps, epsilon, errors = (np.array(self.history[key], float) for key in ("iteration", "epsilon", "error"))
+      kept = np.isfinite(errors) & (errors > 0) & (epsilon > 0)
+    except (KeyError, TypeError, ValueError):
+      raise ValueError(
+        f"a Sinkhorn record {str(self.history)[:80]!r} came; need {{'iteration': [...], 'epsilon': [...], "
+        "'error': [...]} of one length. Was diagnostics.json made by another version?"
+      ) from None
+    return (steps[kept], epsilon[kept] / (self.mean_cost or 1.0), errors[kept]) if kept.any() else None
 
 
 def machine() -> dict[str, str | int]:

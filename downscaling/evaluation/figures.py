@@ -19,7 +19,8 @@ def spectrum(
 ) -> Draw:
   """E(k) on log axes over E(k)/E_ref(k) with the floor band.
 
-  reference, floor, half (relative half width of the band), held (mask of energy-holding shells): [k]; rows: {name: [k]}.
+  reference, floor, half (relative half width of the band), held (mask of energy-holding shells): [k].
+  rows: {name: [k]}.
   """
   k = np.arange(1, len(reference) + 1)
   cut = k[held].max()
@@ -28,7 +29,9 @@ def spectrum(
     figure = page(4.5)
     top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.loglog(k, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference", zorder=1)
-    low.fill_between(k, 1 - np.minimum(half, 0.99), 1 + half, color=theme.muted, alpha=0.28, linewidth=0, label="floor band")
+    low.fill_between(
+      k, 1 - np.minimum(half, 0.99), 1 + half, color=theme.muted, alpha=0.28, linewidth=0, label="floor band"
+    )
     low.loglog(k, _ratio(floor, reference), **theme.line("floor") | {"linewidth": 1.2}, label="floor set")
     for name, energy in rows.items():
       top.loglog(k, np.maximum(energy, 1e-30 * reference.sum()), **theme.line(name), label=label(name))
@@ -52,7 +55,7 @@ def spectrum(
     low.xaxis.set_minor_formatter(NullFormatter())
     low.set(xlabel="wavenumber k (waves a box)", ylabel="ratio to\nreference")
     top.set(ylabel="energy E(k)")
-    top.legend(loc="lower left")
+    top.legend(loc="best")
     low.legend(loc="best", ncols=2, fontsize=8.5)
     return figure
 
@@ -77,7 +80,8 @@ def density(
     for name, value in rows.items():
       axes.semilogy(at, value, **theme.line(name), label=label(name))
     peak = max(reference.max(), *(v.max() for v in rows.values())) if rows else reference.max()
-    axes.set(ylim=(peak * 1e-5, peak * 2), xlabel=symbol, ylabel="density", xlim=(at[0], at[-1]))
+    least = min(v.min() for v in (reference, *rows.values()))
+    axes.set(ylim=(max(peak * 1e-5, least / 3), peak * 2), xlabel=symbol, ylabel="density", xlim=(at[0], at[-1]))
     axes.legend(loc="lower center")
     return figure
 
@@ -93,7 +97,9 @@ def curves(x: np.ndarray, panels: list[dict], row: str, symbol: str, unit: str) 
   def draw(theme: Theme) -> Figure:
     figure = page(0.6 + 1.05 * len(panels))
     line = theme.line(row) | {"linestyle": "-"}
-    for i, (axes, panel) in enumerate(zip(figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0], panels, strict=True)):
+    for i, (axes, panel) in enumerate(
+      zip(figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0], panels, strict=True)
+    ):
       for j, member in enumerate(panel["members"]):
         axes.plot(x, member, **line | {"linewidth": 1.5 if j == 0 else 0.7, "alpha": 1.0 if j == 0 else 0.4})
       if panel.get("truth") is not None:
@@ -161,7 +167,7 @@ def covariances(panels: Mapping[str, np.ndarray], unit: str) -> Draw:
   own = max(float(np.abs(panels[names[-1]]).max()), 1e-30)
 
   def draw(theme: Theme) -> Figure:
-    figure = page(2.6)
+    figure = page(2.75)
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
       top = own if name == names[-1] else reach
       shown = axes.imshow(panels[name], cmap=theme.diverging, vmin=-top, vmax=top)
@@ -171,8 +177,8 @@ def covariances(panels: Mapping[str, np.ndarray], unit: str) -> Draw:
       axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
       axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
       bar = figure.colorbar(shown, ax=axes, orientation="horizontal", aspect=14, pad=0.02)
-      bar.locator = MaxNLocator(3, symmetric=True)
-      bar.update_ticks()
+      tick = float(f"{0.8 * top:.1g}")
+      bar.set_ticks([-tick, 0, tick], labels=[f"{v:.1g}" for v in (-tick, 0, tick)])
       bar.outline.set_visible(False)
     figure.axes[0].set_ylabel("point")
     figure.supxlabel(f"covariance ({unit})" if unit else "covariance", fontsize=9.5)
@@ -181,22 +187,26 @@ def covariances(panels: Mapping[str, np.ndarray], unit: str) -> Draw:
   return draw
 
 
-def convergence(history: list[tuple[float, np.ndarray, np.ndarray]], threshold: float | None) -> Draw:
-  """Marginal error against iterations, one line for every ε: [(ε, iterations, errors)], iterations since the start."""
+def convergence(steps: np.ndarray, epsilon: np.ndarray, errors: np.ndarray, threshold: float | None, unit: str) -> Draw:
+  """Marginal error and the ε it was reached at, against iterations; all [checks]."""
 
   def draw(theme: Theme) -> Figure:
-    figure = page(2.9)
-    axes = figure.subplots()
-    for i, (epsilon, steps, errors) in enumerate(history):
-      share = i / max(len(history) - 1, 1)
-      axes.semilogy(steps, errors, color=theme.ot, alpha=0.35 + 0.65 * share, linewidth=1.5, marker="o", markersize=2.5)
-      axes.annotate(f"{epsilon:.2g}", (steps[0], errors[0]), xytext=(0, 5), textcoords="offset points", ha="center",
-                    fontsize=8.5, color=theme.muted)  # fmt: skip
+    figure = page(3.4)
+    top, low = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
+    final = epsilon == epsilon[-1]
+    top.semilogy(steps, errors, color=theme.ot, linewidth=1.0, alpha=0.5)
+    top.semilogy(steps[~final], errors[~final], "o", color=theme.ot, alpha=0.5, markersize=3, label="larger ε")
+    top.semilogy(steps[final], errors[final], "o", color=theme.ot, markersize=3, label=f"last ε, {epsilon[-1]:.2g}")
     if threshold:
-      axes.axhline(threshold, color=theme.raw, linewidth=0.9, linestyle=(0, (3, 2)))
-      axes.annotate("threshold", (0, threshold), xytext=(2, 3), textcoords="offset points", fontsize=8.5, color=theme.raw)
-    axes.margins(y=0.15)
-    axes.set(xlabel="iteration (numbers on the lines: ε / mean cost)", ylabel="L1 marginal error")
+      top.axhline(threshold, color=theme.raw, linewidth=0.9, linestyle=(0, (3, 2)), label=f"threshold, {threshold:.2g}")
+    low.step(steps, epsilon, where="mid", color=theme.ink, linewidth=1.2)
+    low.set_yscale("log")
+    low.yaxis.set_minor_formatter(NullFormatter())
+    low.margins(y=0.2)
+    top.margins(y=0.12)
+    top.set(ylabel="L1 marginal error")
+    low.set(xlabel="iteration", ylabel=f"ε\n({unit})")
+    top.legend(loc="best")
     return figure
 
   return draw

@@ -68,7 +68,7 @@ def energy_holding_shells(ref_energies: np.ndarray, share: float = ENERGY_SHARE)
 
 
 def log_ratios(pred_energies: np.ndarray, ref_energies: np.ndarray) -> np.ndarray:
-  """|ln E_pred(k)/E_ref(k)|, [k]. Energies are held above 1e-30 of the reference's total, so an empty shell is finite."""
+  """|ln E_pred(k)/E_ref(k)|, [k]. Energies are held above 1e-30 of the reference's total."""
   if pred_energies.shape != ref_energies.shape:
     raise ValueError(
       f"spectra of {pred_energies.size} and {ref_energies.size} shells: compare fields on one grid "

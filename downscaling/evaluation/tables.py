@@ -220,7 +220,9 @@ def shown(value: float | None) -> str:
   """A number as tables print it; – where a row has none."""
   if value is None:
     return "–"
-  if value == 0 or abs(value) >= 0.0095:
+  if value == 0:
+    return "0"
+  if abs(value) >= 0.0095:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
   return f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.0e}"
 
@@ -235,9 +237,7 @@ def summary_table(metrics: Mapping) -> str:
     lines.append(f"{title:<20}{'n':>7}" + "".join(f"{c:>8}" for c in columns.values()))
     for name, row in table.items():
       floor = floor_of(table, name) or {}
-      cells = [
-        shown(row[k]) + ("*" if k in COMPARED and at_floor(row[k], floor.get(k)) else " ") for k in columns
-      ]
+      cells = [shown(row[k]) + ("*" if k in COMPARED and at_floor(row[k], floor.get(k)) else " ") for k in columns]
       lines.append(f"{name[:19]:<20}{row['n']:>7}" + "".join(f"{c:>8}" for c in cells))
       for key, label in (("lflr", "  paper, LFLR"), ("ot", "  paper, OT")):
         if part == "debias" and name == key and (published := PAPER.get(metrics["experiment"])):

@@ -1,0 +1,45 @@
+"""Periodic cubic splines from the coarse points to the fine grid: the baseline that adds no small scales."""
+
+import numpy as np
+from scipy.interpolate import CubicSpline
+
+from downscaling.common.operators import BlockMean, Operator, Strided
+
+
+def cubic(y: np.ndarray, operator: Operator, block: int = 1024) -> np.ndarray:
+  """The C² cubic spline through the coarse values, axis by axis; error O(h⁴) for smooth fields, h the coarse spacing.
+
+  Args:
+    y: [S, *coarse, C], periodic along every space axis, equal spacing, at least 3 points an axis.
+    operator: Strided (coarse point j lies on fine point j·factor; the spline passes through it) or an unweighted
+      BlockMean (it lies in the middle of its block, whose mean the spline then only approximates).
+    block: fields done at a time, in float64.
+  Returns: [S, *fine, C] in y's dtype.
+  Raises: ValueError for another operator or grid.
+  """
+  y = np.asarray(y)
+  if not isinstance(operator, Strided) and not (isinstance(operator, BlockMean) and operator.weights is None):
+    raise ValueError(
+      f"cubic interpolation needs coarse points on an even grid; {type(operator).__name__} has none: "
+      "use a strided or an unweighted block mean operator."
+    )
+  if y.ndim != len(operator.coarse) + 2 or y.shape[1:-1] != operator.coarse or min(operator.coarse) < 3:
+    raise ValueError(
+      f"coarse fields of shape {y.shape} came, need [samples, {', '.join(map(str, operator.coarse))}, channels] "
+      "with at least 3 points an axis: is config.grid.factor that of the data?"
+    )
+  offset = (operator.factor - 1) / 2 if isinstance(operator, BlockMean) else 0.0
+  out = np.empty((len(y), *operator.fine, y.shape[-1]), y.dtype)
+  for first in range(0, len(y), block):
+    part = np.asarray(y[first : first + block], np.float64)
+    for axis in range(1, part.ndim - 1):
+      part = _along(part, axis, operator.factor, offset)
+    out[first : first + block] = part
+  return out
+
+
+def _along(y: np.ndarray, axis: int, factor: int, offset: float) -> np.ndarray:
+  n = y.shape[axis]
+  closed = np.concatenate([y, np.take(y, [0], axis)], axis)  # a periodic spline repeats its first value at the end
+  spline = CubicSpline(np.arange(n + 1), closed, axis=axis, bc_type="periodic")
+  return spline((np.arange(n * factor) - offset) / factor % n)

@@ -1,0 +1,103 @@
+"""The `evaluate` job's writer: metrics.json, figures as PNG, and one self-contained report.html.
+
+Everything comes from arrays and records handed in (`Evidence`), which finished stages left on disk; no live model.
+"""
+
+import os
+import pathlib
+
+import numpy as np
+
+from downscaling.common import runs
+from downscaling.evaluation import canvas, page, sections, tables
+from downscaling.evaluation.evidence import Evidence
+
+__all__ = ["Evidence", "write"]
+
+
+def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
+  """Writes folder/metrics.json, folder/NAME.png for every figure and folder/report.html; returns the metrics.
+
+  The folder must exist (runs.open_stage makes it). Raises ValueError, naming the row, for NaN or grids that differ;
+  nothing is written then.
+  """
+  folder = pathlib.Path(folder)
+  metrics = evidence.metrics
+  parts = sections.every(evidence)
+  body = [_head(evidence, parts)]
+  for part in parts:
+    pictures = []
+    for panel in part.panels:
+      light, dark = (canvas.render(panel.draw, theme) for theme in (canvas.LIGHT, canvas.DARK))
+      (folder / f"{panel.name}.png").write_bytes(light)
+      pictures.append(page.picture(light, dark, panel.alt, panel.caption))
+    inner = part.html + (f'<div class="figures">{"".join(pictures)}</div>' if pictures else "")
+    body.append(page.section(part.anchor, part.title, part.lead, inner))
+  temporary = folder / f".report.html.{os.getpid()}.tmp"
+  temporary.write_text(page.document(f"{evidence.title}: statistical downscaling", "\n".join(body)), "utf-8")
+  os.replace(temporary, folder / "report.html")
+  runs.write_json(folder / "metrics.json", metrics)
+  return metrics
+
+
+def _head(e: Evidence, parts: list[sections.Section]) -> str:
+  links = "".join(f'<a href="#{p.anchor}">{page.escape(p.title)}</a>' for p in parts)
+  tiles = "".join(_tiles(e))
+  return (
+    f'<header><p class="kicker">Statistical downscaling</p><h1>{page.escape(e.title)}</h1>'
+    f'<p class="lead">{page.escape(headline(e))}</p>{f"""<div class="tiles">{tiles}</div>""" if tiles else ""}'
+    f'<nav aria-label="sections">{links}</nav></header>'
+  )
+
+
+def headline(e: Evidence) -> str:
+  """One or two sentences on what was run."""
+  said = []
+  coarse = np.shape(next(iter(e.coarse.values()), np.zeros((0, 0))))
+  if e.coarse:
+    kind = e.metrics["rows"].get("ot", e.metrics["rows"].get("lflr", "")).strip()
+    said.append(
+      f"{coarse[0]:,} {kind + ' ' if kind else ''}biased coarse fields of {_points(coarse[1:])} were carried onto the "
+      "statistics of the truth by optimal transport"
+    )
+  drawn = [n for n in e.samples if n.endswith("+diffusion")]
+  if drawn:
+    shape = np.shape(e.samples[drawn[0]])
+    said.append(
+      f"a diffusion prior then drew {shape[1]:,} fine field{'s' if shape[1] > 1 else ''} of {_points(shape[2:])} for "
+      f"each of {shape[0]:,} of them"
+      if e.coarse
+      else f"a diffusion prior drew {shape[1]:,} fields of {_points(shape[2:])} for each of {shape[0]:,} coarse ones"
+    )
+  text = "; ".join(said) + "." if said else "No stage has finished yet."
+  text = text[0].upper() + text[1:]
+  return text + (" Every number stands beside its sampling floor." if said else "")
+
+
+def _points(space: tuple[int, ...]) -> str:
+  return " × ".join(map(str, space)) + " points"
+
+
+def _tiles(e: Evidence) -> list[str]:
+  """The few numbers a reader wants first."""
+  out, m = [], e.metrics
+  debias, samples = m["debias"], m["samples"]
+  for key, name in (("cov_rmse", "Covariance error, debiased"), ("melr_weighted", "Spectral error, debiased")):
+    if {"lflr", "ot"} <= {*debias}:
+      out.append(_from_to(name, debias["lflr"][key], debias["ot"][key], tables.floor_of(debias, "ot"), key))
+  if {"ot+diffusion", "raw+diffusion"} <= {*samples}:
+    values = [samples[n]["melr_weighted"] for n in ("raw+diffusion", "ot+diffusion")]
+    out.append(_from_to("Spectral error, samples", *values, tables.floor_of(samples, "ot+diffusion"), "melr_weighted"))
+  for c in list(e.calibrations.values())[:1]:
+    below = f"of the field’s rms, a sample from true coarse values; spread / error {c.spread_error:.2f}"
+    out.append(page.tile(f"{100 * c.member_rmse:.3g} %", "Error against the truth", below))
+  return out
+
+
+def _from_to(name: str, before: float, after: float, floor: dict | None, key: str) -> str:
+  least = floor[key] if floor else None
+  below = f"{_TITLES[key]}, raw → OT" + (f"; floor {tables.shown(least)}" if least is not None else "")
+  return page.tile(f"<i>{tables.shown(before)} →</i> {tables.shown(after)}", name, below)
+
+
+_TITLES = {"cov_rmse": "covRMSE", "melr_weighted": "MELRw"}

@@ -1,0 +1,382 @@
+"""The report's sections: each turns evidence into text, tables and figures, or says which job is still to run."""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from downscaling.evaluation import calibration, distances, figures, page, spectra, tables
+from downscaling.evaluation.canvas import label
+from downscaling.evaluation.evidence import Evidence
+
+POOLED = 100_000  # values in a one-point density
+GALLERY = 4  # conditions drawn
+STRIPES = 40  # snapshots in a picture of rows
+
+
+class Panel(NamedTuple):
+  """A figure: file name without suffix, draw(theme), alternative text, caption."""
+
+  name: str
+  draw: figures.Draw
+  alt: str
+  caption: str
+
+
+class Section(NamedTuple):
+  """anchor, title and lead are plain text; `html` comes before the panels."""
+
+  anchor: str
+  title: str
+  lead: str
+  html: str
+  panels: list[Panel]
+
+
+def every(e: Evidence) -> list[Section]:
+  """All sections in the order of the page."""
+  return [part(e) for part in (scores, spectrum, density, gallery, pictures, covariance, fits, truth, run)]
+
+
+def _job(job: str, text: str) -> str:
+  return page.missing(text, f"python -m downscaling {job} --config=… --workdir=…")
+
+
+def _ones(x: np.ndarray) -> np.ndarray:
+  """Member 0 of every condition, the rows that distribution metrics see."""
+  return np.asarray(x)[:, 0]
+
+
+def _levels(e: Evidence) -> list[tuple[str, dict, np.ndarray, np.ndarray]]:
+  """(coarse or fine, {row: fields}, reference, floor of as many fields) for what there is."""
+  out = []
+  if e.coarse:
+    out.append(("coarse", dict(e.coarse), e.coarse_reference, e.coarse_floor))
+  if e.samples:
+    out.append(("fine", {k: _ones(v) for k, v in e.samples.items()}, e.fine_reference, e.fine_floor))
+  return [(a, rows, ref, floor[: max(len(x) for x in rows.values())]) for a, rows, ref, floor in out]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def scores(e: Evidence) -> Section:
+  m, body = e.metrics, ""
+  lead = (
+    f"Smaller is better. Under each value stands its multiple of the sampling floor; shaded values are at most "
+    f"{tables.AT_FLOOR} × the floor, so a set of this size could hardly show them lower."
+  )
+  if m["debias"]:
+    body += "<h3>Coarse fields: before and after debiasing</h3>" + _table(e, "debias", tables.DEBIAS_COLUMNS)
+    if e.experiment in tables.PAPER:
+      body += (
+        '<p class="note">Paper: Wan et al. 2023, Table 1. Its sample sizes, and so its floors, are not published; '
+        "its KLD is read as a sum over dimensions.</p>"
+      )
+    body += (
+      '<p class="note">symcov: covRMSE after averaging over the equation’s symmetries. corr: correlation of T y with '
+      "its input y, 1 where the input’s weather is kept. displ.: ‖T y − y‖ / ‖y‖.</p>"
+    )
+  else:
+    body += _job("debias", "No debiased fields yet:")
+  if m["samples"]:
+    body += "<h3>Fine samples</h3>" + _table(e, "samples", tables.SAMPLE_COLUMNS)
+    body += (
+      '<p class="note">One member a condition is compared with the reference; var. (spread of a condition’s members, '
+      "in units of the field) and constr. (‖C′x − y′‖ / ‖C′x‖) see all members. MELRe: MELRu over the shells that hold "
+      "99.9999 % of the reference’s energy; beyond them rounding is measured. KLD is summed over points, in nats.</p>"
+    )
+  else:
+    body += _job("sample", "No samples yet:")
+  swatch = '<p class="note"><span class="swatch"></span>at the floor: the same metric '
+  swatch += "between two independent sets of true fields</p>"
+  return Section("scores", "Scores", lead, swatch + body, [])
+
+
+def _table(e: Evidence, part: str, columns: dict[str, str]) -> str:
+  table, kinds, rows = e.metrics[part], e.metrics["rows"], []
+  for name, values in table.items():
+    floor = tables.floor_of(table, name) or {}
+    cells = [(f"{values['n']:,}", "", False)]
+    for key in columns:
+      value, least = values[key], floor.get(key) if key in tables.COMPARED else None
+      below = _times(value / least) if value is not None and least else ""
+      cells.append((tables.shown(value), below, tables.at_floor(value, least)))
+    if name.startswith("floor"):
+      rows.append(page.row("Floor" + name[5:], cells, "true fields, independent", "floor"))
+      continue
+    rows.append(page.row(label(name), cells, kinds.get(name, "")))
+    published = tables.PAPER.get(e.experiment, {}) if part == "debias" else {}
+    if name in published:
+      cells = [
+        ("", "", False),
+        *((tables.shown(published[name][k]) if k in published[name] else "", "", False) for k in columns),
+      ]
+      rows.append(page.row(f"{label(name).split(',')[0]}, the paper’s", cells, kind="paper"))
+  return page.table(["", "n", *columns.values()], rows)
+
+
+def _times(ratio: float) -> str:
+  return f"{ratio:.2f} ×" if ratio < 10 else f"{ratio:.3g} ×"
+
+
+# ---------------------------------------------------------------- distributions
+
+
+def spectrum(e: Evidence) -> Section:
+  panels = []
+  for level, rows, ref, floor in _levels(e):
+    reference, shells = spectra.energies(ref), spectra.shell_energies(floor)
+    draw = figures.spectrum(
+      reference, {name: spectra.energies(x, name) for name, x in rows.items()}, shells.mean(axis=0),
+      spectra.band(shells, len(ref)), spectra.energy_holding_shells(reference),
+    )  # fmt: skip
+    text = {
+      "coarse": "Coarse fields. A debiased spectrum should lie in the grey band, where other true fields lie.",
+      "fine": "Fine samples, one a condition. Right of the dotted line less than a millionth of the energy is left.",
+    }[level]
+    panels.append(Panel(f"spectrum_{level}", draw, f"Energy spectra of {level} fields", text))
+  lead = "Energy by wavenumber, and its ratio to the reference. Band: two standard errors of a true set of that size."
+  return Section("spectra", "Spectra", lead, "" if panels else _job("debias", "Nothing to compare yet:"), panels)
+
+
+def density(e: Evidence) -> Section:
+  panels = []
+  for level, rows, ref, floor in _levels(e):
+    pooled = {name: _pool(x) for name, x in (rows | {"reference": ref, "floor": floor}).items()}
+    ends = [f(f(v) for v in pooled.values()) for f in (min, max)]
+    at = np.linspace(*ends, 400)
+    values = {name: distances.kernel_density(x, at) for name, x in pooled.items() if np.ptp(x) > 0}
+    if "reference" not in values or "floor" not in values:
+      continue
+    reference, second = values.pop("reference"), values.pop("floor")
+    draw = figures.density(at, reference, values, second, e.u)
+    panels.append(
+      Panel(
+        f"density_{level}", draw, f"Densities of {level} values", f"{level.capitalize()} values, all points pooled."
+      )
+    )
+  lead = "How often each value occurs, all points together, on a log axis: the tails are where debiasing is hardest."
+  return Section(
+    "densities", "One-point densities", lead, "" if panels else _job("debias", "Nothing to compare yet:"), panels
+  )
+
+
+def _pool(x: np.ndarray) -> np.ndarray:
+  flat = np.asarray(x).reshape(-1)
+  return flat[:: -(-flat.size // POOLED)].astype(np.float64)
+
+
+def covariance(e: Evidence) -> Section:
+  panels = []
+  for level, rows, ref, _ in _levels(e):
+    flat = ref.ndim == 2 and ref.shape[1] <= 512
+    table = (lambda x: distances.covariance(distances.rows(x, "fields"))) if flat else _two_point
+    reference = table(ref)
+    shown = (
+      [n for n in ("lflr", "ot") if n in rows] if level == "coarse" else [n for n in ("ot+diffusion",) if n in rows]
+    )
+    for name in shown or list(rows)[:1]:
+      pred = table(rows[name])
+      draw = figures.covariances(
+        {"reference": reference, label(name): pred, "difference": pred - reference}, f"{e.unit or e.symbol}²"
+      )
+      what = "covariance of every pair of points" if flat else "covariance with the centre point"
+      text = f"{label(name)}, {level}: {what}; the difference on its own scale."
+      panels.append(Panel(f"covariance_{level}_{name.replace('+', '_')}", draw, f"Covariance, {label(name)}", text))
+  return Section("covariances", "Covariances", "", "" if panels else _job("debias", "Nothing to compare yet:"), panels)
+
+
+def _two_point(x: np.ndarray) -> np.ndarray:
+  """Covariance of every point with the centre one, [N₀, N₁] (or [1, N])."""
+  x = np.asarray(x, np.float64) - np.mean(x, axis=0, dtype=np.float64)
+  centre = x[(slice(None), *(n // 2 for n in x.shape[1:]))]
+  return np.atleast_2d(np.tensordot(centre, x, axes=(0, 0)) / (len(x) - 1))
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def gallery(e: Evidence) -> Section:
+  panels = []
+  for name in [n for n in ("ot+diffusion", "true+diffusion", "raw+diffusion", "ot+cubic") if n in e.samples]:
+    x, y, truth = np.asarray(e.samples[name]), e.conditions.get(name), e.truth.get(name)
+    chosen = np.unique(np.linspace(0, len(x) - 1, GALLERY).astype(int))
+    if x.ndim == 3:
+      draw = _curves(e, name, chosen)
+      text = f"{label(name)}: {_of_members(x)}. Dots are the coarse values each sample was asked to pass through"
+      text += ", the dashed line the true field." if truth is not None else "."
+    else:
+      draw = _maps(e, x[chosen[:3]], None if y is None else y[chosen[:3]], None if truth is None else truth[chosen[:3]])
+      text = f"{label(name)}: a line of pictures for every condition."
+    panels.append(Panel(f"gallery_{name.replace('+', '_')}", draw, f"Samples, {label(name)}", text))
+  return Section("gallery", "Samples", "", "" if panels else _job("sample", "No samples yet:"), panels)
+
+
+def _of_members(x: np.ndarray) -> str:
+  return (
+    "one field a condition" if x.shape[1] == 1 else f"{min(x.shape[1], 8)} of {x.shape[1]} members, the first in bold"
+  )
+
+
+def _curves(e: Evidence, name: str, chosen: np.ndarray) -> figures.Draw:
+  x, y, truth = np.asarray(e.samples[name]), e.conditions.get(name), e.truth.get(name)
+  at = np.arange(x.shape[2]) * e.length / x.shape[2]
+  where = None if y is None else _places(e, at, np.shape(y)[1])
+  panels = [
+    {
+      "members": x[k, :8],
+      "at": where,
+      "condition": None if y is None else y[k],
+      "truth": None if truth is None else truth[k],
+    }
+    for k in chosen
+  ]
+  return figures.curves(at, panels, name, e.u, e.length_unit)
+
+
+def _places(e: Evidence, at: np.ndarray, coarse: int) -> np.ndarray:
+  """Where the coarse values sit: C′ of the coordinates, so that block means sit in their middle."""
+  if e.operator is None or e.operator.coarse != (coarse,):
+    return at[:: max(len(at) // coarse, 1)][:coarse]
+  return np.asarray(e.operator.apply(at.astype(np.float32)[:, None]))[:, 0]
+
+
+def _maps(e: Evidence, x: np.ndarray, y: np.ndarray | None, truth: np.ndarray | None) -> figures.Draw:
+  panels = {}
+  for k in range(len(x)):
+    number = f"{k + 1}: "
+    if y is not None:
+      panels[number + "condition"] = y[k]
+    panels[number + "member 1"] = x[k, 0]
+    if truth is not None:
+      panels[number + "truth"] = truth[k]
+    elif x.shape[1] > 1:
+      panels[number + "member 2"] = x[k, 1]
+  unit = f" ({e.length_unit})" if e.length_unit else ""
+  return figures.images(panels, e.u, (f"x{unit}", f"y{unit}"), (0, e.length, 0, e.length))
+
+
+def pictures(e: Evidence) -> Section:
+  """Rows of fields as images: truth beside its samples, and reference beside samples."""
+  panels = []
+  if not e.samples or np.ndim(e.fine_reference) != 2:
+    text = "" if e.samples else _job("sample", "No samples yet:")
+    return Section("pictures", "Fields beside fields", "", text or "<p>The maps above show whole fields.</p>", [])
+  for name, true in e.truth.items():
+    x = _ones(e.samples[name])
+    order = _by_phase(true)[:STRIPES]
+    shown = {"truth": true[order], "one sample": x[order], "difference": x[order] - true[order]}
+    text = (
+      f"{label(name)}: {len(order)} held-out fields as rows, a sample of each from its coarse points, the difference."
+    )
+    panels.append(_stripes(e, f"rows_{name}", shown, text))
+  chosen = {label(n): _ones(e.samples[n]) for n in ("ot+diffusion", "raw+diffusion", "unconditional") if n in e.samples}
+  sets = {"reference": e.fine_reference, **dict(list(chosen.items())[:2])}
+  count = min(STRIPES, *(len(x) for x in sets.values()))
+  shown = {name: x[:count][_by_phase(x[:count])] for name, x in sets.items()}
+  text = f"{count} fields of each set, a row each: unpaired, so rows of one image have no partners in the others."
+  panels.insert(0, _stripes(e, "rows_reference", shown, text))
+  lead = (
+    "Each row of an image is one field, coloured by its value. Rows are ordered by the phase of the strongest wave."
+  )
+  return Section("pictures", "Fields beside fields", lead, "", panels)
+
+
+def _stripes(e: Evidence, name: str, shown: dict[str, np.ndarray], text: str) -> Panel:
+  unit = f" ({e.length_unit})" if e.length_unit else ""
+  extent = (0, e.length, 0, len(next(iter(shown.values()))))
+  return Panel(
+    name.replace("+", "_"), figures.images(shown, e.u, (f"x{unit}", "field"), extent), "Fields as rows", text
+  )
+
+
+def _by_phase(x: np.ndarray) -> np.ndarray:
+  """Order of the rows of [S, N] by the phase of the mode that is strongest over all of them."""
+  modes = np.fft.rfft(np.asarray(x, np.float64), axis=1)
+  strongest = 1 + int(np.argmax((np.abs(modes[:, 1:]) ** 2).mean(axis=0)))
+  return np.argsort(np.angle(modes[:, strongest]), kind="stable")
+
+
+# ---------------------------------------------------------------- the jobs behind it
+
+
+def fits(e: Evidence) -> Section:
+  panels, text = [], ""
+  if record := e.convergence():
+    unit = "of mean cost" if e.mean_cost else "absolute"
+    steps, epsilon, error = (values[-1] for values in record)
+    caption = f"Sinkhorn: after {int(steps):,} iterations, ε at {epsilon:.2g} ({unit}), the error is {error:.1e}."
+    draw = figures.convergence(*record, e.threshold, unit)
+    panels.append(Panel("sinkhorn", draw, "Marginal error by iteration", caption))
+  else:
+    text += _job("debias", "No record of a Sinkhorn solve:")
+  if e.loss is not None and len(e.loss[0]):
+    steps, values = (np.asarray(v, np.float64) for v in e.loss)
+    tail = values[-max(len(values) // 20, 1) :].mean()
+    caption = f"Training: {int(steps[-1]):,} steps; mean loss over the last twentieth of the record {tail:.4g}."
+    panels.append(Panel("loss", figures.loss(steps, values), "Training loss by step", caption))
+  else:
+    text += _job("train", "No record of the training loss:")
+  return Section("fits", "Sinkhorn convergence and training loss", "", text, panels)
+
+
+def truth(e: Evidence) -> Section:
+  title, found = "Against held-out truth", e.calibrations
+  if not found:
+    return Section(
+      "truth", title, "", _job("sample", "No ensemble (two members or more) drawn for true coarse fields:"), []
+    )
+  lead = (
+    "Fields the prior never saw were coarsened by C′ and sampled from their own coarse values. All errors are over the "
+    "rms of the field. A right ensemble has spread / error 1, flat ranks, and intervals that hold the truth as "
+    "often as they say."
+  )
+  head = ["", "K × M", "member RMSE", "mean RMSE", "spread", "spread / error", "CRPS", "in 50 %", "in 90 %", "pinned"]
+  rows = []
+  for name, c in found.items():
+    numbers = [c.member_rmse, c.mean_rmse, c.spread, c.spread_error, c.crps]
+    cells = [(f"{c.conditions} × {c.members}", "", False), *((tables.shown(v), "", False) for v in numbers)]
+    cells += [(f"{100 * v:.0f} %", f"ideal {100 * c.ideal[level]:.0f} %", False) for level, v in c.coverage.items()]
+    rows.append(page.row(label(name), [*cells, (f"{100 * c.pinned:.3g} %", "", False)]))
+  note = (
+    '<p class="note">Mean RMSE: of the ensemble mean. spread / error carries the factor √((M + 1)/M) that a finite '
+    "ensemble needs. CRPS is the fair one. Pinned points, which the constraint fixes, are left out of ranks and "
+    "intervals. Ideal: what a perfect ensemble of M members covers.</p>"
+  )
+  panels = [
+    Panel("ranks", figures.ranks({n: c.ranks for n, c in found.items()}), "Rank histogram",
+          "Where the truth ranks among the members: ∪ means too little spread, ∩ too much, a slope bias."),
+    Panel("spread_error", figures.spread_error({n: calibration.by_condition(e.samples[n], e.truth[n]) for n in found}),
+          "Spread and error by condition", "One dot a condition: does the ensemble know which conditions are hard?"),
+  ]  # fmt: skip
+  return Section("truth", title, lead, page.table(head, rows) + note, panels)
+
+
+def run(e: Evidence) -> Section:
+  m, given = e.metrics, e.provenance
+  body = f"<h3>Command</h3><pre class=wrap>{page.escape(given.get('command') or 'not recorded')}</pre>"
+  seconds = [(stage, _duration(s)) for stage, s in m["seconds"].items()]
+  if len(seconds) > 1:
+    seconds.append(("together", _duration(sum(m["seconds"].values()))))
+  blocks = {
+    "Time of the stages": seconds,
+    "Machine": m["machine"].items(),
+    "Rows": [(label(k), v) for k, v in m["rows"].items()],
+    "Seeds": m["seeds"].items(),
+    "Sizes": [(k, " × ".join(map(str, v)) if isinstance(v, list) else v) for k, v in m["sizes"].items()],
+    "Versions": [*m["versions"].items(), ("commit", m["commit"] or "unknown"), ("config hash", m["config_hash"])],
+  }
+  parts = [f"<div><h3>{title}</h3>{page.facts(pairs)}</div>" for title, pairs in blocks.items() if pairs]
+  body += f'<div class="pair">{"".join(parts)}</div>'
+  if config := given.get("config"):
+    text = page.escape(json.dumps(config, indent=2, default=str))
+    body += f"<details><summary>The whole configuration</summary><pre>{text}</pre></details>"
+  return Section("run", "How this was made", "", body, [])
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 120:
+    return f"{seconds:.3g} s"
+  minutes = seconds / 60
+  return f"{minutes:.3g} min" if minutes < 120 else f"{minutes / 60:.3g} h"

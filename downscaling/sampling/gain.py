@@ -1,0 +1,196 @@
+"""The gain of a field with independent Fourier modes: how far an observed misfit C′x ≠ y′ should move every fine point.
+
+    Σ_σ = Q diag(e(σ)) Qᵀ,   A = C′ Σ C′ᵀ,   G = Σ C′ᵀ A⁻¹,   so that C′ G = I
+
+Q is the Fourier basis, e_k(σ) the variance of mode k that is left after denoising at level σ: S_k σ²/(S_k + σ²) for a
+Gaussian field of spectrum S (then D + G(y′ − C′D) is the exact conditional mean), or a network's measured error. For a
+strided or a block mean C′, A is circulant on the coarse grid, its eigenvalues being the aliases of Σ|H|² folded upon
+each other (H: transfer function of the block mean); any other operator goes through its dense matrix.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from downscaling.common.operators import BlockMean, Operator, Strided
+from downscaling.sampling import solvers
+
+Variance = Callable[[jax.Array], jax.Array]  # σ [B] -> e(σ) [B, *space, C or 1], on the full FFT grid
+
+_LARGEST_DENSE = 4096  # coarse points: A is [B, C, n, n]
+
+
+def prior_variance(spectrum: np.ndarray) -> Variance:
+  """Sσ²/(S + σ²), what is left to know of a Gaussian field; σ = ∞ gives S itself.
+
+  spectrum: S_k = E|x̂_k|²/N, [*space, C] on the full FFT grid, >= 0. Empty modes are lifted to 1e-14 of the largest, so
+  that A can be inverted whatever the misfit.
+  """
+  spectrum = np.asarray(spectrum, np.float64)
+  if not (np.isfinite(spectrum).all() and (spectrum >= 0).all() and (spectrum > 0).any()):
+    raise ValueError("the spectrum holds negative or non-finite values, or only zeros: need E|x̂_k|²/N of the data.")
+  s = jnp.asarray(np.maximum(spectrum, 1e-14 * spectrum.max()), jnp.float32)[None]
+  return lambda sigma: s / (1 + s / _column(sigma, s.ndim) ** 2)
+
+
+def measured_variance(sigmas: np.ndarray, table: np.ndarray) -> Variance:
+  """e_k(σ) from a table, its logarithm linear in ln σ between the rows and constant beyond them.
+
+  sigmas: [K], ascending, > 0. table: [K, *space, C], > 0, mean |(D − x)ˆ_k|²/N on held-out fields.
+  """
+  sigmas, table = np.asarray(sigmas, np.float64), np.asarray(table, np.float64)
+  if sigmas.ndim != 1 or len(sigmas) < 2 or len(table) != len(sigmas) or not (np.diff(sigmas) > 0).all():
+    raise ValueError(
+      f"a table of shape {table.shape} for noise levels of shape {sigmas.shape} came: need K >= 2 ascending levels and "
+      "[K, *space, C]."
+    )
+  if not (sigmas[0] > 0 and np.isfinite(table).all() and (table > 0).all()):
+    raise ValueError("the error table or its noise levels hold values <= 0 or not finite; tabulate the error again.")
+  grid, logs = jnp.asarray(np.log(sigmas), jnp.float32), jnp.asarray(np.log(table), jnp.float32)
+
+  def variance(sigma):
+    place = jnp.clip(jnp.interp(jnp.log(sigma), grid, jnp.arange(len(grid), dtype=grid.dtype)), 0, len(grid) - 1)
+    below = jnp.clip(place.astype(jnp.int32), 0, len(grid) - 2)
+    share = _column(place - below, logs.ndim)
+    return jnp.exp((1 - share) * logs[below] + share * logs[below + 1])
+
+  return variance
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gain:
+  """G and A⁻¹ of one operator and one variance; see the module's formulas.
+
+  Raises: ValueError if the operator is neither strided, nor an unweighted block mean, nor of few coarse points.
+  """
+
+  operator: Operator
+  variance: Variance
+  dense: bool = False  # forces the dense path, for tests
+
+  def __post_init__(self):
+    n = math.prod(self.operator.coarse)
+    if not self._circulant and n > _LARGEST_DENSE:
+      raise ValueError(
+        f"a gain for a general operator with {n} coarse points needs {n}² numbers a sample: use a strided or an "
+        f"unweighted block mean operator, at most {_LARGEST_DENSE} points, or guidance 'scaled'."
+      )
+    if not self._circulant:
+      self._matrix  # noqa: B018 - computed here, as it cannot be under jit
+
+  def correction(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
+    """G r: misfit r [B, *coarse, C], σ [B] -> [B, *space, C]."""
+    spread = self._variance(sigma)
+    weights = self._solve(misfit, spread)
+    space = self.operator.fine
+    axes = tuple(range(1, 1 + len(space)))
+    modes = jnp.fft.rfftn(self._adjoint(weights), axes=axes) * _half(spread, len(space))
+    return jnp.fft.irfftn(modes, space, axes=axes).astype(misfit.dtype)
+
+  def misfit_score(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
+    """χ² = rᵀ A⁻¹ r / d′, [B], d′ all coarse values of a sample: about 1 where r has the variance the prior expects."""
+    inner = misfit * self._solve(misfit, self._variance(sigma))
+    return inner.mean(axis=tuple(range(1, misfit.ndim)))
+
+  @property
+  def _circulant(self) -> bool:
+    op = self.operator
+    return not self.dense and (isinstance(op, Strided) or (isinstance(op, BlockMean) and op.weights is None))
+
+  def _variance(self, sigma):
+    spread = self.variance(sigma)
+    space = self.operator.fine
+    if spread.shape[1:-1] != space:
+      raise ValueError(
+        f"the gain's variance is on a grid {spread.shape[1:-1]}, the operator's fine grid is {space}: tabulate the "
+        "spectrum or the error on the full FFT grid of that field."
+      )
+    return spread
+
+  def _solve(self, r, spread):
+    """A⁻¹ r, [B, *coarse, C]."""
+    if not self._circulant:
+      return self._solve_dense(r, spread)
+    coarse = self.operator.coarse
+    axes = tuple(range(1, 1 + len(coarse)))
+    eigenvalues = _half(self._fold(spread), len(coarse))
+    return jnp.fft.irfftn(jnp.fft.rfftn(r, axes=axes) / eigenvalues, coarse, axes=axes).astype(r.dtype)
+
+  def _fold(self, spread):
+    """Eigenvalues of A on the coarse FFT grid: mean over the aliases k ≡ j of |H_k|² e_k, [B, *coarse, C]."""
+    op = self.operator
+    for axis, (fine, coarse) in enumerate(zip(op.fine, op.coarse, strict=True), start=1):
+      if isinstance(op, BlockMean):
+        shape = [fine if a == axis else 1 for a in range(spread.ndim)]
+        spread = spread * jnp.asarray(_block_mean_gain(fine, op.factor), spread.dtype).reshape(shape)
+      split = (*spread.shape[:axis], fine // coarse, coarse, *spread.shape[axis + 1 :])
+      spread = spread.reshape(split).mean(axis)
+    return spread
+
+  def _adjoint(self, z):
+    """C′ᵀ z, [B, *space, C]."""
+    if self._circulant:  # C′C′ᵀ = κ I, so C′ᵀ = κ C′⁺ with κ = 1 or f^−d
+      op = self.operator
+      return op.pinv(z) * (op.factor ** -len(op.fine) if isinstance(op, BlockMean) else 1)
+    matrix = jnp.asarray(self._matrix, z.dtype)
+    flat = jnp.einsum("nN,bnc->bNc", matrix, z.reshape(len(z), -1, z.shape[-1]), precision="highest")
+    return flat.reshape(len(z), *self.operator.fine, z.shape[-1])
+
+  @functools.cached_property
+  def _matrix(self) -> np.ndarray:
+    return self.operator.matrix()
+
+  def _solve_dense(self, r, spread):
+    """A = R diag(e) Rᴴ with R = C′Q, per sample and channel, by Cholesky."""
+    space, flat = self.operator.fine, r.reshape(len(r), -1, r.shape[-1])
+    rows = np.fft.fftn(self._matrix.reshape(-1, *space), axes=range(1, 1 + len(space)), norm="ortho")
+    rows = rows.reshape(len(rows), -1)
+    rows = jnp.asarray(np.concatenate([rows.real, rows.imag], 1), r.dtype)  # Re(R e Rᴴ) as one real product
+    e = spread.reshape(len(spread), -1, spread.shape[-1])
+    e = jnp.broadcast_to(jnp.concatenate([e, e], 1), (len(r), rows.shape[1], r.shape[-1]))
+    a = jnp.einsum("nk,bkc,mk->bcnm", rows, e, rows, precision="highest")
+    factor = jax.scipy.linalg.cho_factor(a, lower=True)
+    z = jax.scipy.linalg.cho_solve(factor, jnp.moveaxis(flat, -1, 1)[..., None])[..., 0]
+    return jnp.moveaxis(z, 1, -1).reshape(r.shape)
+
+
+def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> jax.Array:
+  """Where to start low: a draw of the Gaussian posterior given C′x = y, plus noise of level σ; [B, *space, C].
+
+    x = p + K₀(y − C′p) + σz,  p ~ N(0, S),  K₀ = S C′ᵀ(C′ S C′ᵀ)⁻¹
+
+  Args:
+    gain: built on prior_variance(S).
+    y: [B, *coarse, C]; keys: [B].
+    sigma: e.g. 3 data standard deviations: 16 steps from there equal 32 from σ = 40, and pure noise at σ = 3 is biased
+      (measured on KS).
+  """
+  op, shape = gain.operator, (*gain.operator.fine, y.shape[-1])
+  never = jnp.full(y.shape[:1], jnp.inf, y.dtype)
+  axes = tuple(range(1, len(shape)))
+  white = solvers.noise(keys, solvers.START - 1, shape, y.dtype)
+  colour = jnp.sqrt(_half(gain.variance(never), len(op.fine)))
+  draw = jnp.fft.irfftn(jnp.fft.rfftn(white, axes=axes) * colour, op.fine, axes=axes).astype(y.dtype)
+  draw = draw + gain.correction(y - op.apply(draw), never)
+  return draw + sigma * solvers.noise(keys, solvers.START, shape, y.dtype)
+
+
+def _half(full, axes: int):
+  """The half of the full FFT grid that rfftn keeps; the last of `axes` space axes, before the channels."""
+  n = full.shape[axes]
+  return full[(*[slice(None)] * axes, slice(0, n // 2 + 1))]
+
+
+def _column(values, ndim: int):
+  return values.reshape(-1, *(1,) * (ndim - 1))
+
+
+def _block_mean_gain(points: int, factor: int) -> np.ndarray:
+  """|H_k|² of the mean over `factor` neighbours, [points]."""
+  phase = np.exp(2j * np.pi * np.outer(np.arange(points), np.arange(factor)) / points)
+  return np.abs(phase.mean(1)) ** 2

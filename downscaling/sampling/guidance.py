@@ -1,0 +1,134 @@
+"""C′x = y′ as decorators of a denoiser: (D, operator, y′) -> D′, another denoiser of the same signature.
+
+| name | formula | exact for a Gaussian field | calls of D, gradients |
+|---|---|---|---|
+| paper | C′⁺y′ + (I − VVᵀ)[D − α∇ₓ‖C′D − y′‖²] (Wan et al. 2023, arXiv:2305.15618, eq. 7) | no | 1, 1 vjp |
+| scaled | the same with α(1 + σ²/σ_d²) | no | 1, 1 vjp |
+| wiener, measured | D + G_σ(y′ − C′D), sampling/gain.py | yes, for wiener | 1, none |
+| none | D | – | 1, none |
+
+‖·‖² is the sum of squares over a sample's d′ coarse values. For the last call of a solver see `make`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from downscaling.common.operators import Operator
+from downscaling.sampling.gain import Gain
+from downscaling.sampling.solvers import Denoise
+
+NAMES = ("paper", "scaled", "wiener", "measured", "none")
+
+
+class Guided(NamedTuple):
+  """denoise: for the steps of a solver. last: for its last call."""
+
+  denoise: Denoise
+  last: Denoise
+
+
+def make(
+  name: str,
+  denoise: Denoise,
+  operator: Operator,
+  y: jax.Array,
+  *,
+  alpha: float = 1.0,
+  normalise: str = "none",
+  data_std: float = 1.0,
+  gain: Gain | None = None,
+  final: str = "overwrite",
+) -> Guided:
+  """The guided denoiser and the one to end with.
+
+  Args:
+    name: one of NAMES.
+    denoise: D of the unconditional prior.
+    operator, y: C′ and y′ [B, *coarse, C], in the units of D's fields.
+    alpha, normalise, data_std: of paper and scaled, see there.
+    gain: needed by wiener (on prior_variance), measured (on measured_variance) and by final="gain".
+    final: how paper and scaled end. "overwrite", as the paper: the observed points are set to y′, which leaves kinks
+      beside them. "gain": D + G(y′ − C′D), which spreads the correction as the field's covariance does. Wiener and
+      measured always end with their gain.
+  """
+  if name not in NAMES or final not in ("overwrite", "gain"):
+    raise ValueError(f"guidance {name!r} with final={final!r}: use one of {', '.join(NAMES)}, with overwrite or gain.")
+  if name == "none":
+    return Guided(denoise, denoise)
+  if gain is None and (name in ("wiener", "measured") or final == "gain"):
+    raise ValueError(f"guidance {name!r} with final={final!r} needs a gain: build a Gain from the training spectrum.")
+  if name in ("wiener", "measured"):
+    guided = along_gain(denoise, operator, y, gain)
+    return Guided(guided, guided)
+  decorate = paper if name == "paper" else scaled
+  extra = {} if name == "paper" else {"data_std": data_std}
+  guided = decorate(denoise, operator, y, alpha=alpha, normalise=normalise, **extra)
+  return Guided(guided, guided if final == "overwrite" else along_gain(denoise, operator, y, gain))
+
+
+def paper(denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, normalise: str = "none") -> Denoise:
+  """Eq. 7 of the paper. It is no posterior: a constant α is too weak where σ is large (docs/method.md has the figures).
+
+  normalise: the paper's α is not public, and sources differ: "none" takes it as it stands, "divide" as α/(d′/d),
+  "multiply" as α·d′/d, d and d′ the fine and coarse values of a sample.
+  """
+  strength = alpha * _share(operator, normalise)
+  return _eq7(denoise, operator, y, lambda sigma: strength)
+
+
+def scaled(
+  denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, data_std: float = 1.0, normalise: str = "none"
+) -> Denoise:
+  """Eq. 7 with α(1 + σ²/σ_d²): the gradient carries the Jacobian of D, about σ_d²/(σ_d² + σ²), which this undoes."""
+  strength = alpha * _share(operator, normalise)
+  return _eq7(denoise, operator, y, lambda sigma: strength * (1 + (sigma / data_std) ** 2))
+
+
+def along_gain(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -> Denoise:
+  """D + G_σ(y′ − C′D): no gradient, no overwriting, and C′D′ = y′ all the same."""
+  check(operator, y)
+
+  def guided(x, sigma):
+    denoised = denoise(x, sigma)
+    return denoised + gain.correction(y - operator.apply(denoised), sigma)
+
+  return guided
+
+
+def _eq7(denoise: Denoise, operator: Operator, y: jax.Array, strength: Callable[[jax.Array], jax.Array]) -> Denoise:
+  check(operator, y)
+
+  def guided(x, sigma):
+    def observed(x):
+      denoised = denoise(x, sigma)
+      return operator.apply(denoised), denoised
+
+    seen, pull, denoised = jax.vjp(observed, x, has_aux=True)
+    (gradient,) = pull(2 * (seen - y))
+    a = strength(sigma.reshape(-1, *(1,) * (x.ndim - 1)))
+    return operator.constrain(denoised - a * gradient, y)
+
+  return guided
+
+
+def _share(operator: Operator, normalise: str) -> float:
+  fine, coarse = 1, 1
+  for n in operator.fine:
+    fine *= n
+  for n in operator.coarse:
+    coarse *= n
+  factors = {"none": 1.0, "divide": fine / coarse, "multiply": coarse / fine}
+  if normalise not in factors:
+    raise ValueError(f"normalise={normalise!r} is unknown; use {', '.join(factors)}.")
+  return factors[normalise]
+
+
+def check(operator: Operator, y: jax.Array) -> None:
+  """Raises ValueError unless y is [B, *coarse, C] of this operator."""
+  if y.ndim != len(operator.coarse) + 2 or y.shape[1:-1] != operator.coarse:
+    raise ValueError(
+      f"conditions of shape {y.shape} came, need [batch, {', '.join(map(str, operator.coarse))}, channels] for the "
+      "operator: is the coarse grid the one the prior was trained for (config.grid)?"
+    )

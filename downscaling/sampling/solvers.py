@@ -1,0 +1,162 @@
+"""From noise to fields: each solver a plain lax.scan over descending noise levels.
+
+A denoiser is D(x [B, *space, C], σ [B]) ≈ E[x₀ | x₀ + σ·noise = x]; dx/dσ = (x − D)/σ is the flow it defines (Karras et
+al. 2022, arXiv:2206.00364, eq. 1 with s = 1). All solvers share one signature,
+
+    solver(denoise, x, levels, keys, *, last, ...) -> fields [B, *space, C]
+
+and work on x = x₀ + σ·noise, except euler_maruyama, which is the paper's and works on s(t)·x. After the step to
+levels[-1] the fields are denoised once more, by `last` (D itself if None; `lambda x, sigma: x` leaves the call out).
+
+Randomness by id: member i at step k uses fold_in(keys[i], k), so neither batch split nor device decides a draw.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from downscaling.diffusion.schedules import Schedule
+
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+START = 2**31 - 1  # the "step" whose noise a member starts from; no solver takes that many steps
+
+
+def noise(keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+  """Standard normal [B, *shape], row i from fold_in(keys[i], step); keys are [B] typed PRNG keys."""
+  return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, dtype))(keys)
+
+
+def initial(keys: jax.Array, shape: tuple[int, ...], sigma_max: float) -> jax.Array:
+  """Pure noise of standard deviation sigma_max to start from, [B, *shape]; σ_max must dwarf the data's std."""
+  return jnp.asarray(sigma_max, jnp.float32) * noise(keys, START, shape)
+
+
+def euler_maruyama(
+  denoise: Denoise,
+  x: jax.Array,
+  levels: np.ndarray,
+  keys: jax.Array,
+  *,
+  schedule: Schedule,
+  last: Denoise | None = None,
+) -> jax.Array:
+  """Reverse SDE of the schedule in its own time t and scale s; first order. One denoiser call a step, and the last.
+
+    d(sx) = [(ṡ/s + 2σ̇/σ) sx − 2s(σ̇/σ) D] dt + s √(2σσ̇) dW,  t descending
+
+  (Song et al. 2021, arXiv:2011.13456, eq. 6, with Tweedie's (D − x)/σ² for the score.) The paper takes 256 steps with σ
+  decaying exponentially. x is given and returned unscaled.
+  """
+  levels = jnp.asarray(levels, x.dtype)
+  t = schedule.inverse(levels)
+  scale = schedule.scale(t)
+  sigma_rate, scale_rate = schedule.rates(t)
+  dt = t[1:] - t[:-1]
+
+  def step(scaled, inputs):
+    k, dt, sigma, s, sigma_rate, scale_rate = inputs
+    denoised = _call(denoise, scaled / s, sigma)
+    drift = (scale_rate + 2 * sigma_rate) * scaled - 2 * s * sigma_rate * denoised
+    spread = s * sigma * jnp.sqrt(2 * sigma_rate * -dt)
+    return scaled + drift * dt + spread * noise(keys, k, x.shape[1:], x.dtype), None
+
+  steps = (jnp.arange(len(dt)), dt, levels[:-1], scale[:-1], sigma_rate[:-1], scale_rate[:-1])
+  scaled, _ = jax.lax.scan(step, x * scale[0], steps)
+  return _call(last or denoise, scaled / scale[-1], levels[-1])
+
+
+def heun(
+  denoise: Denoise,
+  x: jax.Array,
+  levels: np.ndarray,
+  keys: jax.Array | None = None,
+  *,
+  churn: float = 0.0,
+  churn_noise: float = 1.0,
+  last: Denoise | None = None,
+) -> jax.Array:
+  """Heun's method on the flow; second order. Two denoiser calls a step, and the last.
+
+  With churn > 0 each step first adds noise, σ -> σ(1 + γ), γ = min(churn/steps, √2 − 1) (Karras et al. 2022, Algorithm
+  2 with S_churn = churn, S_noise = churn_noise at all levels); then keys are needed.
+  """
+  if churn > 0 and keys is None:
+    raise ValueError(f"heun with churn={churn:g} draws noise: hand in keys, [B], one a member; or set churn=0.")
+  levels = jnp.asarray(levels, x.dtype)
+  gamma = min(churn / (len(levels) - 1), 2**0.5 - 1)
+
+  def step(x, inputs):
+    k, sigma, below = inputs
+    if gamma > 0:
+      above = sigma * (1 + gamma)
+      x = x + churn_noise * jnp.sqrt(above**2 - sigma**2) * noise(keys, k, x.shape[1:], x.dtype)
+      sigma = above
+    slope = (x - _call(denoise, x, sigma)) / sigma
+    guess = x + (below - sigma) * slope
+    slope_below = (guess - _call(denoise, guess, below)) / below
+    return x + (below - sigma) * (slope + slope_below) / 2, None
+
+  x, _ = jax.lax.scan(step, x, (jnp.arange(len(levels) - 1), levels[:-1], levels[1:]))
+  return _call(last or denoise, x, levels[-1])
+
+
+def dpm_solver_pp_2m(
+  denoise: Denoise, x: jax.Array, levels: np.ndarray, keys: jax.Array | None = None, *, last: Denoise | None = None
+) -> jax.Array:
+  """DPM-Solver++(2M) on the flow (Lu et al. 2022, arXiv:2211.01095); second order. One call a step, and the last.
+
+  The flow draws nothing: keys are not used.
+  """
+  return _multistep(denoise, x, levels, None, 0.0, last)
+
+
+def dpm_solver_pp_2m_sde(
+  denoise: Denoise,
+  x: jax.Array,
+  levels: np.ndarray,
+  keys: jax.Array,
+  *,
+  eta: float = 1.0,
+  last: Denoise | None = None,
+) -> jax.Array:
+  """The same with noise: from σ = s to t, h = ln(s/t), E = 1 − e^{−(1+η)h},
+
+    x ← (t/s) e^{−ηh} x + E [D + (h/2h_last)(D − D_last)] + t √(1 − e^{−2ηh}) z
+
+  η = 0 is the flow, η = 1 the usual reverse SDE (Song et al. 2021); a larger η forgets more of each step's error. One
+  denoiser call a step, and the last.
+  """
+  if eta < 0:
+    raise ValueError(f"eta={eta:g}: need >= 0; 0 is the deterministic flow, 1 the reverse SDE.")
+  if eta > 0 and keys is None:
+    raise ValueError(
+      f"dpm_solver_pp_2m_sde with eta={eta:g} draws noise: hand in keys, [B], one a member; or set eta=0."
+    )
+  return _multistep(denoise, x, levels, keys if eta > 0 else None, eta, last)
+
+
+def _multistep(denoise, x, levels, keys, eta, last):
+  levels = jnp.asarray(levels, x.dtype)
+  h = jnp.log(levels[:-1] / levels[1:])
+  carry_on = jnp.concatenate([jnp.zeros_like(h[:1]), h[1:] / (2 * h[:-1])])  # the first step has no last D
+
+  def step(carry, inputs):
+    x, last_denoised = carry
+    k, sigma, below, h, weight = inputs
+    denoised = _call(denoise, x, sigma)
+    target = denoised + weight * (denoised - last_denoised)
+    x = below / sigma * jnp.exp(-eta * h) * x - jnp.expm1(-(1 + eta) * h) * target
+    if keys is not None:
+      x = x + below * jnp.sqrt(-jnp.expm1(-2 * eta * h)) * noise(keys, k, x.shape[1:], x.dtype)
+    return (x, denoised), None
+
+  inputs = (jnp.arange(len(h)), levels[:-1], levels[1:], h, carry_on)
+  (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), inputs)
+  return _call(last or denoise, x, levels[-1])
+
+
+def _call(denoise: Denoise, x: jax.Array, sigma: jax.Array) -> jax.Array:
+  return denoise(x, jnp.broadcast_to(sigma, x.shape[:1]))

@@ -1,0 +1,181 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from downscaling.common import checkpoints as ckpt
+from downscaling.common import mesh as meshes
+from downscaling.common import runs
+from downscaling.datasets import pipeline, statistics
+from downscaling.diffusion import denoiser, training, unet
+
+N = 16
+SPECTRUM = (1.0 / (1.0 + np.minimum(np.arange(N), N - np.arange(N)) ** 2))[:, None].astype(np.float32)
+SPECTRUM *= N / SPECTRUM.sum()
+
+
+def _gaussian(count, seed=0):
+  """Stationary Gaussian fields of SPECTRUM, unit variance, [count, N, 1]."""
+  white = np.random.default_rng(seed).normal(size=(count, N, 1))
+  return np.fft.ifft(np.sqrt(SPECTRUM) * np.fft.fft(white, axis=1), axis=1).real.astype(np.float32)
+
+
+def _waves(count, seed=0):
+  """One sine of random phase: far from Gaussian, so there is much to learn."""
+  phase = np.random.default_rng(seed).uniform(0, 2 * np.pi, (count, 1))
+  return (np.sqrt(2) * np.sin(2 * np.pi * np.arange(N) / N + phase))[..., None].astype(np.float32)
+
+
+def _denoiser(spectrum=SPECTRUM):
+  return denoiser.Denoiser(unet.UNet(channels=(8,), strides=(2,), blocks=1, heads=0, embedding=16), spectrum)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
+def test_silent_net_under_wiener_is_the_exact_gaussian_denoiser(sigma):
+  """E[x0 | x] of a Gaussian field by dense linear algebra. float32 FFTs: 1e-5 of the field's size."""
+  d = _denoiser()
+  x = jnp.asarray(_gaussian(3)) * (1 + sigma)
+  params = jax.jit(d.init)(jax.random.key(0), x, jnp.ones(3))
+  got = jax.jit(d.apply)(params, x, jnp.full(3, sigma))
+  dft = np.fft.fft(np.eye(N)) / np.sqrt(N)
+  cov = (dft.conj().T @ np.diag(SPECTRUM[:, 0]) @ dft).real
+  exact = np.einsum("ij,bjc->bic", cov @ np.linalg.inv(cov + sigma**2 * np.eye(N)), x)
+  np.testing.assert_allclose(got, exact, atol=1e-5 * (1 + sigma))
+
+
+def test_edm_limits():
+  """D -> x as σ -> 0, and -> 0, the mean, as σ -> ∞ (silent net)."""
+  d = _denoiser(None)
+  x = jnp.asarray(_gaussian(2))
+  params = jax.jit(d.init)(jax.random.key(0), x, jnp.ones(2))
+  np.testing.assert_allclose(jax.jit(d.apply)(params, x, jnp.full(2, 1e-4)), x, atol=1e-6)
+  assert float(jnp.abs(jax.jit(d.apply)(params, x, jnp.full(2, 1e4))).max()) < 1e-6
+  with pytest.raises(ValueError, match="one noise level a sample"):
+    d.apply(params, x, jnp.ones(()))
+
+
+def test_loss_of_the_exact_denoiser_has_a_closed_form():
+  """(σ²+1)/σ² · mean_k S_k σ²/(S_k+σ²); 4096 samples × 16 modes: 4 standard errors are 4·√(2/65536) ≈ 2 %."""
+  d = _denoiser()
+  x = jnp.asarray(_gaussian(4096))
+  params = jax.jit(d.init)(jax.random.key(0), x[:1], jnp.ones(1))["params"]
+  error = jax.jit(lambda p, x, s: training.denoising_error(d, p, x, s, jax.random.key(1)))
+  for sigma in (0.1, 1.0):
+    got = float(error(params, x, jnp.full(len(x), sigma)).mean())
+    exact = (sigma**2 + 1) * np.mean(SPECTRUM / (SPECTRUM + sigma**2))
+    assert got == pytest.approx(exact, rel=0.02)
+
+
+class Memory(list):
+  def __getitems__(self, index):
+    return [self[i] for i in index]
+
+
+def _run(folder, total=8, stop=lambda: False, mesh=None, rate=1e-2, source=None, save_every=2, fields=_gaussian):
+  mesh = mesh or meshes.make()
+  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), SPECTRUM)
+  source = source or Memory({"u": u} for u in fields(64))
+  return training.train(
+    folder,
+    "hash",
+    denoiser=_denoiser(None),
+    tx=training.optimizer(peak=rate, end=1e-6, warmup_steps=2, total_steps=total, clip=1.0),
+    draw_sigma=lambda key, batch: jnp.exp(jax.random.normal(key, (batch,))),
+    ema_decay=0.9,
+    batches=pipeline.Batches(source, stats, 8, seed=0),
+    validation=jax.device_put(fields(8, seed=1), meshes.rows(mesh)),
+    space=(N,),
+    channels=1,
+    mesh=mesh,
+    seed=0,
+    total_steps=total,
+    log_every=2,
+    eval_every=4,
+    save_every=save_every,
+    config_text="{}",
+    stop=stop,
+  )
+
+
+def _last(folder, mesh=None):
+  mesh = mesh or meshes.make()
+  tx = training.optimizer(peak=1e-2, end=1e-6, warmup_steps=2, total_steps=8, clip=1.0)
+  shapes = jax.eval_shape(lambda k: training.init_state(_denoiser(None), tx, (N,), 1, k), jax.random.key(0))
+  return ckpt.Checkpoints(folder / "checkpoints", "hash").restore_last(ckpt.abstract(shapes, meshes.replicated(mesh)))
+
+
+def _equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def test_eight_steps_are_three_and_a_stop_and_five(tmp_path):
+  """Parameters, average, optimiser and logged losses, bit for bit."""
+  _run(tmp_path / "straight")
+  polled = iter([False, False, True])
+  with pytest.raises(runs.Interrupted, match="stopped at step 3 of 8, which is saved"):
+    _run(tmp_path / "cut", stop=lambda: next(polled))
+  assert _last(tmp_path / "cut")[0] == 3
+  _run(tmp_path / "cut")
+  (one, straight), (two, cut) = _last(tmp_path / "straight"), _last(tmp_path / "cut")
+  assert one == two == 8
+  _equal(straight, cut)
+  # The window that the stop cut in two is logged in two parts; all later ones are the same numbers.
+  losses = [dict(zip(*runs.read_scalars(tmp_path / name, "loss"), strict=True)) for name in ("straight", "cut")]
+  assert {s: losses[0][s] for s in (2, 6, 8)} == {s: losses[1][s] for s in (2, 6, 8)}
+
+
+def test_one_device_and_four_train_alike(tmp_path):
+  """The same batches and noise; only the order of sums differs: 1e-4 of parameters of size 0.1 after 8 steps of Adam,
+  whose first steps move by the sign of the gradient. Noise drawn per device would differ at order 0.01."""
+  states = []
+  for devices in (1, 4):
+    mesh = meshes.make(devices)
+    _run(tmp_path / str(devices), mesh=mesh)
+    states.append(jax.device_get(_last(tmp_path / str(devices), mesh)[1].ema))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *states)
+  losses = [runs.read_scalars(tmp_path / d, "loss")[1] for d in "14"]
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_learning_lowers_the_validation_error(tmp_path):
+  result = _run(tmp_path, total=60, save_every=60, fields=_waves)
+  _, errors = runs.read_scalars(tmp_path, "validation/error")
+  assert result["error"] == errors[-1] < 0.8 * errors[0]
+
+
+def test_nan_stops_the_run_names_the_window_and_keeps_the_last_good(tmp_path):
+  """The data hold one NaN, met in a known step of the first epoch."""
+  fields = _gaussian(64)
+  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), SPECTRUM)
+  order = pipeline.Batches(Memory({"u": u} for u in fields), stats, 8, seed=0)
+  fields[order.indices(4)[0], 3] = np.nan  # batch 4 is step 5
+  with pytest.raises(FloatingPointError, match=r"not finite at step 5, in the window \(4, 6\]. .* is step 4 and stays"):
+    _run(tmp_path, source=Memory({"u": u} for u in fields))
+  step, state = _last(tmp_path)
+  assert step == 4
+  assert all(np.isfinite(p).all() for p in jax.tree.leaves(jax.device_get(state)))
+
+
+def test_prior_round_trip_and_messages(tmp_path):
+  mesh = meshes.make()
+  with pytest.raises(FileNotFoundError, match="downscaling train"):
+    training.load_prior(tmp_path, "hash", _denoiser(None), (N,), 1, mesh)
+  _run(tmp_path)
+  prior = training.load_prior(tmp_path, "hash", _denoiser(None), (N,), 1, mesh)
+  _equal(prior, _last(tmp_path)[1].ema)
+  with pytest.raises(ValueError, match="warmup_steps=9 must lie in"):
+    training.optimizer(peak=1.0, end=0.0, warmup_steps=9, total_steps=8, clip=1.0)
+
+
+def test_average_follows_its_definition():
+  tx = training.optimizer(peak=1e-2, end=1e-6, warmup_steps=0, total_steps=8, clip=1.0)
+  d = _denoiser(None)
+  step = jax.jit(training.make_train_step(d, tx, lambda k, b: jnp.ones(b), 0.5))
+  state = jax.jit(lambda key: training.init_state(d, tx, (N,), 1, key))(jax.random.key(0))
+  x = {"x": jnp.asarray(_gaussian(4))}
+  expected = state.ema
+  for i in range(8):
+    state, _ = step(state, x, jax.random.key(1))
+    decay = min(0.5, (1 + i) / (10 + i))
+    expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, state.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)

@@ -1,0 +1,224 @@
+"""The ensemble store: killed and resumed, on other devices, in other units: the same fields; refusals; xarray."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import tensorstore
+import xarray
+
+from downscaling.common import mesh as meshes
+from downscaling.common import runs
+from downscaling.common.operators import Strided
+from downscaling.diffusion import schedules
+from downscaling.sampling import ensemble, gain, guidance, solvers
+
+OP = Strided.on((24,), 4)
+CONDITIONS = np.random.default_rng(0).normal(size=(5, 6, 1)).astype(np.float32)
+never = lambda: False
+
+
+@pytest.fixture(scope="module")
+def sampler():
+  """Draws of a Gaussian posterior by the real guidance and solver."""
+  s = 1 / (1 + (np.abs(np.fft.fftfreq(24, 1 / 24)) / 3) ** 4)[:, None]
+  g = gain.Gain(OP, gain.prior_variance(s))
+  denoise = lambda x, sigma: x * (1 / (1 + sigma[:, None, None] ** 2))
+  levels = schedules.levels("edm", 4, 3.0, 0.01)
+
+  def draw(keys, y):
+    guided = guidance.make("wiener", denoise, OP, y, gain=g)
+    return solvers.dpm_solver_pp_2m_sde(guided.denoise, gain.gaussian_start(keys, g, y, 3.0), levels, keys)
+
+  return draw
+
+
+def write(path, sampler, **kwargs):
+  defaults = {
+    "conditions": CONDITIONS, "members": 6, "space": (24,), "unit": (2, 4), "mesh": meshes.make(), "seed": 1,
+    "identity": {"sampling": {"steps": 4}}, "attrs": {"title": "test", "config_hash": "abc"}, "stop": never,
+  }  # fmt: skip
+  return ensemble.write_ensemble(path, sampler=sampler, **(defaults | kwargs))
+
+
+def stop_after(polls):
+  left = iter(range(polls))
+  return lambda: next(left, None) is None
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, sampler):
+  path = tmp_path_factory.mktemp("whole") / "a.zarr"
+  summary = write(path, sampler)
+  assert summary["units"] == summary["drawn"] == 6
+  return path
+
+
+def samples(path):
+  return ensemble.read(path).sample.values
+
+
+def test_xarray_reads_names_and_attributes(whole):
+  with xarray.open_zarr(whole) as data:  # warnings are errors here
+    assert data.sample.dims == ("condition", "member", "x")
+    assert data.sample.shape == (5, 6, 24)
+    assert data.sample.dtype == np.float32
+    assert data.condition_field.dims == ("condition", "x_coarse")
+    np.testing.assert_array_equal(data.condition_field, CONDITIONS[..., 0])
+    np.testing.assert_array_equal(data.condition, np.arange(5))
+    assert data.attrs["done_fraction"] == 1
+    assert data.attrs["Conventions"].startswith("CF-")
+    assert {"title", "config_hash", "history"} <= set(data.attrs)
+    np.testing.assert_allclose(
+      data.sample[..., ::4], np.broadcast_to(CONDITIONS.transpose(0, 2, 1), (5, 6, 6)), atol=1e-5
+    )
+
+
+def test_killed_and_resumed_equals_undisturbed(tmp_path, whole, sampler):
+  path = tmp_path / "a.zarr"
+  for done in (2, 4):
+    with pytest.raises(runs.Interrupted, match=f"{done} of 6 units"):
+      write(path, sampler, stop=stop_after(2))
+    assert len(list((tmp_path / "a.units").glob("c*-m*.json"))) == done
+    unfinished = xarray.open_zarr(path)
+    assert unfinished.attrs["done_fraction"] == pytest.approx(done / 6, abs=1e-5)
+    assert np.isnan(unfinished.sample.values).any()
+    with pytest.raises(ValueError, match=f"{done} of 6 units: run the same"):
+      ensemble.read(path)
+  assert write(path, sampler, stop=stop_after(9))["drawn"] == 2
+  for file in sorted((whole / "sample").rglob("*")):
+    if file.is_file():
+      assert file.read_bytes() == (path / "sample" / file.relative_to(whole / "sample")).read_bytes(), file
+
+
+def test_a_unit_without_its_marker_is_drawn_again(tmp_path, whole, sampler):
+  """kill -9 between the bytes and the marker: the same bytes are written once more."""
+  path = tmp_path / "a.zarr"
+  with pytest.raises(runs.Interrupted):
+    write(path, sampler, stop=stop_after(4))
+  store = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/sample/"}, open=True).result()
+  store[0:2, 0:4].write(np.full((2, 4, 24), 7, np.float32)).result()
+  (tmp_path / "a.units" / "c000000-m000000.json").unlink()
+  assert write(path, sampler)["drawn"] == 3
+  np.testing.assert_array_equal(samples(path), samples(whole))
+  assert write(path, sampler)["drawn"] == 0
+
+
+def test_one_device_draws_what_four_draw(tmp_path, whole, sampler):
+  write(tmp_path / "a.zarr", sampler, mesh=meshes.make(1))
+  # Same draws; only the order of float32 sums may differ. Keys by device, or by row, would differ by O(1).
+  np.testing.assert_allclose(samples(tmp_path / "a.zarr"), samples(whole), atol=2e-5)
+
+
+@pytest.mark.parametrize("unit", [(1, 8), (3, 4), (4, 1)])
+def test_other_units_draw_the_same(tmp_path, whole, sampler, unit):
+  write(tmp_path / "a.zarr", sampler, unit=unit)
+  np.testing.assert_allclose(samples(tmp_path / "a.zarr"), samples(whole), atol=2e-5)  # float32 rounding, as above
+
+
+def test_a_condition_is_drawn_by_its_id(tmp_path, whole, sampler):
+  path = tmp_path / "a.zarr"
+  write(path, sampler, conditions=CONDITIONS[3:4], condition_ids=np.array([3]), members=2)
+  np.testing.assert_allclose(samples(path)[0], samples(whole)[3, :2], atol=2e-5)
+  assert ensemble.read(path).condition.values.tolist() == [3]
+
+
+def test_weights_are_an_operand(tmp_path):
+  """Handed to the sampler, replicated, instead of being baked into the program."""
+  draw = lambda keys, y, weights: solvers.noise(keys, 0, (24, 1)) * weights["scale"]
+  write(tmp_path / "a.zarr", draw, weights={"scale": np.float32(0)})
+  assert (samples(tmp_path / "a.zarr") == 0).all()
+
+
+def test_two_axes_two_channels_and_no_condition(tmp_path):
+  draw = lambda keys, y: solvers.noise(keys, 0, (4, 6, 2))
+  coordinates = {"y": (np.linspace(0, 1, 4), {"units": "km"})}
+  write(
+    tmp_path / "u.zarr",
+    draw,
+    conditions=None,
+    members=5,
+    space=(4, 6),
+    channels=2,
+    unit=(1, 4),
+    coordinates=coordinates,
+  )
+  data = ensemble.read(tmp_path / "u.zarr")
+  assert data.sample.dims == ("condition", "member", "y", "x", "channel")
+  assert data.sample.shape == (1, 5, 4, 6, 2)
+  assert data.y.attrs == {"units": "km"}
+  assert "condition_field" not in data
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 4)  # member 4 of condition 0, drawn alone
+  np.testing.assert_array_equal(data.sample[0, 4], solvers.noise(key[None], 0, (4, 6, 2))[0])
+
+
+def test_another_identity_is_refused_and_left_alone(tmp_path, sampler):
+  path = tmp_path / "a.zarr"
+  with pytest.raises(runs.Interrupted):
+    write(path, sampler, stop=stop_after(1))
+  before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+  changes = {
+    r"sampling.steps: 4 -> 5": {"identity": {"sampling": {"steps": 5}}},
+    r"seed: 1 -> 2": {"seed": 2},
+    r"layout.members: 6 -> 7": {"members": 7},
+    r"conditions: ": {"conditions": CONDITIONS + 1},
+    r"layout.unit: \[2, 4\] -> \[1, 4\]": {"unit": (1, 4)},
+  }
+  for words, change in changes.items():
+    with pytest.raises(ValueError, match=words):
+      write(path, sampler, **change)
+  assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+
+
+def test_a_store_that_is_not_ours_is_refused(tmp_path, sampler):
+  (tmp_path / "a.zarr").mkdir()
+  (tmp_path / "a.zarr" / "precious").write_text("x")
+  with pytest.raises(FileExistsError, match="not made by this job"):
+    write(tmp_path / "a.zarr", sampler)
+  assert (tmp_path / "a.zarr" / "precious").read_text() == "x"
+  with pytest.raises(ValueError, match="no ensemble written by"):
+    ensemble.read(tmp_path / "a.zarr")
+
+
+def test_a_field_that_is_not_finite_is_named(tmp_path):
+  def draw(keys, y):
+    x = solvers.noise(keys, 0, (24, 1))
+    return jax.numpy.where(y[:, :1] == CONDITIONS[2, 0, 0], jax.numpy.nan, x)
+
+  with pytest.raises(FloatingPointError, match="condition 2, member 0"):
+    write(tmp_path / "a.zarr", draw)
+  assert len(list((tmp_path / "a.units").glob("c*-m*.json"))) == 2  # the units of conditions 0 and 1
+
+
+def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
+  def full(*_):
+    raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+
+  monkeypatch.setattr(ensemble, "_write", full)
+  with pytest.raises(OSError, match="Free some disk"):
+    write(tmp_path / "a.zarr", sampler)
+  monkeypatch.undo()
+  assert write(tmp_path / "a.zarr", sampler)["drawn"] == 6
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    ({"members": 0}, "at least 1"),
+    ({"unit": (1, 2)}, "over 4 devices"),
+    ({"conditions": np.where(np.arange(5)[:, None, None] == 3, np.nan, CONDITIONS)}, "1 of 5 conditions hold NaN"),
+    ({"conditions": CONDITIONS[..., 0]}, r"\[conditions, \*coarse, channels\]"),
+    ({"condition_ids": np.zeros(5, int)}, "5 different numbers"),
+    ({"coordinates": {"x": (np.arange(23), {})}}, "coordinate x"),
+  ],
+)
+def test_refusals_before_anything_is_written(tmp_path, sampler, change, words):
+  with pytest.raises(ValueError, match=words):
+    write(tmp_path / "a.zarr", sampler, **change)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_markers_are_json(whole):
+  marker = json.loads((whole.with_suffix(".units") / "c000004-m000004.json").read_text())
+  assert marker == {"c0": 4, "c1": 5, "m0": 4, "m1": 6}

@@ -1,0 +1,130 @@
+"""The gain: FFT against dense algebra in float64, C′G = I, tables, the low start, the misfit score."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from downscaling.common.operators import BlockMean, Dense, Strided
+from downscaling.sampling import gain
+
+SIGMAS = np.array([0.05, 0.7, 30.0], np.float32)
+
+
+OPERATORS = [
+  Strided.on((24,), 4),
+  Strided.on((12, 24), 4),
+  Strided.on((15,), 5),
+  BlockMean.on((24,), 4),
+  BlockMean.on((12, 16), 4),
+]
+
+
+@pytest.mark.parametrize("op", OPERATORS, ids=lambda o: f"{type(o).__name__}{o.fine}")
+def test_matches_dense_algebra(gaussian, op):
+  field = gaussian(op.fine, corner=2.0)
+  rng = np.random.default_rng(0)
+  r = rng.normal(size=(len(SIGMAS), *op.coarse, 1)).astype(np.float32)
+  circulant = gain.Gain(op, gain.prior_variance(field.spectrum))
+  dense = gain.Gain(op, gain.prior_variance(field.spectrum), dense=True)
+  both = jax.jit(lambda r, s: [(g.correction(r, s), g.misfit_score(r, s)) for g in (circulant, dense)])
+  (got, score), (got_dense, score_dense) = jax.device_get(both(r, SIGMAS))
+  c = op.matrix()
+  for i, sigma in enumerate(SIGMAS.astype(np.float64)):
+    s = field.spectrum * sigma**2 / (field.spectrum + sigma**2)
+    cov = field._replace(spectrum=s).covariance()
+    a = c @ cov @ c.T
+    exact = (cov @ c.T @ np.linalg.solve(a, r[i].ravel())).reshape(*op.fine, 1)
+    chi2 = r[i].ravel() @ np.linalg.solve(a, r[i].ravel()) / r[i].size
+    # Float32 against float64, the condition number of A up to 1e2: 1e-4 of the largest value. A fold that forgets a
+    # factor f, or H of the block mean, is off by that factor; an rfft half taken on the wrong axis by O(1).
+    for value in (got[i], got_dense[i]):
+      np.testing.assert_allclose(value, exact, atol=1e-4 * np.abs(exact).max())
+    np.testing.assert_allclose([score[i], score_dense[i]], chi2, rtol=2e-4)
+
+
+def test_any_operator_reproduces_its_observations(gaussian):
+  rng = np.random.default_rng(1)
+  weights = rng.uniform(0.5, 2.0, size=(24,))
+  for op in (Dense.on((24,), rng.normal(size=(5, 24))), BlockMean.on((24,), 4, weights), Strided.on((24,), 3)):
+    g = gain.Gain(op, gain.prior_variance(gaussian((24,)).spectrum))
+    y = jnp.asarray(rng.normal(size=(2, *op.coarse, 2)), jnp.float32)  # two channels share the spectrum
+    for sigma in (0.01, 1.0, jnp.inf):
+      x = jax.jit(g.correction)(y, jnp.full(2, sigma, jnp.float32))
+      np.testing.assert_allclose(op.apply(x), y, atol=1e-5)  # C′G = I to float32 rounding
+
+
+def test_channels_have_their_own_spectrum(gaussian):
+  op = Strided.on((24,), 4)
+  rough, smooth = gaussian((24,), corner=8.0).spectrum, gaussian((24,), corner=2.0).spectrum
+  both = gain.Gain(op, gain.prior_variance(np.concatenate([rough, smooth], -1)))
+  r = jnp.asarray(np.random.default_rng(2).normal(size=(2, 6, 2)), jnp.float32)
+  sigma = jnp.asarray([0.3, 3.0])
+  got = jax.jit(both.correction)(r, sigma)
+  for channel, spectrum in enumerate((rough, smooth)):
+    alone = jax.jit(gain.Gain(op, gain.prior_variance(spectrum)).correction)(r[..., channel : channel + 1], sigma)
+    np.testing.assert_allclose(got[..., channel : channel + 1], alone, atol=1e-6)
+
+
+def test_at_no_noise_and_at_all_noise():
+  s = np.array([[2.0], [0.5], [0.0], [0.5]])
+  variance = gain.prior_variance(s)(jnp.asarray([np.inf, 1e-3], jnp.float32))
+  np.testing.assert_allclose(variance[0, :, 0], [2.0, 0.5, 2e-14, 0.5], rtol=1e-6)  # S itself, empty modes lifted
+  np.testing.assert_allclose(variance[1, :2, 0], 1e-6, rtol=1e-5)  # σ² where σ² is far below S
+
+
+def test_a_table_of_the_gaussian_error_is_the_wiener_gain(gaussian):
+  field, op = gaussian((24,)), Strided.on((24,), 4)
+  grid = np.geomspace(1e-3, 100, 60)
+  table = field.spectrum[None] * grid[:, None, None] ** 2 / (field.spectrum[None] + grid[:, None, None] ** 2)
+  measured, exact = jax.jit(gain.measured_variance(grid, table)), jax.jit(gain.prior_variance(field.spectrum))
+  between = jnp.asarray(np.sqrt(grid[1:] * grid[:-1]), jnp.float32)
+  # At the nodes float32 only; between them h²/8 times the curvature (≤ 1) of ln e, h = ln 10 · 5/59: 0.5 %.
+  np.testing.assert_allclose(measured(jnp.asarray(grid, jnp.float32)), exact(jnp.asarray(grid, jnp.float32)), rtol=2e-4)
+  np.testing.assert_allclose(measured(between), exact(between), rtol=6e-3)
+  np.testing.assert_allclose(measured(jnp.asarray([1e4, 1e-6]))[:, :, 0], table[[-1, 0], :, 0], rtol=1e-4)
+  r = jnp.ones((1, 6, 1))
+  got, want = (jax.jit(gain.Gain(op, v).correction)(r, jnp.asarray([0.4])) for v in (measured, exact))
+  np.testing.assert_allclose(got, want, atol=5e-3)
+
+
+def test_low_start_has_the_posterior_plus_noise(gaussian):
+  field, op, members = gaussian((16,)), Strided.on((16,), 4), 8192
+  y = op.matrix() @ field.draw(0)
+  mean, cov = field.posterior(op, y)
+  g = gain.Gain(op, gain.prior_variance(field.spectrum))
+  keys = jax.random.split(jax.random.key(1), members)
+  many = jnp.broadcast_to(jnp.asarray(y, jnp.float32)[None, :, None], (members, 4, 1))
+  x = np.asarray(jax.jit(lambda k, y: gain.gaussian_start(k, g, y, 0.5))(keys, many))[..., 0]
+  # Monte Carlo: a mean to √(1.25/8192) = .012, a covariance entry to about 1.25·√(2/8192) = .02; 4 standard errors. One
+  # key for both draws would double the cross term, a prior in place of the posterior adds O(1).
+  np.testing.assert_allclose(x.mean(0), mean, atol=0.05)
+  np.testing.assert_allclose(np.cov(x.T), cov + 0.25 * np.eye(16), atol=0.08)
+
+
+def test_misfit_score_is_one_where_the_prior_is_right(gaussian):
+  field, op, rows = gaussian((24,)), Strided.on((24,), 4), 2048
+  rng = np.random.default_rng(3)
+  truth = np.linalg.cholesky(field.covariance()) @ rng.normal(size=(24, rows))
+  truth = jnp.asarray(truth.T[..., None], jnp.float32)
+  g, sigma = gain.Gain(op, gain.prior_variance(field.spectrum)), jnp.full(rows, 0.6)
+  noisy = truth + 0.6 * jnp.asarray(rng.normal(size=truth.shape), jnp.float32)
+  r = op.apply(truth - field.denoise(noisy, sigma))
+  # Mean of rows·6 squares of unit normals: standard error √(2/12288) = .013.
+  score = jax.jit(g.misfit_score)
+  assert float(score(r, sigma).mean()) == pytest.approx(1, abs=0.05)
+  assert float(score(3 * r, sigma).mean()) == pytest.approx(9, abs=0.45)
+
+
+def test_refusals(gaussian):
+  op = Strided.on((24,), 4)
+  with pytest.raises(ValueError, match="negative or non-finite"):
+    gain.prior_variance(np.array([1.0, -1.0]))
+  with pytest.raises(ValueError, match="ascending"):
+    gain.measured_variance([1.0, 0.5], np.ones((2, 24, 1)))
+  with pytest.raises(ValueError, match="values <= 0"):
+    gain.measured_variance([0.5, 1.0], np.zeros((2, 24, 1)))
+  with pytest.raises(ValueError, match=r"grid \(16,\), the operator's fine grid is \(24,\)"):
+    gain.Gain(op, gain.prior_variance(gaussian((16,)).spectrum)).correction(jnp.ones((1, 6, 1)), jnp.ones(1))
+  with pytest.raises(ValueError, match="guidance 'scaled'"):
+    gain.Gain(BlockMean.on((200, 200), 2, np.ones((200, 200))), gain.prior_variance(np.ones((200, 200, 1))))
