@@ -40,7 +40,7 @@ def get_config(variant="quick"):
       dict(train=12288, validation=4096, test=4096),
       dict(train=128, validation=64, test=64),
     ),
-    lflr=pick(dict(train=2048, test=1024), dict(train=8192, test=4096), dict(train=128, test=64)),
+    lflr=pick(dict(train=4096, test=2048), dict(train=8192, test=4096), dict(train=128, test=64)),
   )
 
   c.debias = dict(
@@ -48,7 +48,7 @@ def get_config(variant="quick"):
     epsilon=pick(0.001, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
     threshold=1e-3,  # L1 error of the marginals
     max_iterations=pick(1000, 2000, 100),
-    held_out=pick(1024, 4096, 64),  # LFLR test snapshots that are debiased, in this order
+    held_out=pick(2048, 4096, 64),  # LFLR test snapshots that are debiased, in this order
   )
 
   # The prior is trained on fields of unit variance: every sigma is in that unit.
@@ -70,16 +70,18 @@ def get_config(variant="quick"):
   # How often, in steps; free to change between restarts.
   c.plan = dict(log_every=pick(50, 100, 5), eval_every=pick(500, 2000, 10), save_every=pick(500, 1000, 10))
 
-  # Guidance: paper (Eq. 7) | scaled | wiener | none. Solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
-  # The paper's own: name="paper", final="overwrite"; euler_maruyama, steps=256, levels="exponential", sigma_max=152.
+  # guidance: paper (Eq. 7) | scaled | wiener | none. solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
+  # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
+  # The paper's own: start="noise", name="paper", final="overwrite", euler_maruyama, 256 exponential levels from 150.
   c.sampling = dict(
     conditions=pick(512, 2048, 16),  # held-out coarse fields
     members=pick(4, 8, 2),  # of each
-    unconditional=pick(512, 2048, 16),
     unit=(pick(64, 64, 8), pick(4, 8, 2)),  # conditions × members drawn and written together
+    start="gaussian",
     guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain"),
-    solver=dict(name="dpm_solver_pp_2m_sde", eta=pick(2.5, 2.5, 1.0)),
-    levels=dict(name="edm", steps=pick(16, 32, 4), sigma_max=40.0, sigma_min=3e-3, rho=7.0),
+    solver=dict(name="dpm_solver_pp_2m_sde", eta=2.5),
+    levels=dict(name="edm", steps=pick(16, 32, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
+    unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )
   c.evaluate = dict(reference=pick(8192, 16_384, 128))  # true fields to compare with
 

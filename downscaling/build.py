@@ -136,29 +136,31 @@ def optimizer(config) -> optax.GradientTransformation:
 SOURCES = {"ot+diffusion": "ot", "raw+diffusion": "raw", "true+diffusion": "true", "unconditional": None}
 
 
-def sampler(config, stats: statistics.Statistics, denoise) -> Callable:
-  """(keys [B], coarse fields [B, *coarse, C] or None) -> fields [B, *space, C], in data units.
-
-  denoise: (x [B, *space, C], σ [B]) -> D, in the units of normalised fields.
-  """
+def sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) -> Callable:
+  """(keys [B], coarse fields [B, *coarse, C] or None, parameters) -> fields [B, *space, C], in data units."""
   c, op = config.sampling, operator(config)
-  levels = schedules.levels(**c.levels)
+  if c.start not in ("noise", "gaussian"):
+    raise ValueError(f"config.sampling.start={c.start!r} is unknown; use noise or gaussian.")
+  steps, shape = dict(c.levels), (*op.fine, len(stats.mean))
+  levels = schedules.levels(**steps)
+  high = schedules.levels(**steps | {"sigma_max": c.unconditional.sigma_max, "steps": c.unconditional.steps})
   gain = gains.Gain(op, gains.prior_variance(stats.spectrum))
   solve = _solver(config)
 
-  def draw(keys, y):
-    if y is None:
-      guided = guidance.make("none", denoise, op, y)
+  def draw(keys, y, params):
+    denoise = lambda x, sigma: network.apply({"params": params}, x, sigma)
+    if y is None:  # nothing is known but the law: start from pure noise, far above the data
+      x = solvers.initial(keys, shape, float(high[0]))
+      return stats.restore(solve(denoise, x, high, keys))
+    y = stats.normalise(y)
+    guided = guidance.make(denoise=denoise, operator=op, y=y, gain=gain, **c.guidance)
+    if c.start == "gaussian":
+      x = gains.gaussian_start(keys, gain, y, float(levels[0]))
     else:
-      guided = guidance.make(c.guidance.name, denoise, op, stats.normalise(y), gain=gain, **guidance_options(config))
-    x = solvers.initial(keys, (*op.fine, len(stats.mean)), float(levels[0]))
+      x = solvers.initial(keys, shape, float(levels[0]))
     return stats.restore(solve(guided.denoise, x, levels, keys, last=guided.last))
 
   return draw
-
-
-def guidance_options(config) -> dict[str, Any]:
-  return {k: v for k, v in config.sampling.guidance.items() if k != "name"}
 
 
 def _solver(config) -> Callable:

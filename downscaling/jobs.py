@@ -139,15 +139,16 @@ def sample_job(ctx: Context) -> str:
   network = build.denoising_network(c, stats)
   space, channels = build.space(c), len(stats.mean)
   params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
-  draw = build.sampler(c, stats, lambda x, sigma: network.apply({"params": params}, x, sigma))
+  draw = build.sampler(c, stats, network)
   with stage.timed():
     for name, source in build.SOURCES.items():
       conditions = None if source is None else conditions_of(ctx, source)
       ensemble.write_ensemble(
         stage.path / f"{name}.zarr",
         conditions=conditions,
-        members=c.sampling.members if source else c.sampling.unconditional,
+        members=c.sampling.members if source else c.sampling.unconditional.fields,
         sampler=draw,
+        weights=params,
         space=space,
         channels=channels,
         unit=tuple(c.sampling.unit) if source else (1, c.sampling.unit[0] * c.sampling.unit[1]),
@@ -256,10 +257,11 @@ def provenance(ctx: Context) -> dict:
 
 def pipeline_job(ctx: Context) -> str:
   """All jobs in order; what is finished is skipped, what is broken off goes on."""
+  done = ctx.stage("report").complete
   for name in ("generate", "debias", "train", "sample", "evaluate"):
     runs.say(f"{name}: {run(name, ctx)}")
-  if (metrics := ctx.workdir / "report" / "metrics.json").exists():
-    print(tables.summary_table(runs.read_json(metrics)))
+  if done:  # else evaluate has just printed it
+    print(tables.summary_table(runs.read_json(ctx.workdir / "report" / "metrics.json")))
   return f"report: {ctx.workdir / 'report' / 'report.html'}"
 
 

@@ -153,6 +153,6 @@ def load(builder: FieldsBuilder, split: str, count: int | None = None) -> dict[s
     bad = int(np.argmin(finite))
     raise ValueError(
       f"{builder.data_dir} split {split}: trajectory {out['trajectory'][bad]} at time {out['time'][bad]:g} "
-      f"holds NaN or infinity ({int((~finite).sum())} of {len(rows)} snapshots). Generate the data in another --workdir."
+      f"holds NaN or infinity ({int((~finite).sum())} of {len(rows)} snapshots). Generate anew in another --workdir."
     )
   return out

@@ -120,19 +120,10 @@ def write_ensemble(
   path = pathlib.Path(path)
   layout = _layout(conditions, members, space, channels, unit)
   meshes.check_divides(math.prod(layout.unit), mesh, "a unit (conditions × members)", "sampling.unit")
-  ids = np.arange(layout.conditions) if condition_ids is None else np.asarray(condition_ids)
-  if ids.shape != (layout.conditions,) or len(np.unique(ids)) != len(ids) or (ids < 0).any():
-    raise ValueError(f"condition_ids of shape {ids.shape}: need {layout.conditions} different numbers >= 0.")
-  full = runs.plain(dict(identity)) | {"seed": seed, "layout": runs.plain(layout._asdict()), "dtype": "float32"}
-  full["conditions"] = _digest(ids) if conditions is None else _digest(ids, conditions)
+  ids = _ids(condition_ids, layout.conditions)
   variables = _variables(layout, ids, conditions, coordinates or {})
-  units = path.with_suffix(".units")
-  if path.exists() and not (units / runs.MARKER).exists():
-    raise FileExistsError(
-      f"{path} exists, but not its list of finished units {units}: it was not made by this job, or the list was moved. "
-      "Nothing was touched: use another sampling.name or --workdir."
-    )
-  stage = runs.open_stage(units, "sample", full)
+  stage = _open(path, layout, ids, conditions, seed, identity)
+  units = stage.path
   done = {p.name for p in units.glob("c*-m*.json")}
   with _full_disk_in_words(path):
     _create(path, layout, variables, attrs, sample_attrs or {}, fresh=not done)
@@ -257,6 +248,26 @@ def _digest(ids: np.ndarray, conditions: np.ndarray | None = None) -> str:
   for y in conditions if conditions is not None else ():  # one at a time: the array may be a memory map
     digest.update(np.ascontiguousarray(y, "<f4").tobytes())
   return digest.hexdigest()[:16]
+
+
+def _ids(condition_ids, count: int) -> np.ndarray:
+  ids = np.arange(count) if condition_ids is None else np.asarray(condition_ids)
+  if ids.shape != (count,) or len(np.unique(ids)) != count or (ids < 0).any():
+    raise ValueError(f"condition_ids of shape {ids.shape}: need {count} different numbers >= 0.")
+  return ids
+
+
+def _open(path, layout: Layout, ids, conditions, seed: int, identity: Mapping) -> runs.Stage:
+  """The folder of markers, refused if the samples there depend on anything else."""
+  full = runs.plain(dict(identity)) | {"seed": seed, "layout": runs.plain(layout._asdict()), "dtype": "float32"}
+  full["conditions"] = _digest(ids) if conditions is None else _digest(ids, conditions)
+  units = path.with_suffix(".units")
+  if path.exists() and not (units / runs.MARKER).exists():
+    raise FileExistsError(
+      f"{path} exists, but not its list of finished units {units}: it was not made by this job, or the list was moved. "
+      "Nothing was touched: use another sampling.name or --workdir."
+    )
+  return runs.open_stage(units, "sample", full)
 
 
 def _variables(layout: Layout, ids, conditions, coordinates: Coordinates) -> dict[str, tuple]:

@@ -1,0 +1,129 @@
+"""--dry_run: what a job would do, in devices, shapes, memory, disk and steps, without doing it.
+
+Memory of the jitted jobs is the compiler's own account of the very program that would run.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from downscaling import build
+from downscaling.common import mesh as meshes
+from downscaling.datasets import statistics
+from downscaling.debias import geometry
+from downscaling.diffusion import training
+
+
+def describe(name: str, ctx) -> str:
+  """The plan of a job, several lines."""
+  parts = {"generate": _generate, "debias": _debias, "train": _train, "sample": _sample, "evaluate": _evaluate}
+  chosen = parts if name == "pipeline" else {name: parts[name]}
+  kinds = {d.device_kind for d in ctx.mesh.devices.flat}
+  lines = [
+    f"devices    {ctx.mesh.size} × {', '.join(sorted(kinds))}, {jax.process_count()} process(es), mesh {dict(ctx.mesh.shape)}",
+    f"workdir    {ctx.workdir}",
+  ]
+  for job, plan in chosen.items():
+    lines += [job, *(f"  {line}" for line in plan(ctx.config, ctx))]
+  return "\n".join(["dry run, nothing is written", *lines])
+
+
+def _generate(c, ctx) -> list[str]:
+  lines, disk = [], 0
+  for which in ("hfhr", "lflr"):
+    plan = build.generation(c, ctx.workdir, which, meshes.rows(ctx.mesh))
+    shape = plan.builder.info.features["u"].shape
+    count = sum(plan.trajectories.values())
+    dt = c.fine.dt if which == "hfhr" else c.coarse.dt
+    steps = round(plan.times[-1] / dt)
+    rows = count * len(plan.times)
+    disk += rows * (math.prod(shape) * 4 + 24)
+    shards = len(plan.shards())
+    lines.append(
+      f"{which}: {dict(plan.trajectories)} trajectories of {steps} steps, {len(plan.times)} snapshots each, "
+      f"{rows} fields {shape} float32 in {shards} shards; float64, {-(-plan.shard // ctx.mesh.size)} a device at a time"
+    )
+  return [*lines, f"disk: {_size(disk)} in {build.data_dir(c, ctx.workdir)}"]
+
+
+def _debias(c, ctx) -> list[str]:
+  n, d = c.debias.points, math.prod(build.operator(c).coarse)
+  tile = geometry.TILE
+  return [
+    f"{n} × {n} points in {d} dimensions; ε {c.debias.epsilon:g} of the mean cost, annealed; at most "
+    f"{c.debias.max_iterations} iterations to marginal error {c.debias.threshold:g}",
+    f"memory: {_size(8 * n * (d + 2))} for the clouds and potentials, {_size(4 * min(n, tile[0]) * min(n, tile[1]))} a "
+    f"tile ({tile[0]} × {tile[1]}); the {_size(4 * n * n)} of a full cost matrix are never stored",
+    f"disk: {_size(4 * n * (d + 1) + 8 * (c.debias.held_out + 4096) * d)} and three checkpoints of {_size(8 * n)}",
+  ]
+
+
+def _statistics(c, ctx) -> statistics.Statistics:
+  """Of the data if they are there, else of a unit field: shapes, and so memory, are the same."""
+  if (path := build.data_dir(c, ctx.workdir) / "statistics.npz").exists():
+    return statistics.load(path)
+  return statistics.Statistics(
+    np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*build.space(c), 1), np.float32)
+  )
+
+
+def _abstract_state(c, ctx, network):
+  init = lambda key: training.init_state(network, build.optimizer(c), build.space(c), 1, key)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  everywhere = meshes.replicated(ctx.mesh)
+  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
+
+
+def _rows(ctx, *shape):
+  return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=meshes.rows(ctx.mesh))
+
+
+def _train(c, ctx) -> list[str]:
+  meshes.check_divides(c.train.batch, ctx.mesh, "a batch", "train.batch")
+  network = build.denoising_network(c, _statistics(c, ctx))
+  state = _abstract_state(c, ctx, network)
+  step = training.make_train_step(network, build.optimizer(c), build.noise_levels(c), c.train.ema_decay)
+  batch = {"x": _rows(ctx, c.train.batch, *build.space(c), 1)}
+  memory = jax.jit(step, donate_argnums=0).lower(state, batch, jax.random.key(0)).compile().memory_analysis()
+  size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(state))
+  return [
+    f"{training.count(state.params):,} parameters; {c.train.total_steps} steps of batch {c.train.batch} "
+    f"({c.train.batch // ctx.mesh.size} a device) = {c.train.total_steps * c.train.batch:,} samples",
+    f"memory a device: {_size(size)} state, {_size(memory.temp_size_in_bytes)} temporary (compiled)",
+    f"disk: 3 checkpoints of {_size(size)}, saved every {c.plan.save_every} steps",
+  ]
+
+
+def _sample(c, ctx) -> list[str]:
+  s, stats = c.sampling, _statistics(c, ctx)
+  rows = s.unit[0] * s.unit[1]
+  meshes.check_divides(rows, ctx.mesh, "a unit (conditions × members)", "sampling.unit")
+  network = build.denoising_network(c, stats)
+  params = _abstract_state(c, ctx, network).params
+  keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=meshes.rows(ctx.mesh))
+  y = _rows(ctx, rows, *build.operator(c).coarse, 1)
+  memory = jax.jit(build.sampler(c, stats, network)).lower(keys, y, params).compile().memory_analysis()
+  field = math.prod(build.space(c)) * 4
+  conditional = sum(source is not None for source in build.SOURCES.values())
+  fields = conditional * s.conditions * s.members + s.unconditional.fields
+  return [
+    f"{conditional} sets of {s.conditions} conditions × {s.members} members and {s.unconditional.fields} unconditional: "
+    f"{fields} fields {build.space(c)}, {s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
+    f"units of {s.unit[0]} conditions × {s.unit[1]} members, {rows // ctx.mesh.size} fields a device at a time",
+    f"memory a device: {_size(memory.temp_size_in_bytes)} temporary (compiled)",
+    f"disk: {_size(fields * field)} before compression in {ctx.workdir / 'samples'}",
+  ]
+
+
+def _evaluate(c, ctx) -> list[str]:
+  return [f"against {c.evaluate.reference} held-out true fields; writes {ctx.workdir / 'report'}, about 5 MB"]
+
+
+def _size(count: float) -> str:
+  for unit in ("B", "kB", "MB", "GB"):
+    if count < 1000:
+      return f"{count:.3g} {unit}"
+    count /= 1000
+  return f"{count:.3g} TB"
