@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "scipy>=1.13"]
+TEST = ["pytest>=8"]
 DEV = [*TEST, "ruff>=0.9", "setuptools>=77"]  # setuptools: the editable install builds without the network
 
 setup(
@@ -27,7 +27,9 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
     "ott-jax>=0.6.0",
+    "pillow>=10",
     "rich>=13",
+    "scipy>=1.13",
     "tensorboardX>=2.6.5",
     "tensorflow-datasets>=4.9.10",
     "tensorstore>=0.1.86",

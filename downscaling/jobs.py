@@ -111,8 +111,8 @@ def debias_job(ctx: Context) -> str:
   op, group = build.operator(c), build.group(c)
   reference = np.asarray(op.apply(load_rows(ctx, "hfhr", "test", c.evaluate.reference)))[..., 0]
 
-  def against_truth(_, mapped):
-    return tables.measure(mapped[..., 0], reference, group=group)
+  def against_truth(rows, mapped):
+    return tables.measure(mapped[..., 0], reference, group=group, source=rows[..., 0])
 
   with stage.timed():
     report = sinkhorn.debias(

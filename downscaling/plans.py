@@ -22,7 +22,8 @@ def describe(name: str, ctx) -> str:
   chosen = parts if name == "pipeline" else {name: parts[name]}
   kinds = {d.device_kind for d in ctx.mesh.devices.flat}
   lines = [
-    f"devices    {ctx.mesh.size} × {', '.join(sorted(kinds))}, {jax.process_count()} process(es), mesh {dict(ctx.mesh.shape)}",
+    f"devices    {ctx.mesh.size} × {', '.join(sorted(kinds))}, {jax.process_count()} process(es), "
+    f"mesh {dict(ctx.mesh.shape)}",
     f"workdir    {ctx.workdir}",
   ]
   for job, plan in chosen.items():
@@ -109,7 +110,7 @@ def _sample(c, ctx) -> list[str]:
   conditional = sum(source is not None for source in build.SOURCES.values())
   fields = conditional * s.conditions * s.members + s.unconditional.fields
   return [
-    f"{conditional} sets of {s.conditions} conditions × {s.members} members and {s.unconditional.fields} unconditional: "
+    f"{conditional} sets of {s.conditions} conditions × {s.members} members, {s.unconditional.fields} unconditional: "
     f"{fields} fields {build.space(c)}, {s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
     f"units of {s.unit[0]} conditions × {s.unit[1]} members, {rows // ctx.mesh.size} fields a device at a time",
     f"memory a device: {_size(memory.temp_size_in_bytes)} temporary (compiled)",

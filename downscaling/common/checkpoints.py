@@ -104,7 +104,7 @@ class Checkpoints:
       )
 
   def _explained(self):
-    return _ExplainFullDisk(self.folder)
+    return runs.full_disk_in_words(self.folder, "the checkpoints already there are whole")
 
   def close(self) -> None:
     self.wait()
@@ -113,25 +113,3 @@ class Checkpoints:
 
 class _WrongRun(ValueError):
   """Raised for a checkpoint that is whole, but not ours to continue."""
-
-
-class _ExplainFullDisk:
-  """Turns the many faces of 'no space left' into one OSError with the folder and the fix."""
-
-  def __init__(self, folder):
-    self.folder = folder
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    if error is None or isinstance(error, KeyboardInterrupt):
-      return False
-    text = str(error).lower()
-    if "no space left" in text or "enospc" in text or "resource_exhausted" in text or getattr(error, "errno", 0) == 28:
-      raise OSError(
-        28,
-        f"no space left while saving under {self.folder}; the checkpoints already there are whole. Free some disk "
-        "and run the same command: it goes on from the last one.",
-      ) from error
-    return False

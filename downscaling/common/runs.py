@@ -8,6 +8,7 @@ runs. Everything is JSON: nothing is executed when a folder is read back.
 import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -168,6 +169,25 @@ def _finite(value: Any) -> Any:
   if isinstance(value, float) and not np.isfinite(value):
     return None
   return value
+
+
+@contextlib.contextmanager
+def full_disk_in_words(path: str | os.PathLike, kept: str) -> Iterator[None]:
+  """Turns the many faces of 'no space left' (Python, orbax, TensorStore, Zarr) into one OSError with path and fix.
+
+  kept: what stays usable, for the message.
+  """
+  try:
+    yield
+  except Exception as error:
+    text = str(error).lower()
+    signs = ("no space left", "enospc", "resource_exhausted")
+    if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in signs):
+      raise OSError(
+        errno.ENOSPC,
+        f"no space left while writing {path}; {kept}. Free some disk and run the same command: it goes on from there.",
+      ) from error
+    raise
 
 
 def versions() -> dict[str, str]:

@@ -76,7 +76,8 @@ def generate(plan: Plan, mesh: jax.sharding.Mesh, stop: Callable[[], bool]) -> i
         padded = np.concatenate([ids, np.full(width - len(ids), ids[0])])
         computed = plan.rollout(jax.device_put(padded, meshes.rows(mesh)))
       if pending is not None:
-        _write(plan, pending[0], np.asarray(pending[1]))
+        with runs.full_disk_in_words(plan.builder.data_dir, "its finished shards are whole"):
+          _write(plan, pending[0], np.asarray(pending[1]))
         bar.advance(len(pending[0][2]))
         if stop() and shard is not None:
           raise runs.Interrupted(f"{name} stopped with {bar.done} of {total} trajectories on disk")

@@ -347,4 +347,4 @@ def _mapped_rows(path: pathlib.Path, fitted_map, rows: np.ndarray, ids: np.ndarr
   chunks = {k: {"chunks": (min(1024, len(rows)), *v.shape[1:])} for k, v in fields.items()}
   data.to_zarr(path, mode="w", zarr_format=3, consolidated=False, encoding=chunks)
   metrics = {name: dict(evaluate(rows, mapped)) for name, evaluate in evaluators.items()}
-  return {"rows": len(rows)} | transport.kept_input(rows, mapped) | metrics
+  return {"rows": len(rows)} | metrics

@@ -145,17 +145,3 @@ def check_finite(rows: np.ndarray, what: str) -> None:
     raise ValueError(
       f"{what} hold NaN or infinities in {len(bad)} of {len(rows)} rows ({shown}): drop or fill those rows first."
     )
-
-
-def kept_input(source: np.ndarray, mapped: np.ndarray) -> dict[str, float]:
-  """What is left of the input's own weather; source y and mapped T y are [S, ...], row by row.
-
-  corr_input: tr Cov(y, Ty)/√(tr Cov(y) tr Cov(Ty)); displacement: ‖Ty − y‖/‖y‖ over all rows together.
-  """
-  y, t = (np.asarray(a, np.float64).reshape(len(a), -1) for a in (source, mapped))
-  dy, dt = y - y.mean(0), t - t.mean(0)
-  size = float(np.linalg.norm(dy) * np.linalg.norm(dt))
-  return {
-    "corr_input": float((dy * dt).sum()) / size if size else 0.0,
-    "displacement": float(np.linalg.norm(t - y) / max(np.linalg.norm(y), np.finfo(np.float64).tiny)),
-  }

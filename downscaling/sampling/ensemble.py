@@ -10,7 +10,6 @@ Host and device memory hold two units, however large the ensemble.
 """
 
 import datetime
-import errno
 import hashlib
 import math
 import pathlib
@@ -125,7 +124,7 @@ def write_ensemble(
   stage = _open(path, layout, ids, conditions, seed, identity)
   units = stage.path
   done = {p.name for p in units.glob("c*-m*.json")}
-  with _full_disk_in_words(path):
+  with runs.full_disk_in_words(path, "its finished units are whole"):
     _create(path, layout, variables, attrs, sample_attrs or {}, fresh=not done)
   todo = [u for u in layout.units() if u.name not in done]
   began = time.monotonic()
@@ -179,7 +178,7 @@ def _draw(path, units, layout: Layout, todo, done: int, draw, ids, conditions, m
   with runs.Progress("sample", total, "units", done=done) as bar:
 
     def finish(unit, fields):
-      with _full_disk_in_words(path):
+      with runs.full_disk_in_words(path, "its finished units are whole"):
         _write(store, layout, unit, fields)
         runs.write_json(units / unit.name, unit._asdict())
       bar.advance(1)
@@ -334,25 +333,3 @@ def _say_done(path, fraction: float) -> None:
   root = runs.read_json(path / "zarr.json")
   root["attributes"]["done_fraction"] = round(float(fraction), 6)
   runs.write_json(path / "zarr.json", root)
-
-
-class _full_disk_in_words:
-  """Turns what zarr, tensorstore and json say of a full disk into one OSError with the store and the fix."""
-
-  def __init__(self, path):
-    self.path = path
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    if error is not None and (
-      getattr(error, "errno", None) == errno.ENOSPC
-      or any(w in str(error).lower() for w in ("no space left", "resource_exhausted"))
-    ):
-      raise OSError(
-        errno.ENOSPC,
-        f"no space left while writing {self.path}; its finished units are whole. Free some disk and run the same "
-        "command: it goes on from there.",
-      ) from error
-    return False

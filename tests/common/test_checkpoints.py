@@ -78,6 +78,6 @@ def test_full_disk_is_said_in_words(tmp_path, monkeypatch):
     raise OSError(errno.ENOSPC, "No space left on device")
 
   monkeypatch.setattr(saver._manager, "save", full)
-  with pytest.raises(OSError, match=r"no space left while saving under .*; the checkpoints already there are whole"):
+  with pytest.raises(OSError, match=r"no space left while writing .*; the checkpoints already there are whole"):
     saver.save(2, _state(2.0))
   assert saver.steps() == [1]

@@ -106,14 +106,3 @@ def test_damaged_maps_are_named(fitted, tmp_path):
   (folder / "map.json").write_text(json.dumps(record | {"schema": 99}))
   with pytest.raises(ValueError, match=r"schema and kind \(99, 'entropic'\), this version reads \(1, 'entropic'\)"):
     transport.EntropicMap.load(folder)
-
-
-def test_kept_input_knows_the_simple_maps():
-  y = np.random.default_rng(5).normal(size=(500, 4)).astype(np.float32)
-  kept = transport.kept_input(y, y)
-  assert kept["corr_input"] == pytest.approx(1)
-  assert kept["displacement"] == 0
-  assert transport.kept_input(y, 3 * y + 1)["corr_input"] == pytest.approx(1)
-  assert transport.kept_input(y, 1.5 * y)["displacement"] == pytest.approx(0.5)
-  assert transport.kept_input(y, -y) == pytest.approx({"corr_input": -1, "displacement": 2})
-  assert transport.kept_input(y, np.zeros_like(y)) == {"corr_input": 0.0, "displacement": 1.0}

@@ -1,0 +1,93 @@
+"""im2col against lax.conv inside the U-Net of configs/ks.py: what should convolve(method="auto") choose here?
+
+  python benchmarks/convolution.py [--rounds=7] [--only=1|2]
+
+Rows: one training step (forward, backward, Adam) as `fit` calls it, and the denoiser alone inside a lax.scan, as every
+sampler calls it; 1-D: 192 points, batch 128; 2-D: 64² points, batch 8; channels 32/64/128, one block a level, float32.
+The two methods take turns, so that other load on the machine falls on both. cpu: median CPU seconds of the process;
+wall: least seconds on the clock; compile: seconds on the clock, without a cache; temp: the compiler's account of
+temporary memory. Ratios are lax over im2col: above 1, im2col wins.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from downscaling.diffusion import denoiser, training, unet
+
+CASES = {1: ((192,), 128), 2: ((64, 64), 8)}
+METHODS = ("im2col", "lax")
+CALLS = 4  # of the denoiser in one scan
+
+
+def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
+  """Name -> (compiled call without arguments, compile seconds, temporary bytes)."""
+  network = denoiser.Denoiser(unet.UNet(channels=(32, 64, 128), blocks=1, heads=0, convolution=method))
+  tx = training.optimizer(peak=1e-3, end=1e-6, warmup_steps=0, total_steps=1000, clip=1.0)
+  levels = lambda key, count: jnp.exp(jax.random.normal(key, (count,)))
+  step = training.make_train_step(network, tx, levels, ema_decay=0.99)
+  key = jax.random.key(0)
+  state = jax.jit(lambda key: training.init_state(network, tx, space, 1, key))(key)
+  x = jax.random.normal(key, (batch, *space, 1))
+
+  def several(params, x):
+    call = lambda x, _: (network.apply({"params": params}, x, jnp.ones(batch)), None)
+    return jax.lax.scan(call, x, length=CALLS)[0]
+
+  return {
+    "training step": _compiled(step, state, {"x": x}, key),
+    f"{CALLS} calls in a scan": _compiled(several, state.params, x),
+  }
+
+
+def _compiled(function, *arguments):
+  began = time.perf_counter()
+  compiled = jax.jit(function).lower(*arguments).compile()
+  seconds = time.perf_counter() - began
+  call = lambda: jax.block_until_ready(compiled(*arguments))
+  call()
+  return call, seconds, compiled.memory_analysis().temp_size_in_bytes
+
+
+def timed(call) -> tuple[float, float]:
+  """CPU and clock seconds of one call."""
+  cpu, wall = time.process_time(), time.perf_counter()
+  call()
+  return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--rounds", type=int, default=7)
+  parser.add_argument("--only", type=int, choices=CASES, help="number of dimensions")
+  args = parser.parse_args()
+  jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of the answer
+  print(f"{jax.default_backend()}; {args.rounds} rounds, in turns")
+  print(f"{'':<32}{'':<8}{'cpu s':>8}{'wall s':>8}{'compile s':>11}{'temp MB':>9}")
+  for rank, (space, batch) in CASES.items():
+    if args.only not in (None, rank):
+      continue
+    made = {method: programs(space, batch, method) for method in METHODS}
+    for name in made["lax"]:
+      times = {method: [] for method in METHODS}
+      for _ in range(args.rounds):
+        for method in METHODS:
+          times[method].append(timed(made[method][name][0]))
+      rows = {}
+      for method in METHODS:
+        cpu, wall = zip(*times[method], strict=True)
+        rows[method] = (statistics.median(cpu), min(wall), made[method][name][1], made[method][name][2] / 1e6)
+        _show(f"{rank}-D {name}", method, rows[method])
+      _show("", "ratio", [a / b for a, b in zip(rows["lax"], rows["im2col"], strict=True)])
+
+
+def _show(title: str, method: str, values) -> None:
+  cpu, wall, compile_seconds, memory = values
+  print(f"{title:<32}{method:<8}{cpu:>8.3f}{wall:>8.3f}{compile_seconds:>11.1f}{memory:>9.1f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
