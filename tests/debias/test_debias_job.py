@@ -70,7 +70,7 @@ def test_two_dimensions_and_channels(tmp_path):
   source, target, held = (np.concatenate([rows(n, s, 1.0, (4, 3))] * 2, -1) for n, s in ((40, 0), (50, 1), (11, 2)))
   sinkhorn.debias(tmp_path, "hash", source, target, held, space=(4, 3), epsilon=0.1)
   with xarray.open_zarr(tmp_path / "held_out.zarr", consolidated=False) as data:
-    assert dict(data["ot"].sizes) == {"row": 11, "x": 4, "y": 3, "channel": 2}
+    assert dict(data["ot"].sizes) == {"row": 11, "y": 4, "x": 3, "channel": 2}
 
 
 def test_not_converged_is_said(tmp_path, capfd):
