@@ -2,11 +2,11 @@
 
   python benchmarks/convolution.py [--rounds=7] [--only=1|2]
 
-Rows: one training step (forward, backward, Adam) as `fit` calls it, and the denoiser alone inside a lax.scan, as every
-sampler calls it; 1-D: 192 points, batch 128; 2-D: 64² points, batch 8; channels 32/64/128, one block a level, float32.
-The two methods take turns, so that other load on the machine falls on both. cpu: median CPU seconds of the process;
-wall: least seconds on the clock; compile: seconds on the clock, without a cache; temp: the compiler's account of
-temporary memory. Ratios are lax over im2col: above 1, im2col wins.
+Rows: one training step (forward, backward, Adam) as `fit` calls it, and the denoiser with its vjp inside a lax.scan, as
+a guided sampler calls it. 1-D: 192 points, batch 128; 2-D: 64² points, batch 8; channels 32/64/128, one block a level,
+float32. The two methods take turns, so that other load on the machine falls on both. cpu: median CPU seconds of the
+process; wall: least seconds on the clock; compile: seconds on the clock, without a cache; temp: the compiler's account
+of temporary memory. Ratios are lax over im2col: above 1, im2col wins.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from downscaling.diffusion import denoiser, training, unet
 
 CASES = {1: ((192,), 128), 2: ((64, 64), 8)}
 METHODS = ("im2col", "lax")
-CALLS = 4  # of the denoiser in one scan
+CALLS = 4  # of the denoiser and its vjp in one scan
 
 
 def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
@@ -34,12 +34,15 @@ def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
   x = jax.random.normal(key, (batch, *space, 1))
 
   def several(params, x):
-    call = lambda x, _: (network.apply({"params": params}, x, jnp.ones(batch)), None)
+    def call(x, _):
+      denoised, pull = jax.vjp(lambda x: network.apply({"params": params}, x, jnp.ones(batch)), x)
+      return denoised - pull(denoised)[0], None
+
     return jax.lax.scan(call, x, length=CALLS)[0]
 
   return {
     "training step": _compiled(step, state, {"x": x}, key),
-    f"{CALLS} calls in a scan": _compiled(several, state.params, x),
+    f"{CALLS} guided calls in a scan": _compiled(several, state.params, x),
   }
 
 

@@ -74,7 +74,7 @@ def get_config(variant="quick"):
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
   # The paper's own: start="noise", name="paper", final="overwrite", euler_maruyama, 256 exponential levels from 150.
   c.sampling = dict(
-    conditions=pick(512, 2048, 16),  # held-out coarse fields
+    conditions=pick(512, 1024, 16),  # held-out coarse fields
     members=pick(4, 8, 2),  # of each
     unit=(pick(64, 64, 8), pick(4, 8, 2)),  # conditions × members drawn and written together
     start="gaussian",

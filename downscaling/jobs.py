@@ -35,18 +35,23 @@ class Context:
   command: str
 
   def stage(self, name: str) -> runs.Stage:
-    path = build.data_dir(self.config, self.workdir) if name == "data" else self.workdir / name
-    return runs.open_stage(path, name, build.identity(self.config, name))
+    return runs.open_stage(self.folder(name), name, build.identity(self.config, name))
+
+  def folder(self, name: str) -> pathlib.Path:
+    return build.data_dir(self.config, self.workdir) if name == "data" else self.workdir / name
+
+  def done(self, name: str) -> bool:
+    """Is the stage complete? Makes no folder for the question. Raises as open_stage does if there is one."""
+    return (self.folder(name) / runs.MARKER).exists() and self.stage(name).complete
 
   def need(self, name: str, job: str) -> runs.Stage:
     """A finished stage; raises FileNotFoundError naming the job that makes it."""
-    path = build.data_dir(self.config, self.workdir) if name == "data" else self.workdir / name
-    if not (path / runs.MARKER).exists() or not (stage := self.stage(name)).complete:
+    if not self.done(name):
       raise FileNotFoundError(
-        f"{path} is missing or unfinished: run `downscaling {job}` first, with the same --config and --workdir "
-        "(or `downscaling pipeline`, which does all that is missing)."
+        f"{self.folder(name)} is missing or unfinished: run `downscaling {job}` first, with the same --config and "
+        "--workdir (or `downscaling pipeline`, which does all that is missing)."
       )
-    return stage
+    return self.stage(name)
 
 
 def generate_job(ctx: Context) -> str:
@@ -257,7 +262,7 @@ def provenance(ctx: Context) -> dict:
 
 def pipeline_job(ctx: Context) -> str:
   """All jobs in order; what is finished is skipped, what is broken off goes on."""
-  done = ctx.stage("report").complete
+  done = ctx.done("report")
   for name in ("generate", "debias", "train", "sample", "evaluate"):
     runs.say(f"{name}: {run(name, ctx)}")
   if done:  # else evaluate has just printed it
@@ -280,6 +285,8 @@ NAMES = tuple(JOBS)
 def run(name: str, ctx: Context) -> str:
   """Does a job, or says that it is done."""
   stage, job = JOBS[name]
-  if stage and ctx.stage(stage).complete:
-    return f"{name} is done already, in {ctx.stage(stage).path}"
+  if stage and ctx.done(stage):
+    return f"{name} is done already, in {ctx.folder(stage)}"
+  if ctx.stop():
+    raise runs.Interrupted(f"stopped before {name}")
   return job(ctx)

@@ -1,13 +1,16 @@
 """The command line: parse, build, call.
 
-  downscaling JOB --config=configs/ks.py[:VARIANT] --workdir=DIR [--config.key=value ...] [--dry_run]
+  downscaling JOB --config=configs/ks.py[:VARIANT] --workdir=DIR [--config.key=value ...] [--dry_run] [--traceback]
 
-Ends with exit code 0; 1 and a one-line error; or 143 after SIGTERM, with everything saved.
+JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order. Ends with exit code 0; 1 and a
+one-line error; or 143 after SIGTERM, with everything saved.
 """
 
+import itertools
 import pathlib
 import shlex
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -25,7 +28,41 @@ EXPECTED = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, 
 
 def run() -> None:
   """Entry point of the `downscaling` command."""
-  app.run(main)
+  if {"--help", "-h"} & {*sys.argv[1:]}:
+    print(__doc__)
+    sys.exit(0)
+  app.run(main, flags_parser=parse)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Reads the flags and returns the other arguments; what cannot be read ends the program with one line."""
+  given = [b for a, b in itertools.pairwise(argv) if a == "--config"]
+  given += [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+  if missing := [g for g in given if not pathlib.Path(g.partition(":")[0]).is_file()]:
+    fail(f"--config={missing[0]}: there is no such file in {pathlib.Path.cwd()}. E.g. --config=configs/ks.py:quick")
+  try:
+    return FLAGS(argv)
+  except Exception as error:  # a config is the user's Python: it can raise anything
+    if "--traceback" in argv:
+      raise
+    fail(explain(error, argv))
+
+
+def explain(error: Exception, argv: list[str]) -> str:
+  """One line for an error that parsing raised."""
+  while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it passes on
+    error = error.args[0]
+  text = str(error.args[0] if error.args else error)
+  lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+  if isinstance(error, KeyError | AttributeError) and "get_config" not in text:
+    key = lines[0].strip("'\"")
+    where = next((a for a in argv if a.startswith("--config.") and key in a.partition("=")[0].split(".")), "--config")
+    return f"{where}: the config has no key {key!r}. {' '.join(lines[1:]) or 'Its keys stand in the config file.'}"
+  if isinstance(error, SyntaxError):
+    return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
+  if isinstance(error, flags.Error):
+    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"  # between them stands a traceback
+  return f"--config: {type(error).__name__}: {lines[-1]}"
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +78,7 @@ def main(argv: list[str]) -> None:
     fail(f"{came} came, need one job: {', '.join(jobs.NAMES)}. E.g. {example}")
   job = argv[1]
   for name in ("config", "workdir"):
-    if getattr(FLAGS, name) is None:
+    if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
       fail(f"{job} needs --{name}. E.g. downscaling {job} --config=configs/ks.py --workdir=runs/ks")
   try:
     meshes.start(FLAGS.distributed)
@@ -63,6 +100,6 @@ def main(argv: list[str]) -> None:
     fail(f"{job}: {error}")
 
 
-def fail(text: str) -> None:
-  print(f"downscaling: {text}", file=sys.stderr)
+def fail(text: str) -> NoReturn:
+  print("downscaling:", " ".join(line.strip() for line in text.splitlines()), file=sys.stderr)
   sys.exit(1)

@@ -127,7 +127,10 @@ def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
       "Use another --workdir."
     )
   else:
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise OSError(error.errno, f"{path} cannot be made ({error.strerror}): use another --workdir.") from None
     write_json(
       marker,
       {"schema": SCHEMA, "stage": name, "complete": False, "config": identity, "config_hash": config_hash(identity)}

@@ -110,12 +110,11 @@ def _records(path: pathlib.Path) -> int:
   """Records in a shard; 0 if it cannot be read."""
   try:
     reader = array_record_module.ArrayRecordReader(str(path))
-  except RuntimeError:  # what array_record raises for a file without its footer
+    records = reader.num_records()
+    reader.close()  # this is where array_record says, without a word, that the file has no footer
+  except RuntimeError:
     return 0
-  try:
-    return reader.num_records()
-  finally:
-    reader.close()
+  return records
 
 
 def _finalise(plan: Plan, shards) -> None:

@@ -21,11 +21,11 @@ class Statistics:
 
   def normalise(self, x):
     """[..., C] in data units -> zero mean, unit variance."""
-    return (x - self.mean.astype(x.dtype)) / self.std.astype(x.dtype)
+    return (x - _last(self.mean, x)) / _last(self.std, x)
 
   def restore(self, x):
     """The inverse of normalise."""
-    return x * self.std.astype(x.dtype) + self.mean.astype(x.dtype)
+    return x * _last(self.std, x) + _last(self.mean, x)
 
   def save(self, path: str | os.PathLike) -> None:
     """All or nothing: a temporary file, then a rename."""
@@ -36,6 +36,11 @@ class Statistics:
       os.replace(temporary, path)
     finally:
       temporary.unlink(missing_ok=True)
+
+
+def _last(values: np.ndarray, like) -> np.ndarray:
+  """[C] -> [1, ..., 1, C] of the rank and dtype of `like`."""
+  return values.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def load(path: str | os.PathLike) -> Statistics:

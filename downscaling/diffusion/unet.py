@@ -20,8 +20,12 @@ def convolve(x: jax.Array, kernel: jax.Array, periodic: bool = True, method: str
     x: [B, *space, C]. kernel: [*odd sizes, C, C'].
     periodic: wrap around; else zeros beyond the edge.
     method: "im2col" gathers neighbours and does one matmul, "lax" calls the backend's convolution; "auto" takes im2col
-      for one dimension on CPU, where it is several times faster (benchmarks/convolution.py), and lax elsewhere.
+      for one dimension on CPU, and lax elsewhere.
   Returns: [B, *space, C'].
+
+  Measured, time of lax over im2col in CPU seconds, two cores of an AMD EPYC, jax 0.10.2, with
+  `python benchmarks/convolution.py --rounds=11`: a training step .85 in 1-D and .79 in 2-D; a guided call (with its
+  vjp) inside the samplers' lax.scan 2.2 in 1-D and 4.3 in 2-D, as XLA's CPU convolution is slow within a loop.
   """
   rank = x.ndim - 2
   if kernel.ndim != rank + 2 or any(k % 2 == 0 for k in kernel.shape[:rank]):

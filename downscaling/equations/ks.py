@@ -174,21 +174,22 @@ class Coarse:
   with `group`.
 
   The bias, on 24 points against strided `Fine`: 2048 trajectories × 4 snapshots a side (ids 0 ... 2047, seed 0), the
-  paper's metrics; Δ² = Σ (ln value/paper)²; s: seconds of a warm run on two cores:
+  paper's metrics; Δ² = Σ (ln value/paper)²; s: CPU seconds of a compiled run; all from `python benchmarks/ks_coarse.py`:
 
       scheme, cells, integrator, dt    covRMSE   MELRu   MELRw   KLD sum   Δ²      s
       the paper's LFLR                 .343      .201    .144    1.464
-      floor: Fine, seed 7              .061      .015    .015    .026              2.6
-      godunov 96 euler .1              .269      .265    .292    1.317     .65     0.5   the default
-      godunov 96 euler .05             .297      .265    .316    1.621     .72     0.9
-      godunov 96 ars222 .05            .320      .279    .340    2.015     .95     2.0
-      godunov 120 ars222 .05           .230      .188    .227    .851      .67     2.7
-      rusanov 120 ars222 .05           .232      .190    .229    .875      .64     3.7
-      central 72 ars222 .05            .373      .276    .263    .960      .65     1.5   no limiter
-      half 48 euler .02                .161      .142    .130    .258      3.7     1.7
-      godunov 48 euler .1              .590      .691    .823    13.95     9.9     0.4
+      floor: Fine, seed 7              .061      .015    .015    .026              3.2
+      godunov 96 euler .1              .269      .265    .292    1.317     .65     0.7   the default
+      godunov 96 euler .05             .297      .265    .316    1.621     .72     1.2
+      godunov 96 ars222 .05            .320      .279    .340    2.015     .95     3.4
+      godunov 120 ars222 .05           .230      .188    .227    .851      .66     4.3
+      rusanov 120 ars222 .05           .232      .190    .229    .875      .64     3.9
+      central 72 ars222 .05            .373      .276    .263    .960      .65     1.3   no limiter
+      half 48 euler .02                .161      .142    .130    .258      3.71    1.6
+      godunov 48 euler .1              .590      .691    .823    14.07     9.98    0.4
 
-  Over two more seeds the best are level (default .63, rusanov 120 .63, central 72 .66); the default is the cheapest.
+  With --seed=1 and --seed=2 the best are level: Δ² .63 and .63 for the default, .60 and .56 for rusanov 120, .67 and .61
+  for central 72. The default is the cheapest of them.
   A scheme that conserves the mean can hardly have all four figures: MELRw .144 puts energies 15 % off, but a KLD of
   .061 a point puts standard deviations 25 % off (KL ≈ (ln ratio)² for Gaussians), so energies 50 %. Energy at k = 0,
   which MELR leaves out, would reconcile the two: the mean of the paper's coarse solver may have drifted [inferred].
