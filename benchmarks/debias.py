@@ -46,9 +46,7 @@ def compiled(function, *arguments):
 
 def ott_solve(x, y, epsilon, iterations: int, threshold: float):
   """ott's output on the dense cloud: (f, g, iterations done, converged)."""
-  solver = ott_sinkhorn.Sinkhorn(
-    threshold=threshold, inner_iterations=CHUNK, min_iterations=min(iterations, CHUNK), max_iterations=iterations
-  )
+  solver = ott_sinkhorn.Sinkhorn(threshold=threshold, inner_iterations=CHUNK, max_iterations=iterations)
   out = solver(linear_problem.LinearProblem(pointcloud.PointCloud(x, y, epsilon=epsilon)))
   return out.f, out.g, out.n_iters, out.converged
 

@@ -19,6 +19,7 @@ def get_config(variant="quick"):
 
   c = ml_collections.ConfigDict()
   c.experiment = "ks-8x"
+  c.label = ""  # of another set of samples from the same map and prior: WORKDIR/samples-LABEL, WORKDIR/report-LABEL
   c.seed = 0
   c.mesh = dict(data=-1)  # devices along the data axis; -1 for all
 

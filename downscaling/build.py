@@ -1,16 +1,21 @@
 """Config blocks -> objects. The only place that reads config keys, so that no two jobs can read them differently."""
 
 import functools
+import math
 import pathlib
+import types
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from downscaling.common import mesh as meshes
 from downscaling.common import operators, runs, symmetry
 from downscaling.datasets import builders, generate, statistics
+from downscaling.debias import sinkhorn
 from downscaling.diffusion import denoiser, schedules, training, unet
 from downscaling.equations import ks
 from downscaling.sampling import gain as gains
@@ -44,6 +49,13 @@ def data_dir(config, workdir: pathlib.Path) -> pathlib.Path:
   return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
 
 
+def folder(config, workdir: pathlib.Path, stage: str) -> pathlib.Path:
+  """Where a stage lies; config.label keeps a second set of samples, and its report, beside the first."""
+  if stage == "data":
+    return data_dir(config, workdir)
+  return workdir / (f"{stage}-{config.label}" if config.label and stage in ("samples", "report") else stage)
+
+
 def space(config) -> tuple[int, ...]:
   return (config.grid.points,)
 
@@ -69,13 +81,16 @@ def dataset(config, workdir: pathlib.Path, which: str) -> builders.FieldsBuilder
   return builders.make(config.data.name, which, data_dir(config, workdir), grid)
 
 
+def equation(config, which: str) -> ks.Fine | ks.Coarse:
+  """The solver of "hfhr" or "lflr"."""
+  if which == "hfhr":
+    return ks.Fine(points=config.grid.points, length=config.grid.length, **config.fine)
+  return ks.Coarse(length=config.grid.length, points=operator(config).coarse[0], **config.coarse)
+
+
 def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.Plan:
   """What to simulate of "hfhr" or "lflr"."""
-  d, g = config.data, config.grid
-  if which == "hfhr":
-    solver = ks.Fine(points=g.points, length=g.length, **config.fine)
-  else:
-    solver = ks.Coarse(length=g.length, points=operator(config).coarse[0], **config.coarse)
+  d, solver = config.data, equation(config, which)
   rollout = functools.partial(
     ks.rollout, solver, seed=config.seed, burn_in=d.burn_in, spacing=d.spacing, snapshots=d.snapshots, sharding=sharding
   )
@@ -185,3 +200,76 @@ def coordinates(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
 def group(config) -> symmetry.Group:
   """The equation's symmetry group on the coarse grid."""
   return ks.group(operator(config).coarse[0])
+
+
+# ---------------------------------------------------------------- the door
+
+
+def check(config, mesh: jax.sharding.Mesh) -> None:
+  """Refuses, before anything is written, what a later job would stumble over.
+
+  Raises: ValueError naming the key, what came and what is needed.
+  """
+  try:
+    _check_sizes(config, mesh)
+    _check_blocks(config)
+  except (AttributeError, KeyError, TypeError) as error:  # a key that is missing, or one too many in a block
+    raise ValueError(f"the config has a key that nothing takes, or lacks one: {error}") from error
+
+
+def _check_sizes(config, mesh) -> None:
+  c, d = config, config.data
+  for key in ("data.snapshots", "data.shard", "train.total_steps", "sampling.members", "sampling.unconditional.fields"):
+    if functools.reduce(getattr, key.split("."), c) < 1:
+      raise ValueError(f"config.{key} must be at least 1: set --config.{key}=1 or more.")
+  if not (c.debias.epsilon > 0 and c.debias.threshold > 0 and c.debias.max_iterations >= 1):
+    raise ValueError(
+      f"config.debias: epsilon={c.debias.epsilon:g} (a share of the mean cost) and threshold={c.debias.threshold:g} "
+      f"must be > 0, max_iterations={c.debias.max_iterations} at least 1. E.g. --config.debias.epsilon=0.001"
+    )
+  floor = max(c.debias.held_out, min(c.debias.points, sinkhorn.IN_SAMPLE_ROWS), c.sampling.unconditional.fields)
+  needs = (
+    *(("debias.points", c.debias.points, which, "train", 2) for which in ("hfhr", "lflr")),
+    ("debias.held_out", c.debias.held_out, "lflr", "test", 2),
+    ("train.batch", c.train.batch, "hfhr", "train", 1),
+    ("sampling.conditions", c.sampling.conditions, "hfhr", "validation", 1),
+    ("evaluate.reference", c.evaluate.reference, "hfhr", "test", 2),
+    # the report's floors take as many independent rows as its largest set has
+    ("debias.held_out, debias.points or sampling.unconditional.fields", floor, "hfhr", "validation", 2),
+  )
+  for key, need, which, split, least in needs:
+    have = d[which].get(split, 0) * d.snapshots
+    if not least <= need <= have:
+      raise ValueError(
+        f"config.{key} asks for {need} {which} {split} snapshots: {least} to {have} can be had, {d.snapshots} a "
+        f"trajectory. Ask for as many, or simulate more: --config.data.{which}.{split}={-(-need // d.snapshots)}."
+      )
+  if c.sampling.conditions > c.debias.held_out:
+    raise ValueError(
+      f"config.sampling.conditions={c.sampling.conditions}, but only config.debias.held_out={c.debias.held_out} fields "
+      f"are debiased: set --config.sampling.conditions={c.debias.held_out} or fewer, or raise held_out."
+    )
+  meshes.check_divides(c.train.batch, mesh, "a batch", "train.batch")
+  if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
+    raise ValueError(
+      f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
+    )
+  meshes.check_divides(math.prod(c.sampling.unit), mesh, "a unit (conditions × members)", "sampling.unit")
+
+
+def _check_blocks(config) -> None:
+  """Builds every object once; the samplers are traced on an idle denoiser, in a fraction of a second."""
+  choose(builders.BUILDERS, config.data.name, "config.data.name")
+  op, points = operator(config), space(config)
+  for which in ("hfhr", "lflr"):
+    equation(config, which)
+  optimizer(config)
+  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))
+  key = jax.eval_shape(jax.random.key, 0)
+  network = denoising_network(config, stats)
+  jax.eval_shape(network.init, key, jax.ShapeDtypeStruct((1, *points, 1), jnp.float32), jnp.ones(1))
+  jax.eval_shape(lambda key: noise_levels(config)(key, 4), key)
+  keys = jax.ShapeDtypeStruct((4,), key.dtype)
+  idle = types.SimpleNamespace(apply=lambda parameters, x, sigma: x)
+  for y in (None, jax.ShapeDtypeStruct((4, *op.coarse, 1), jnp.float32)):
+    jax.eval_shape(sampler(config, stats, idle), keys, y, {})

@@ -38,7 +38,7 @@ class Context:
     return runs.open_stage(self.folder(name), name, build.identity(self.config, name))
 
   def folder(self, name: str) -> pathlib.Path:
-    return build.data_dir(self.config, self.workdir) if name == "data" else self.workdir / name
+    return build.folder(self.config, self.workdir, name)
 
   def done(self, name: str) -> bool:
     """Is the stage complete? Makes no folder for the question. Raises as open_stage does if there is one."""
@@ -184,7 +184,7 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
 
 def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
   """{"lflr", "ot"}: [S, *coarse, C] of the debias stage, before and after the map."""
-  with xarray.open_zarr(ctx.workdir / "debias" / f"{name}.zarr", consolidated=False) as data:
+  with xarray.open_zarr(ctx.folder("debias") / f"{name}.zarr", consolidated=False) as data:
     return {key: np.asarray(data[key]).reshape(-1, *build.operator(ctx.config).coarse, 1) for key in ("lflr", "ot")}
 
 
@@ -205,18 +205,19 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   count = c.sampling.conditions
   fine = load_rows(ctx, "hfhr", "test", c.evaluate.reference)[..., 0]
   rows, fitted = held_out(ctx), held_out(ctx, "in_sample")
-  floor = load_rows(ctx, "hfhr", "validation", max(count, len(rows["ot"]), len(fitted["ot"])))[..., 0]
+  most = max(count, len(rows["ot"]), len(fitted["ot"]), c.sampling.unconditional.fields)
+  floor = load_rows(ctx, "hfhr", "validation", most)[..., 0]
   truth = load_rows(ctx, "hfhr", "validation", count)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
   samples, conditions = {}, {}
   for name, source in build.SOURCES.items():
-    data = np.asarray(ensemble.read(ctx.workdir / "samples" / f"{name}.zarr")["sample"])
+    data = np.asarray(ensemble.read(ctx.folder("samples") / f"{name}.zarr")["sample"])
     samples[name] = data if source else data.swapaxes(0, 1)
     if source:
       conditions[name] = conditions_of(ctx, source)[..., 0]
   samples["ot+cubic"] = interpolation.cubic(conditions["ot+diffusion"][..., None], op)[:, None, ..., 0]
   conditions["ot+cubic"] = conditions["ot+diffusion"]
-  diagnostics = runs.read_json(ctx.workdir / "debias" / "diagnostics.json")
+  diagnostics = runs.read_json(ctx.folder("debias") / "diagnostics.json")
   return evidence.Evidence(
     experiment=c.experiment,
     coarse={"lflr": rows["lflr"][..., 0], "ot": rows["ot"][..., 0], "ot in-sample": fitted["ot"][..., 0]},
@@ -233,7 +234,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     history=diagnostics["history"],
     mean_cost=diagnostics["mean_cost"],
     threshold=diagnostics["threshold"],
-    loss=runs.read_scalars(ctx.workdir / "train", "loss"),
+    loss=runs.read_scalars(ctx.folder("train"), "loss"),
     length=c.grid.length,
     provenance=provenance(ctx),
   )
@@ -244,8 +245,7 @@ def provenance(ctx: Context) -> dict:
   c = ctx.config
   times = {}
   for name in ("data", "debias", "train", "samples"):
-    path = build.data_dir(c, ctx.workdir) if name == "data" else ctx.workdir / name
-    times[name] = runs.read_json(path / runs.MARKER).get("seconds")
+    times[name] = runs.read_json(ctx.folder(name) / runs.MARKER).get("seconds")
   return {
     "config_hash": runs.config_hash(build.identity(c, "report")),
     "config": runs.plain(c),
@@ -266,8 +266,8 @@ def pipeline_job(ctx: Context) -> str:
   for name in ("generate", "debias", "train", "sample", "evaluate"):
     runs.say(f"{name}: {run(name, ctx)}")
   if done:  # else evaluate has just printed it
-    print(tables.summary_table(runs.read_json(ctx.workdir / "report" / "metrics.json")))
-  return f"report: {ctx.workdir / 'report' / 'report.html'}"
+    print(tables.summary_table(runs.read_json(ctx.folder("report") / "metrics.json")))
+  return f"report: {ctx.folder('report') / 'report.html'}"
 
 
 # Job -> (its stage, what does it).

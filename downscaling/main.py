@@ -68,7 +68,7 @@ def explain(error: Exception, argv: list[str]) -> str:
 def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax and jax tell every step at INFO
   # Imported late: a typo in a flag is answered at once, and nothing touches a device before the processes have joined.
-  from downscaling import jobs, plans
+  from downscaling import build, jobs, plans
   from downscaling.common import mesh as meshes
   from downscaling.common import runs
 
@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
         stop=stop,
         command=shlex.join(["downscaling", *sys.argv[1:]]),
       )
+      build.check(context.config, context.mesh)
       runs.say(f"downscaling {job}: {plans.describe(job, context) if FLAGS.dry_run else jobs.run(job, context)}")
   except runs.Interrupted as interrupted:
     print(f"downscaling {job}: {interrupted}; run the same command to go on.", file=sys.stderr)

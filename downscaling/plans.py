@@ -114,12 +114,12 @@ def _sample(c, ctx) -> list[str]:
     f"{fields} fields {build.space(c)}, {s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
     f"units of {s.unit[0]} conditions × {s.unit[1]} members, {rows // ctx.mesh.size} fields a device at a time",
     f"memory a device: {_size(memory.temp_size_in_bytes)} temporary (compiled)",
-    f"disk: {_size(fields * field)} before compression in {ctx.workdir / 'samples'}",
+    f"disk: {_size(fields * field)} before compression in {ctx.folder('samples')}",
   ]
 
 
 def _evaluate(c, ctx) -> list[str]:
-  return [f"against {c.evaluate.reference} held-out true fields; writes {ctx.workdir / 'report'}, about 5 MB"]
+  return [f"against {c.evaluate.reference} held-out true fields; writes {ctx.folder('report')}, about 5 MB"]
 
 
 def _size(count: float) -> str:

@@ -118,7 +118,8 @@ def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
     if changed := list(differences(found["config"], identity)):
       shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
       raise ValueError(
-        f"{path} was made by another config ({shown}). Nothing was touched: use another --workdir, "
+        f"{path} was made by another config ({shown}). Nothing was touched: use another --workdir "
+        "(for samples alone, another --config.label), "
         "or the config it was made by."
       )
   elif path.exists() and (not path.is_dir() or any(path.iterdir())):

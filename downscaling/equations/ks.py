@@ -174,7 +174,7 @@ class Coarse:
   with `group`.
 
   The bias, on 24 points against strided `Fine`: 2048 trajectories × 4 snapshots a side (ids 0 ... 2047, seed 0), the
-  paper's metrics; Δ² = Σ (ln value/paper)²; s: CPU seconds of a compiled run; all from `python benchmarks/ks_coarse.py`:
+  paper's metrics; Δ² = Σ (ln value/paper)²; s: CPU seconds of a compiled run. `python benchmarks/ks_coarse.py` prints it:
 
       scheme, cells, integrator, dt    covRMSE   MELRu   MELRw   KLD sum   Δ²      s
       the paper's LFLR                 .343      .201    .144    1.464
@@ -188,8 +188,8 @@ class Coarse:
       half 48 euler .02                .161      .142    .130    .258      3.71    1.6
       godunov 48 euler .1              .590      .691    .823    14.07     9.98    0.4
 
-  With --seed=1 and --seed=2 the best are level: Δ² .63 and .63 for the default, .60 and .56 for rusanov 120, .67 and .61
-  for central 72. The default is the cheapest of them.
+  With --seed=1 and --seed=2 the best are level: Δ² .63 and .63 for the default, .60 and .56 for rusanov 120, .67 and
+  .61 for central 72. The default is the cheapest of them.
   A scheme that conserves the mean can hardly have all four figures: MELRw .144 puts energies 15 % off, but a KLD of
   .061 a point puts standard deviations 25 % off (KL ≈ (ln ratio)² for Gaussians), so energies 50 %. Energy at k = 0,
   which MELR leaves out, would reconcile the two: the mean of the paper's coarse solver may have drifted [inferred].
