@@ -4,9 +4,10 @@ Rooms meet here and on disk only. Every job opens its stage (refusing a folder o
 complete, and says in one line what it wrote and what to run next.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
@@ -22,6 +23,15 @@ from downscaling.debias import sinkhorn
 from downscaling.diffusion import training
 from downscaling.evaluation import evidence, report, tables
 from downscaling.sampling import ensemble
+
+# Stage -> what later jobs read of it. Moved away because it is damaged, it is made again from what the stage still has.
+PRODUCTS = {
+  "data": ("statistics.npz",),
+  "debias": ("map", "held_out.zarr", "in_sample.zarr", "diagnostics.json"),
+  "train": ("prior",),
+  "samples": tuple(f"{name}.zarr" for name in build.SOURCES),
+  "report": ("report.html", "metrics.json"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +51,12 @@ class Context:
     return build.folder(self.config, self.workdir, name)
 
   def done(self, name: str) -> bool:
-    """Is the stage complete? Makes no folder for the question. Raises as open_stage does if there is one."""
-    return (self.folder(name) / runs.MARKER).exists() and self.stage(name).complete
+    """Is the stage complete and what later jobs read still there? Makes no folder for the question.
+
+    Raises as open_stage does if there is one.
+    """
+    whole = all((self.folder(name) / product).exists() for product in PRODUCTS[name])
+    return (self.folder(name) / runs.MARKER).exists() and self.stage(name).complete and whole
 
   def need(self, name: str, job: str) -> runs.Stage:
     """A finished stage; raises FileNotFoundError naming the job that makes it."""
@@ -184,8 +198,24 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
 
 def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
   """{"lflr", "ot"}: [S, *coarse, C] of the debias stage, before and after the map."""
-  with xarray.open_zarr(ctx.folder("debias") / f"{name}.zarr", consolidated=False) as data:
-    return {key: np.asarray(data[key]).reshape(-1, *build.operator(ctx.config).coarse, 1) for key in ("lflr", "ot")}
+  path, shape = ctx.folder("debias") / f"{name}.zarr", (-1, *build.operator(ctx.config).coarse, 1)
+  with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
+    rows = {key: np.asarray(data[key]).reshape(shape) for key in ("lflr", "ot")}
+    if not all(np.isfinite(x).all() for x in rows.values()):
+      raise ValueError("it holds NaN, or a file of it is missing")
+  return rows
+
+
+@contextlib.contextmanager
+def readable(path: pathlib.Path, job: str) -> Iterator[None]:
+  """Says of whatever zarr and its codecs raise for a damaged store which store, and what to do."""
+  try:
+    yield
+  except Exception as error:  # each codec has its own kinds
+    words = (str(error).splitlines() or [""])[0][:120]
+    raise ValueError(
+      f"{path} cannot be read ({type(error).__name__}: {words}): move it away and run `downscaling {job}` again."
+    ) from error
 
 
 def evaluate_job(ctx: Context) -> str:
@@ -211,7 +241,9 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
   samples, conditions = {}, {}
   for name, source in build.SOURCES.items():
-    data = np.asarray(ensemble.read(ctx.folder("samples") / f"{name}.zarr")["sample"])
+    path = ctx.folder("samples") / f"{name}.zarr"
+    with readable(path, "sample"):
+      data = np.asarray(ensemble.read(path)["sample"])
     samples[name] = data if source else data.swapaxes(0, 1)
     if source:
       conditions[name] = conditions_of(ctx, source)[..., 0]

@@ -7,9 +7,11 @@ one-line error; or 143 after SIGTERM, with everything saved.
 """
 
 import itertools
+import os
 import pathlib
 import shlex
 import sys
+import threading
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -31,7 +33,26 @@ def run() -> None:
   if {"--help", "-h"} & {*sys.argv[1:]}:
     print(__doc__)
     sys.exit(0)
-  app.run(main, flags_parser=parse)
+  if "--traceback" not in sys.argv:
+    hush()
+  try:
+    app.run(main, flags_parser=parse)
+  except SystemExit as end:
+    if end.code and "--traceback" not in sys.argv:
+      sys.stdout.flush()
+      os._exit(end.code)  # not by way of the threads that orbax and TensorBoard join, which may still be failing
+    raise
+
+
+def hush() -> None:
+  """Keeps the tracebacks of background writers off the terminal, hundreds on a full disk: the error itself is raised."""
+
+  def expected(error) -> bool:
+    return any(sign in str(error) for sign in ("No space left", "quota exceeded", "Event loop is closed"))
+
+  in_thread, in_callback = threading.excepthook, sys.unraisablehook
+  threading.excepthook = lambda args: None if expected(args.exc_value) else in_thread(args)
+  sys.unraisablehook = lambda args: None if expected(args.exc_value) else in_callback(args)
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -66,7 +87,8 @@ def explain(error: Exception, argv: list[str]) -> str:
 
 
 def main(argv: list[str]) -> None:
-  logging.set_verbosity(logging.WARNING)  # orbax and jax tell every step at INFO
+  # orbax tells every step at INFO, and at ERROR what it then raises.
+  logging.set_verbosity(logging.INFO if FLAGS.traceback else logging.FATAL)
   # Imported late: a typo in a flag is answered at once, and nothing touches a device before the processes have joined.
   from downscaling import build, jobs, plans
   from downscaling.common import mesh as meshes
@@ -91,7 +113,8 @@ def main(argv: list[str]) -> None:
         command=shlex.join(["downscaling", *sys.argv[1:]]),
       )
       build.check(context.config, context.mesh)
-      runs.say(f"downscaling {job}: {plans.describe(job, context) if FLAGS.dry_run else jobs.run(job, context)}")
+      with runs.full_disk_in_words(context.workdir, "what is finished is whole"):
+        runs.say(f"downscaling {job}: {plans.describe(job, context) if FLAGS.dry_run else jobs.run(job, context)}")
   except runs.Interrupted as interrupted:
     print(f"downscaling {job}: {interrupted}; run the same command to go on.", file=sys.stderr)
     sys.exit(143)

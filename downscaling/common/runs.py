@@ -185,8 +185,9 @@ def full_disk_in_words(path: str | os.PathLike, kept: str) -> Iterator[None]:
     yield
   except Exception as error:
     text = str(error).lower()
-    signs = ("no space left", "enospc", "resource_exhausted")
-    if getattr(error, "errno", None) == errno.ENOSPC or any(sign in text for sign in signs):
+    signs = ("no space left", "enospc", "quota exceeded")  # TensorStore's RESOURCE_EXHAUSTED may also be device memory
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(sign in text for sign in signs)
+    if full and "free some disk" not in text:  # said already, by one who knew more
       raise OSError(
         errno.ENOSPC,
         f"no space left while writing {path}; {kept}. Free some disk and run the same command: it goes on from there.",

@@ -40,7 +40,14 @@ class Batches:
     share = self.batch // processes
     first = step * self.batch + process * share
     index = [self._order[first + row] for row in range(share)]
-    u = np.stack([example["u"] for example in self.source.__getitems__(index)])
+    examples = self.source.__getitems__(index)
+    u = np.stack([example["u"] for example in examples])
+    if not (finite := np.isfinite(u).reshape(len(u), -1).all(1)).all():
+      bad = examples[int(np.argmin(finite))]
+      raise ValueError(
+        f"trajectory {bad['trajectory']} at time {bad['time']:g} of the training split holds NaN or infinity: generate "
+        "the data anew in another --workdir."
+      )
     return {"x": self.statistics.normalise(u)}
 
   def stream(self, mesh: jax.sharding.Mesh, first_step: int, last_step: int) -> Iterator[dict[str, jax.Array]]:

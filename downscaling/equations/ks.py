@@ -174,7 +174,7 @@ class Coarse:
   with `group`.
 
   The bias, on 24 points against strided `Fine`: 2048 trajectories × 4 snapshots a side (ids 0 ... 2047, seed 0), the
-  paper's metrics; Δ² = Σ (ln value/paper)²; s: CPU seconds of a compiled run. `python benchmarks/ks_coarse.py` prints it:
+  paper's metrics; Δ² = Σ (ln value/paper)²; s: CPU seconds; printed by `python benchmarks/ks_coarse.py`:
 
       scheme, cells, integrator, dt    covRMSE   MELRu   MELRw   KLD sum   Δ²      s
       the paper's LFLR                 .343      .201    .144    1.464
