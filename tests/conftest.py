@@ -1,7 +1,13 @@
-"""Four CPU devices, a persistent compilation cache, rank promotion forbidden; set before jax touches a device."""
+"""Four CPU devices, a persistent compilation cache, rank promotion forbidden; set before jax touches a device.
+
+`execute` runs what `command` says as a user does, in its own process, which inherits all that. `finished` is one whole
+run of the smoke config, cut into many small units; tests read it and must not write there.
+"""
 
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -20,3 +26,35 @@ def x64():
   """float64 inside one test."""
   with jax.enable_x64(True):
     yield
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Small units, so that there is something left to do when a job is stopped after its first.
+SMALL = {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4}
+
+
+@pytest.fixture(scope="session")
+def command():
+  """command(job, workdir, **overrides of the config) -> the argv of `downscaling` on the smoke config."""
+
+  def command(job, workdir, *flags, **overrides):
+    keys = [f"--config.{k}={str(v).replace(' ', '')}" for k, v in (SMALL | overrides).items()]
+    config = f"--config={ROOT / 'configs' / 'ks.py'}:smoke"
+    return [sys.executable, "-m", "downscaling", job, config, f"--workdir={workdir}", *keys, *flags]
+
+  return command
+
+
+@pytest.fixture(scope="session")
+def execute():
+  """execute(argv) -> CompletedProcess with text; five minutes at most, for a busy machine."""
+  return lambda argv, **kwargs: subprocess.run(argv, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def finished(command, execute, tmp_path_factory):
+  """(work folder, what the process said) of a whole pipeline."""
+  workdir = tmp_path_factory.mktemp("finished") / "run"
+  done = execute(command("pipeline", workdir))
+  assert done.returncode == 0, done.stderr
+  return workdir, done
