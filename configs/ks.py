@@ -80,7 +80,7 @@ def get_config(variant="quick"):
     unit=(pick(64, 64, 8), pick(4, 8, 2)),  # conditions × members drawn and written together
     start="gaussian",
     guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain"),
-    solver=dict(name="dpm_solver_pp_2m_sde", eta=2.5),
+    solver=dict(name="dpm_solver_pp_2m_sde", eta=2.5, churn=0.0),  # eta: of the SDE; churn: of heun
     levels=dict(name="edm", steps=pick(16, 32, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )

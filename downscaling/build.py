@@ -181,14 +181,15 @@ def sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) ->
 
 
 def _solver(config) -> Callable:
+  """The solver with those of its block's keys that it takes: eta is the SDE's, churn is Heun's."""
+  block, given = dict(config.sampling.solver), schedule(config)
   known = {
-    "euler_maruyama": functools.partial(solvers.euler_maruyama, schedule=schedule(config)),
-    "heun": solvers.heun,
-    "dpm_solver_pp_2m": solvers.dpm_solver_pp_2m,
-    "dpm_solver_pp_2m_sde": solvers.dpm_solver_pp_2m_sde,
+    "euler_maruyama": lambda: functools.partial(solvers.euler_maruyama, schedule=given),
+    "heun": lambda: functools.partial(solvers.heun, churn=block["churn"]),
+    "dpm_solver_pp_2m": lambda: solvers.dpm_solver_pp_2m,
+    "dpm_solver_pp_2m_sde": lambda: functools.partial(solvers.dpm_solver_pp_2m_sde, eta=block["eta"]),
   }
-  block = dict(config.sampling.solver)
-  return functools.partial(choose(known, block.pop("name"), "config.sampling.solver.name"), **block)
+  return choose(known, block["name"], "config.sampling.solver.name")()
 
 
 def coordinates(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:

@@ -29,7 +29,7 @@ PRODUCTS = {
   "data": ("statistics.npz",),
   "debias": ("map", "held_out.zarr", "in_sample.zarr", "diagnostics.json"),
   "train": ("prior",),
-  "samples": tuple(f"{name}.zarr" for name in build.SOURCES),
+  "samples": tuple(f"{name}.{kind}" for name in build.SOURCES for kind in ("zarr", "units")),
   "report": ("report.html", "metrics.json"),
 }
 

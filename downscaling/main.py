@@ -45,7 +45,7 @@ def run() -> None:
 
 
 def hush() -> None:
-  """Keeps the tracebacks of background writers off the terminal, hundreds on a full disk: the error itself is raised."""
+  """Keeps tracebacks of background writers off the terminal, hundreds on a full disk; the error itself is raised."""
 
   def expected(error) -> bool:
     return any(sign in str(error) for sign in ("No space left", "quota exceeded", "Event loop is closed"))

@@ -90,8 +90,8 @@ class Checkpoints:
     if damaged:
       raise ValueError(
         f"no checkpoint in {self.folder} can be read (steps {[s for s, _ in damaged]}; the newest: {damaged[0][1]}). "
-        "They were left as they are: restore the folder from a copy, move it away and run the stage's job again, or use "
-        "another --workdir."
+        "They were left as they are: restore the folder from a copy, move it away and run the stage's job again, "
+        "or use another --workdir."
       )
     return None
 

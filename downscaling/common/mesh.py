@@ -22,6 +22,11 @@ def start(distributed: str = "off") -> None:
     raise ValueError(f"--distributed={distributed} is unknown; use on or off.")
   if distributed == "on":
     jax.distributed.initialize()
+    if jax.process_count() > 1:
+      raise ValueError(
+        f"{jax.process_count()} processes have joined; in this version a job runs in one process, on all its local "
+        "devices. Start one, or leave out --distributed=on."
+      )
 
 
 def make(data: int = -1) -> Mesh:

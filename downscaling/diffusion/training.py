@@ -157,12 +157,12 @@ def make_validation(denoiser: nn.Module, x: jax.Array, sigmas: tuple[float, ...]
   """Evaluator of the averaged parameters: weighted denoising error at each of `sigmas` on held-out fields x."""
 
   @jax.jit
-  def errors(ema):
+  def errors(ema, x):
     at = lambda i, s: denoising_error(denoiser, ema, x, jnp.full(len(x), s), jax.random.fold_in(key, i)).mean()
     return [at(i, s) for i, s in enumerate(sigmas)]
 
   def evaluate(state: TrainState) -> dict[str, float]:
-    values = jax.device_get(errors(state.ema))
+    values = jax.device_get(errors(state.ema, x))
     return {f"error_at_sigma_{s:g}": float(v) for s, v in zip(sigmas, values, strict=True)} | {
       "error": float(sum(values) / len(values))
     }
@@ -230,7 +230,6 @@ def train(
         stop=stop,
       )
     result = validate(state)
-    writer.write_scalars(total_steps, {f"validation/{k}": v for k, v in result.items()})
   finally:
     writer.close()
     saver.close()

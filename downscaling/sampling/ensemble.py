@@ -114,8 +114,6 @@ def write_ensemble(
     FloatingPointError: a drawn field is not finite.
     OSError: the disk is full; what is marked done is whole.
   """
-  if jax.process_count() > 1:
-    raise ValueError("sample runs in one process: start it without --distributed=on; it uses every local device.")
   path = pathlib.Path(path)
   layout = _layout(conditions, members, space, channels, unit)
   meshes.check_divides(math.prod(layout.unit), mesh, "a unit (conditions × members)", "sampling.unit")
