@@ -67,7 +67,7 @@ def get_config(variant="quick"):
     preconditioning="wiener",  # or edm
   )
   c.optimizer = dict(peak=3e-3, end=1e-6, warmup_steps=pick(200, 500, 2), clip=1.0)
-  c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1500, 16_000, 20), ema_decay=pick(0.995, 0.999, 0.9))
+  c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1200, 16_000, 20), ema_decay=pick(0.995, 0.999, 0.9))
   # How often, in steps; free to change between restarts.
   c.plan = dict(log_every=pick(50, 100, 5), eval_every=pick(500, 2000, 10), save_every=pick(500, 1000, 10))
 

@@ -89,6 +89,10 @@ def explain(error: Exception, argv: list[str]) -> str:
 def main(argv: list[str]) -> None:
   # orbax tells every step at INFO, and at ERROR what it then raises.
   logging.set_verbosity(logging.INFO if FLAGS.traceback else logging.FATAL)
+  job = argv[-1]
+  for name in ("config", "workdir") if len(argv) == 2 else ():
+    if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
+      fail(f"{job} needs --{name}. E.g. downscaling {job} --config=configs/ks.py --workdir=runs/ks")
   # Imported late: a typo in a flag is answered at once, and nothing touches a device before the processes have joined.
   from downscaling import build, jobs, plans
   from downscaling.common import mesh as meshes
@@ -98,10 +102,6 @@ def main(argv: list[str]) -> None:
     came = " ".join(argv[1:]) or "nothing"
     example = "downscaling pipeline --config=configs/ks.py --workdir=runs/ks"
     fail(f"{came} came, need one job: {', '.join(jobs.NAMES)}. E.g. {example}")
-  job = argv[1]
-  for name in ("config", "workdir"):
-    if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
-      fail(f"{job} needs --{name}. E.g. downscaling {job} --config=configs/ks.py --workdir=runs/ks")
   try:
     meshes.start(FLAGS.distributed)
     with runs.polite_stop() as stop:

@@ -49,8 +49,8 @@ def load(path: str | os.PathLike) -> Statistics:
   if not path.exists():
     raise FileNotFoundError(f"{path} is missing: run `downscaling generate` with the same --config and --workdir.")
   try:
-    with np.load(path, allow_pickle=False) as file:
-      return Statistics(**{k: file[k] for k in ("mean", "std", "spectrum")})
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:  # np.load leaves a damaged file open
+      return Statistics(**{k: stored[k] for k in ("mean", "std", "spectrum")})
   except Exception as error:
     raise ValueError(f"{path} is damaged ({error}): move it away and run `downscaling generate` again.") from error
 

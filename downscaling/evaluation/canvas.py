@@ -19,7 +19,7 @@ WIDTH = 5.2
 DPI = 180
 
 LABELS = {
-  "lflr": "LFLR, as it came", "ot": "OT", "floor": "floor", "reference": "reference",
+  "lflr": "LFLR, as it came", "ot": "OT", "ot in-sample": "OT, in-sample", "floor": "floor", "reference": "reference",
   "ot+diffusion": "OT + diffusion", "raw+diffusion": "raw + diffusion", "ot+cubic": "OT + cubic",
   "unconditional": "unconditional", "true+diffusion": "true + diffusion",
 }  # fmt: skip
@@ -53,6 +53,8 @@ class Theme:
       colour, dashes = self.cubic, (0, (3, 1.2, 1, 1.2))
     else:
       colour, dashes = kinds.get(row.split("+")[0].split()[0], (self.cubic, (0, (2, 1))))
+    if row.endswith("in-sample"):
+      return {"color": colour, "linestyle": (0, (2, 1.5)), "linewidth": 1.1}
     return {"color": colour, "linestyle": dashes, "linewidth": 1.5}
 
   @property

@@ -1,0 +1,469 @@
+"""What a user can get wrong, and what a machine can: one line that says what to do, exit code 1, nothing overwritten.
+
+Command lines that cannot be parsed, full disks and foreign folders go through real processes. What fails inside a job
+is also asked for in this process, as `attempt` does it, with the checks of main.main.
+"""
+
+import contextlib
+import hashlib
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+
+from downscaling import build, jobs
+from downscaling import main as program
+from downscaling.common import mesh as meshes
+from downscaling.common import runs
+from downscaling.datasets import builders
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def tree(*folders):
+  """{file: SHA-256}; an absent folder has none."""
+  files = (p for folder in folders for p in sorted(pathlib.Path(folder).rglob("*")) if p.is_file())
+  return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def one_line(process):
+  """The program's only line, after exit code 1. Lines of progress before it are allowed, a traceback is not."""
+  assert process.returncode == 1, (process.stdout, process.stderr)
+  assert "Traceback" not in process.stderr
+  lines = [line for line in process.stderr.splitlines() if not line.startswith(("train: ", "sample: ", "generate ks/"))]
+  assert len(lines) == 1, process.stderr
+  assert lines[0].startswith("downscaling: ")
+  assert len(lines[0]) < 600, lines[0]
+  return lines[0]
+
+
+@pytest.fixture(scope="module")
+def config():
+  """A fresh, locked smoke config with the small units of `finished`; config(key=value, ...)."""
+
+  def make(**overrides):
+    scope = {}
+    exec((ROOT / "configs" / "ks.py").read_text(), scope)  # as config_flags does
+    c = scope["get_config"]("smoke")
+    c.update_from_flattened_dict({"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4} | overrides)
+    return c.lock()
+
+  return make
+
+
+def do(job, context):
+  build.check(context.config, context.mesh)
+  return jobs.run(job, context)
+
+
+@pytest.fixture
+def attempt(config):
+  """attempt(job, workdir, **overrides) -> the line that main would print; fails if nothing is wrong."""
+
+  def attempt(job, workdir, **overrides):
+    context = jobs.Context(config(**overrides), pathlib.Path(workdir), meshes.make(), lambda: False, "test")
+    with pytest.raises(program.EXPECTED) as caught:
+      do(job, context)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    return str(caught.value)
+
+  return attempt
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def says(execute, *argv, cwd=ROOT):
+  return one_line(execute([*program_argv(), *map(str, argv)], cwd=cwd))
+
+
+def program_argv():
+  return [sys.executable, "-m", "downscaling"]
+
+
+SMOKE = "--config=configs/ks.py:smoke"
+
+
+@pytest.mark.parametrize(
+  ("flags", "needed"),
+  [
+    ((SMOKE, "--config.trian.batch=3"), ("--config.trian.batch=3", "no key 'trian'", 'Did you mean "train"')),
+    ((SMOKE, "--config.train.bacth=3"), ("--config.train.bacth=3", "no key 'bacth'", 'Did you mean "batch"')),
+    ((SMOKE, "--config.zzz=3"), ("no key 'zzz'", "Its keys stand in the config file")),
+    ((SMOKE, "--config.train.batch=many"), ("--config.train.batch=many", "invalid literal", "'many'")),
+    (("--config=configs/ks.py:fulll",), ("configs/ks.py:fulll is unknown", ":quick, :full, :smoke")),
+    (("--config=configs/sk.py",), ("--config=configs/sk.py", "no such file in", "--config=configs/ks.py")),
+    (("--config=pyproject.toml",), ("--config", "pyproject.toml")),
+    ((SMOKE, "--wrokdir=here"), ("wrokdir", "Did you mean: workdir")),
+    ((SMOKE, "--workdir"), ("Missing value", "--workdir")),
+  ],
+)
+def test_what_cannot_be_parsed(execute, tmp_path, flags, needed):
+  said = says(execute, "train", f"--workdir={tmp_path / 'run'}", *flags)
+  assert all(part in said for part in needed), said
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_raises_or_is_none(execute, tmp_path):
+  for text, needed in (("def get_config(:", "line 1"), ("1 / 0", "division by zero"), ("x = 1", "get_config")):
+    (tmp_path / "mine.py").write_text(text)
+    assert needed in says(execute, "train", "--config=mine.py", "--workdir=run", cwd=tmp_path)
+  assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["mine.py"]
+
+
+def test_which_job_and_where(execute, tmp_path):
+  """An empty --workdir, as an unset shell variable gives, once meant the current directory."""
+  names = "generate, debias, train, sample, evaluate, pipeline"
+  said = says(execute, "trian", f"--config={ROOT}/configs/ks.py", "--workdir=run", cwd=tmp_path)
+  assert "trian came, need one job" in said
+  assert names in said
+  for flag in ((), ("--workdir=",)):
+    said = says(execute, "train", f"--config={ROOT}/configs/ks.py", *flag, cwd=tmp_path)
+    assert "train needs --workdir" in said
+    assert "--workdir=runs/ks" in said
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_no_error(execute):
+  done = execute([*program_argv(), "--help"])
+  assert done.returncode == 0
+  assert "downscaling JOB --config=" in done.stdout
+
+
+# ---------------------------------------------------------------- values, refused before anything is written
+
+
+@pytest.mark.parametrize(
+  ("overrides", "needed"),
+  [
+    ({"grid.factor": 7}, ("factor 7 does not divide the grid of 192 points", "[2, 3, 4, 6, 8,", "config.grid.factor")),
+    ({"grid.operator": "mean"}, ("config.grid.operator='mean'", "['block_mean', 'strided']")),
+    ({"coarse.cells": 100}, ("100 cells cannot be strided to 24 points", "--config.coarse.cells=96")),
+    ({"coarse.scheme": "upwind"}, ("config.coarse.scheme='upwind'", "godunov")),
+    ({"train.batch": 18}, ("a batch of 18 over 4 devices", "--config.train.batch=16 or 20")),
+    ({"sampling.unit": (3, 2)}, ("of 6 over 4 devices", "config.sampling.unit")),
+    ({"sampling.unit": (4,)}, ("config.sampling.unit=(4,)", "conditions × members", "(64,4)")),
+    ({"debias.points": 513}, ("config.debias.points asks for 513", "512 can be had", "config.data.hfhr.train=129")),
+    ({"debias.held_out": 257}, ("config.debias.held_out asks for 257 lflr test", "256 can be had")),
+    ({"evaluate.reference": 300}, ("config.evaluate.reference asks for 300", "256 can be had")),
+    ({"sampling.conditions": 65}, ("config.sampling.conditions=65", "config.debias.held_out=64")),
+    ({"train.batch": 1024}, ("config.train.batch asks for 1024", "512 can be had")),
+    ({"debias.epsilon": 0.0}, ("epsilon=0 ", "must be > 0", "--config.debias.epsilon=0.001")),
+    ({"debias.epsilon": -1.0}, ("epsilon=-1 ", "must be > 0")),
+    ({"debias.epsilon": float("nan")}, ("epsilon=nan ", "must be > 0")),
+    ({"sampling.guidance.name": "papper"}, ("guidance 'papper'", "paper, scaled, wiener")),
+    ({"sampling.solver.name": "euler"}, ("config.sampling.solver.name='euler'", "euler_maruyama")),
+    ({"sampling.levels.name": "edn"}, ("'edn'", "exponential or edm")),
+    ({"schedule.name": "vp"}, ("config.schedule.name='vp'", "vp_linear")),
+    ({"noise.kind": "normal"}, ("'normal'", "log_normal")),
+    ({"model.strides": (2, 7)}, ("192 points cannot be coarsened 14 times", "config.model.strides")),
+    ({"model.convolution": "fft"}, ("config.model.convolution='fft'", "im2col")),
+    ({"optimizer.warmup_steps": 20}, ("config.optimizer.warmup_steps=20", "total_steps=20")),
+    ({"data.name": "era5"}, ("config.data.name='era5'", "['ks']")),
+    ({"data.snapshots": 0}, ("config.data.snapshots must be at least 1",)),
+    ({"mesh.data": 5}, ("config.mesh.data=5, but 4 devices", "host_platform_device_count=5")),
+  ],
+)
+def test_a_value_that_cannot_work_is_refused_at_the_door(attempt, config, tmp_path, overrides, needed):
+  """Also by a job that would not have met it: an hour of training must not end in a misspelt sampler."""
+  if "mesh.data" in overrides:
+    with pytest.raises(ValueError, match="5") as caught:
+      meshes.make(**config(**overrides).mesh)
+    said = str(caught.value)
+  else:
+    said = attempt("generate", tmp_path / "run", **overrides)
+  assert all(part in said for part in needed), said
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_variants_themselves_pass_the_door():
+  scope = {}
+  exec((ROOT / "configs" / "ks.py").read_text(), scope)
+  for variant in scope["VARIANTS"]:
+    build.check(scope["get_config"](variant), meshes.make())
+
+
+def test_a_key_too_many_or_too_few_in_a_config_file(config):
+  c = config().unlock()
+  c.model.chanels = (8, 16)
+  with pytest.raises(ValueError, match=r"has a key that nothing takes.*'chanels'"):
+    build.check(c, meshes.make())
+  del c.model.chanels, c.noise
+  with pytest.raises(ValueError, match=r"or lacks one: .*noise"):
+    build.check(c, meshes.make())
+
+
+def test_a_refused_value_leaves_no_trace_in_the_way_of_the_right_one(execute, command, tmp_path):
+  """As a process: the message, exit code 1, and no folder that later calls the mended config 'another'."""
+  said = one_line(execute(command("pipeline", tmp_path / "run", **{"train.batch": 18})))
+  assert "pipeline: a batch of 18 over 4 devices" in said
+  assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- folders
+
+
+def test_a_folder_of_another_config_is_kept(finished, attempt):
+  workdir, before = finished[0], tree(finished[0])
+  for job, overrides, needed in (
+    ("generate", {"data.snapshots": 5}, "data.snapshots: 4 -> 5"),
+    ("debias", {"debias.epsilon": 0.02}, "debias.epsilon: 0.01 -> 0.02"),
+    ("train", {"train.total_steps": 30}, "train.total_steps: 20 -> 30"),
+    ("sample", {"sampling.guidance.alpha": 1.0}, "sampling.guidance.alpha: 3.0 -> 1.0"),
+    ("evaluate", {"evaluate.reference": 100}, "evaluate.reference: 128 -> 100"),
+    ("pipeline", {"seed": 1}, "seed: 0 -> 1"),
+  ):
+    said = attempt(job, workdir, **overrides)
+    assert "was made by another config" in said
+    assert needed in said
+    assert "use another --workdir" in said
+  assert tree(workdir) == before
+
+
+def test_someone_elses_folder_is_kept(execute, command, attempt, finished, tmp_path):
+  (tmp_path / "data").mkdir()
+  (tmp_path / "data" / "thesis.tex").write_text("years of work")
+  said = one_line(execute(command("generate", tmp_path)))
+  assert f"{tmp_path / 'data'} holds files but no stage.json" in said
+  assert "Use another --workdir" in said
+  for stage, job in (("train", "train"), ("debias", "debias"), ("samples", "sample"), ("report", "evaluate")):
+    (tmp_path / stage).mkdir()
+    (tmp_path / stage / "thesis.tex").write_text("years of work")
+    if job in ("train", "debias"):  # the others need them finished first, and say so
+      assert "will not write there" in attempt(job, tmp_path, **{"data.dir": str(finished[0] / "data")})
+  assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"years of work"}
+  assert len(tree(tmp_path)) == 5
+
+
+def test_a_folder_that_cannot_be_made(attempt, tmp_path):
+  (tmp_path / "file").write_text("mine")
+  said = attempt("generate", tmp_path / "file")
+  assert "cannot be made" in said
+  assert "use another --workdir" in said
+  assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_jobs_in_the_wrong_order_name_the_right_one(attempt, finished, tmp_path):
+  data = {"data.dir": str(finished[0] / "data")}
+  for job, needs, overrides in (
+    ("train", "generate", {}), ("debias", "generate", {}), ("sample", "generate", {}), ("evaluate", "sample", data),
+    ("sample", "train", data),
+  ):  # fmt: skip
+    said = attempt(job, tmp_path / "run", **overrides)
+    assert f"run `downscaling {needs}` first" in said
+    assert "downscaling pipeline" in said
+  assert not (tmp_path / "run").exists()
+  shutil.copytree(finished[0] / "train", tmp_path / "run" / "train")
+  assert "run `downscaling debias` first" in attempt("sample", tmp_path / "run", **data)
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def fitted(finished, tmp_path):
+  """(a work folder with debias and train of its own, {"data.dir": the finished data})."""
+  for stage in ("debias", "train"):
+    shutil.copytree(finished[0] / stage, tmp_path / "run" / stage)
+  return tmp_path / "run", {"data.dir": str(finished[0] / "data")}
+
+
+def truncate(folder, size=64):
+  files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.stat().st_size > size]
+  assert files, folder
+  for path in files:
+    with open(path, "rb+") as file:
+      file.truncate(size)
+
+
+def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(fitted, finished, attempt, config):
+  workdir, data = fitted
+  truncate(workdir / "train" / "prior" / "0" / "state" / "ocdbt.process_0" / "d")
+  before = tree(workdir / "train", workdir / "debias")
+  said = attempt("sample", workdir, **data)
+  assert f"no checkpoint in {workdir / 'train' / 'prior'} can be read" in said
+  assert "move it away and run the stage's job again" in said
+  assert tree(workdir / "train", workdir / "debias") == before
+  (workdir / "train" / "prior").rename(workdir / "damaged")
+  assert "run `downscaling train` first" in attempt("sample", workdir, **data)
+  context = jobs.Context(config(**data), workdir, meshes.make(), lambda: False, "test")
+  assert jobs.run("train", context).startswith("wrote")  # from its checkpoint of the last step: no step is taken again
+  for name in ("_METADATA", "manifest.ocdbt"):
+    assert (workdir / "train" / "prior" / "0" / "state" / name).exists()
+  assert runs.read_scalars(workdir / "train", "loss") == runs.read_scalars(finished[0] / "train", "loss")
+
+
+def test_checkpoints_all_damaged(finished, attempt, tmp_path):
+  """Of a training that is under way: begun, not finished."""
+  data, workdir = {"data.dir": str(finished[0] / "data")}, tmp_path / "run"
+  shutil.copytree(finished[0] / "train", workdir / "train")
+  (workdir / "train" / "prior").rename(tmp_path / "prior")
+  truncate(workdir / "train" / "checkpoints")
+  before = tree(workdir / "train" / "checkpoints")
+  said = attempt("train", workdir, **data)
+  assert f"no checkpoint in {workdir / 'train' / 'checkpoints'} can be read" in said
+  assert "restore the folder from a copy" in said
+  assert tree(workdir / "train" / "checkpoints") == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "chunks missing", "missing"])
+def test_damaged_debiased_fields(fitted, attempt, damage):
+  workdir, data = fitted
+  store = workdir / "debias" / "held_out.zarr"
+  if damage == "truncated":
+    truncate(store / "ot" / "c")
+  else:
+    (store / "ot" / "c" if damage == "chunks missing" else store).rename(workdir / "aside")
+  said = attempt("sample", workdir, **data)
+  if damage == "missing":
+    assert "run `downscaling debias` first" in said
+  else:
+    assert f"{store} cannot be read" in said
+    assert "move it away and run `downscaling debias` again" in said
+
+
+def test_damaged_markers_and_statistics(fitted, finished, attempt, tmp_path):
+  workdir, data = fitted
+  (workdir / "debias" / "stage.json").write_text("{")
+  said = attempt("debias", workdir, **data)
+  assert f"{workdir / 'debias' / 'stage.json'} is not valid JSON" in said
+  assert "move it away" in said
+  copied = tmp_path / "copied"
+  shutil.copytree(finished[0] / "data", copied)
+  (copied / "statistics.npz").write_bytes(b"PK\x03\x04")
+  said = attempt("train", tmp_path / "other", **{"data.dir": str(copied)})
+  assert f"{copied / 'statistics.npz'} is damaged" in said
+  assert "move it away and run `downscaling generate` again" in said
+
+
+def test_damaged_samples_do_not_reach_the_report(finished, attempt, tmp_path):
+  workdir = tmp_path / "run"
+  for stage in ("debias", "train", "samples"):
+    shutil.copytree(finished[0] / stage, workdir / stage)
+  data, store = {"data.dir": str(finished[0] / "data")}, workdir / "samples" / "raw+diffusion.zarr"
+  truncate(store / "sample" / "c")
+  said = attempt("evaluate", workdir, **data)
+  assert f"{store} cannot be read" in said
+  assert "run `downscaling sample` again" in said
+  assert not (workdir / "report" / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------- NaN in the data
+
+
+@pytest.fixture(scope="module")
+def poisoned(finished, tmp_path_factory):
+  """poisoned(which, split) -> a copy of the data with a NaN in the last snapshot of every trajectory of a split."""
+  made = {}
+
+  def poison(which, split):
+    if (which, split) not in made:
+      folder = made[which, split] = tmp_path_factory.mktemp("poisoned") / "data"
+      shutil.copytree(finished[0] / "data", folder)
+      builder = builders.make("ks", which, folder, (192,) if which == "hfhr" else (24,))
+      features = builder.info.features
+      for path in builder.data_path.glob(f"ks-{split}.array_record-*"):
+        reader = array_record_module.ArrayRecordReader(str(path))
+        examples = [features.deserialize_example_np(record) for record in reader.read_all()]
+        reader.close()
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for example in examples:
+          if example["time"] == 62.5:  # 25 + 3 × 12.5
+            example["u"] = np.where(np.arange(len(example["u"])) == 3, np.nan, example["u"][:, 0])[:, None]
+            example["u"] = example["u"].astype(np.float32)
+          writer.write(features.serialize_example(example))
+        writer.close()
+    return made[which, split]
+
+  return poison
+
+
+@pytest.mark.parametrize(
+  ("job", "which", "split"),
+  [("train", "hfhr", "train"), ("train", "hfhr", "validation"), ("debias", "lflr", "train"), ("debias", "lflr", "test"),
+   ("debias", "hfhr", "train")],
+)  # fmt: skip
+def test_nan_is_named_and_nothing_is_made_of_it(poisoned, attempt, tmp_path, job, which, split):
+  folder = poisoned(which, split)
+  before = tree(folder)
+  said = attempt(job, tmp_path / "run", **{"data.dir": str(folder)})
+  assert "holds NaN or infinity" in said
+  assert split in said
+  assert "trajectory " in said
+  assert "at time 62.5" in said
+  assert "anew in another --workdir" in said
+  assert tree(folder) == before
+  assert not runs.read_json(tmp_path / "run" / job / runs.MARKER)["complete"]
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """small_disk(bytes) -> a folder on a real file system of that size; small_disk(bytes) again gives it another size."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mounted = []
+
+  def resize(size):
+    options = f"size={size}" if not mounted else f"remount,size={size}"
+    try:
+      subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+      pytest.skip(f"mounting a tmpfs needs root: {error}")
+    mounted.append(folder)
+    return folder
+
+  yield resize
+  with contextlib.suppress(subprocess.CalledProcessError):
+    if mounted:
+      subprocess.run(["umount", "--lazy", folder], check=True, capture_output=True)
+
+
+def test_a_disk_that_fills_while_training(small_disk, command, execute, finished):
+  """Room for the first two checkpoints of .8 MB, not for the third."""
+  workdir = small_disk(2_000_000)
+  argv = command("train", workdir, **{"data.dir": finished[0] / "data"})
+  said = one_line(execute(argv))
+  assert "no space left" in said
+  assert str(workdir) in said
+  assert "Free some disk and run the same command" in said
+  whole = [p.name for p in (workdir / "train" / "checkpoints").iterdir() if p.name.isdigit()]
+  assert "4" in whole
+  small_disk(30_000_000)
+  done = execute(argv)
+  assert done.returncode == 0, done.stderr
+  assert f"train: going on from step {max(map(int, whole))}" in done.stderr
+  assert runs.read_scalars(workdir / "train", "loss") == runs.read_scalars(finished[0] / "train", "loss")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("job", "size"), [("generate", 500_000), ("debias", 60_000), ("train", 16_384)])
+def test_a_disk_that_fills_elsewhere(small_disk, command, execute, finished, job, size):
+  workdir = small_disk(size)
+  argv = command(job, workdir, **({} if job == "generate" else {"data.dir": finished[0] / "data"}))
+  done = execute(argv)
+  assert done.returncode == 1, done.stderr
+  assert "Traceback" not in done.stderr
+  assert "no space left" in done.stderr.splitlines()[-1]
+  assert "Free some disk and run the same command" in done.stderr.splitlines()[-1]
+  small_disk(30_000_000)
+  assert execute(argv).returncode == 0
+
+
+def test_a_disk_that_fills_while_sampling(small_disk, command, execute, finished):
+  workdir = small_disk(30_000_000)
+  for stage in ("debias", "train"):
+    shutil.copytree(finished[0] / stage, workdir / stage)
+  used = sum(p.lstat().st_blocks * 512 for p in workdir.rglob("*"))
+  small_disk(used + 100_000)  # a set of samples takes about 100 kB
+  argv = command("sample", workdir, **{"data.dir": finished[0] / "data"})
+  said = one_line(execute(argv))
+  assert "no space left" in said
+  assert "Free some disk and run the same command" in said
