@@ -39,7 +39,7 @@ def spectrum(
     if cut < k[-1]:
       for axes in (top, low):
         axes.axvline(cut + 0.5, color=theme.muted, linewidth=0.7, linestyle=(0, (1, 2)))
-      top.annotate("99.9999 % of\nthe energy left", (cut + 0.5, reference.max() * 1.3), ha="left", va="top",
+      top.annotate("← 99.9999 %\nof the energy", (cut + 0.5, reference.max() * 1.3), ha="left", va="top",
                    fontsize=8.5, color=theme.muted, xytext=(4, 0), textcoords="offset points")  # fmt: skip
     gaps = [np.abs(np.log(_ratio(e, reference)[held])).max() for e in rows.values()]
     reach = float(np.clip(np.exp(max(gaps, default=0.0)) * 1.15, 1.15, 30.0))
