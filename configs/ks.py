@@ -33,23 +33,23 @@ def get_config(variant="quick"):
     dir="",  # "" for WORKDIR/data
     burn_in=25.0,  # KS time units before the first snapshot
     spacing=12.5,  # between snapshots
-    snapshots=4,  # a trajectory
+    snapshots=pick(2, 4, 4),  # a trajectory
     shard=pick(512, 1024, 64),  # trajectories a file
     # Trajectories of each split; no split shares one with another.
     hfhr=pick(
-      dict(train=4096, validation=1024, test=2048),
+      dict(train=8192, validation=2048, test=8192),
       dict(train=12288, validation=4096, test=4096),
       dict(train=128, validation=64, test=64),
     ),
-    lflr=pick(dict(train=4096, test=2048), dict(train=8192, test=4096), dict(train=128, test=64)),
+    lflr=pick(dict(train=8192, test=4096), dict(train=8192, test=4096), dict(train=128, test=64)),
   )
 
   c.debias = dict(
-    points=pick(8192, 32768, 256),  # snapshots a side in the fit
-    epsilon=pick(0.001, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
-    threshold=1e-3,  # L1 error of the marginals
+    points=pick(16384, 32768, 256),  # snapshots a side in the fit
+    epsilon=pick(0.0005, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
+    threshold=pick(2e-3, 1e-3, 1e-3),  # L1 error of the marginals
     max_iterations=pick(1000, 2000, 100),
-    held_out=pick(2048, 4096, 64),  # LFLR test snapshots that are debiased, in this order
+    held_out=pick(4096, 4096, 64),  # LFLR test snapshots that are debiased, in this order
   )
 
   # The prior is trained on fields of unit variance: every sigma is in that unit.
@@ -84,6 +84,6 @@ def get_config(variant="quick"):
     levels=dict(name="edm", steps=pick(16, 32, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )
-  c.evaluate = dict(reference=pick(8192, 16_384, 128))  # true fields to compare with
+  c.evaluate = dict(reference=pick(16_384, 16_384, 128))  # true fields to compare with
 
   return c
