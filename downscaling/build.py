@@ -260,7 +260,13 @@ def _check_sizes(config, mesh) -> None:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
     )
-  meshes.check_divides(math.prod(c.sampling.unit), mesh, "a unit (conditions × members)", "sampling.unit")
+  if (fields := math.prod(c.sampling.unit)) % mesh.size:
+    raise ValueError(
+      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {mesh.size} devices: each draws as many "
+      f"fields. Make conditions × members a multiple of {mesh.size}."
+    )
+  if not 0 <= c.train.ema_decay < 1:
+    raise ValueError(f"config.train.ema_decay={c.train.ema_decay} must lie in [0, 1), e.g. 0.999.")
 
 
 def _check_blocks(config) -> None:
@@ -268,7 +274,7 @@ def _check_blocks(config) -> None:
   choose(builders.BUILDERS, config.data.name, "config.data.name")
   op, points = operator(config), space(config)
   for which in ("hfhr", "lflr"):
-    equation(config, which)
+    ks.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
   optimizer(config)
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))
   key = jax.eval_shape(jax.random.key, 0)

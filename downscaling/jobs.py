@@ -176,6 +176,7 @@ def sample_job(ctx: Context) -> str:
         identity={"config": stage.identity, "source": source or "none"},
         attrs={"title": f"{c.experiment}: {name}", "config_hash": runs.config_hash(stage.identity)},
         coordinates=build.coordinates(c),
+        sample_attrs={"units": "1"},
         stop=ctx.stop,
       )
   stage.finish(sets=sorted(build.SOURCES))

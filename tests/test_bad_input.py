@@ -147,6 +147,8 @@ def test_help_is_no_error(execute):
     ({"coarse.scheme": "upwind"}, ("config.coarse.scheme='upwind'", "godunov")),
     ({"train.batch": 18}, ("a batch of 18 over 4 devices", "--config.train.batch=16 or 20")),
     ({"sampling.unit": (3, 2)}, ("of 6 over 4 devices", "config.sampling.unit")),
+    ({"train.ema_decay": 2.0}, ("config.train.ema_decay=2.0", "[0, 1)")),
+    ({"data.burn_in": 25.03}, ("25.03", "dt")),
     ({"sampling.unit": (4,)}, ("config.sampling.unit=(4,)", "conditions × members", "(64,4)")),
     ({"debias.points": 513}, ("config.debias.points asks for 513", "512 can be had", "config.data.hfhr.train=129")),
     ({"debias.held_out": 257}, ("config.debias.held_out asks for 257 lflr test", "256 can be had")),

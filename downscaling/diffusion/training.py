@@ -148,7 +148,7 @@ def _flush(window: list, step: int, saver: ckpt.Checkpoints) -> dict[str, float]
       raise FloatingPointError(
         f"{' and '.join(bad)} not finite at step {step - len(host) + 1 + offset}, in the window "
         f"({step - len(host)}, {step}]. The last good checkpoint is {f'step {last}' if last else 'none'} and stays. "
-        "Lower --config.optimizer.peak, or look at the data, and run again."
+        "Lower --config.optimizer.peak in another --workdir; --config.data.dir=... spares the simulation."
       )
   return {k: float(sum(float(logs[k]) for logs in host) / len(host)) for k in host[0]}
 
