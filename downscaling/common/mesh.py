@@ -1,4 +1,4 @@
-"""One device mesh for every job: start-up of the processes, shardings, host batch -> global array, barriers.
+"""One device mesh for every job: start-up of the processes, shardings, host batch -> global array.
 
 Axis "data" runs over all devices of all processes; leading (batch) axes are split over it, everything else is
 replicated. A job never asks which device it is on: it hands its arrays and shardings to jax.jit.
@@ -67,14 +67,6 @@ def check_divides(count: int, mesh: Mesh, what: str, key: str) -> None:
     low, high = count // devices * devices, -(-count // devices) * devices
     fits = f"{low} or {high}" if low else f"{high}"
     raise ValueError(f"{what} of {count} over {devices} devices: each holds as many rows. Set --config.{key}={fits}.")
-
-
-def barrier(name: str) -> None:
-  """Waits for all processes; nothing to do when there is one."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(name)
 
 
 def is_main() -> bool:
