@@ -109,7 +109,7 @@ def train_job(ctx: Context) -> str:
       draw_sigma=build.noise_levels(c),
       ema_decay=c.train.ema_decay,
       batches=pipeline.Batches(source, stats, c.train.batch, c.seed),
-      validation=jax.device_put(validation, meshes.rows(ctx.mesh)),
+      validation=jax.device_put(validation[: len(validation) // ctx.mesh.size * ctx.mesh.size], meshes.rows(ctx.mesh)),
       space=build.space(c),
       channels=validation.shape[-1],
       mesh=ctx.mesh,
