@@ -13,9 +13,8 @@ stamp=.venv/installed.lock
 if ! cmp -s requirements.lock "$stamp"; then
   echo "launch: installing into $PWD/.venv (about 1.1 GB)" >&2
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-  if command -v uv >/dev/null; then
-    uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock
-  else
+  # uv where it is there and reaches the index; else pip, slower and always there.
+  if ! { command -v uv && uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock; } >/dev/null 2>&1; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index -e .
