@@ -21,7 +21,9 @@ def get_config(variant="quick"):
   c.experiment = "ks-8x"
   c.label = ""  # of another set of samples from the same map and prior: WORKDIR/samples-LABEL, WORKDIR/report-LABEL
   c.seed = 0
-  c.mesh = dict(data=-1)  # devices along the data axis; -1 for all
+  # Devices: batches are split over data × fsdp, the state of a training run over fsdp; data=-1 takes all that are left.
+  c.mesh = dict(data=-1, fsdp=1)
+  c.supervision = dict(silence=1800.0)  # seconds without a finished unit of work after which a process counts as hung
 
   # length: of the box, KS units. operator: strided | block_mean.
   c.grid = dict(points=192, length=64.0, factor=8, operator="strided")
@@ -67,9 +69,18 @@ def get_config(variant="quick"):
     preconditioning="wiener",  # or edm
   )
   c.optimizer = dict(peak=3e-3, end=1e-6, warmup_steps=pick(200, 500, 2), clip=1.0)
+  # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.
   c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1200, 16_000, 20), ema_decay=pick(0.995, 0.999, 0.9))
-  # How often, in steps; free to change between restarts.
-  c.plan = dict(log_every=pick(50, 100, 5), eval_every=pick(500, 2000, 10), save_every=pick(500, 1000, 10))
+  # What follows, up to profile, is free to change between restarts. How often, in steps; save_minutes: also by the clock.
+  c.plan = dict(
+    log_every=pick(50, 100, 5), eval_every=pick(500, 2000, 10), save_every=pick(500, 1000, 10), save_minutes=10.0
+  )
+  # Checkpoints that stay: the last ones, every so many steps (0: none), the best by a metric of the evaluation.
+  c.keep = dict(last=3, every=0, best=0, metric="validation/error")
+  # Time for memory: parts that a device's rows are done in, and the finest levels whose activations are computed twice.
+  c.memory = dict(microbatches=1, remat=0)
+  c.watch = dict(fields=pick(64, 256, 8), steps=pick(16, 32, 4))  # drawn at every evaluation, for their spectrum
+  c.profile = dict(start_step=0, steps=0)  # a profiler trace of so many steps after start_step, for TensorBoard
 
   # guidance: paper (Eq. 7) | scaled | wiener | none. solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).

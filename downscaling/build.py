@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from downscaling.common import checkpoints, operators, runs, symmetry
 from downscaling.common import mesh as meshes
-from downscaling.common import operators, runs, symmetry
 from downscaling.datasets import builders, generate, statistics
 from downscaling.debias import sinkhorn
-from downscaling.diffusion import denoiser, schedules, training, unet
+from downscaling.diffusion import denoiser, schedules, steps, training, unet
+from downscaling.diffusion import state as states
 from downscaling.equations import ks
 from downscaling.sampling import gain as gains
 from downscaling.sampling import guidance, solvers
@@ -114,7 +115,9 @@ def debias_options(config) -> dict[str, Any]:
 
 def denoising_network(config, stats: statistics.Statistics) -> denoiser.Denoiser:
   """The untrained D(x, σ) of config.model."""
-  block = dict(config.model)
+  block = dict(config.model) | {"remat": config.memory.remat}
+  if block["convolution"] == "auto" and config.memory.microbatches > 1 and jax.default_backend() == "cpu":
+    block["convolution"] = "im2col"  # microbatches are a loop: see unet.convolve
   preconditioning = block.pop("preconditioning")
   block["dtype"] = choose({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, block["dtype"], "config.model.dtype")
   net = unet.UNet(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in block.items()})
@@ -142,8 +145,61 @@ def noise_levels(config):
   return functools.partial(schedules.training_sigmas, schedule=schedule(config), **config.noise)
 
 
+def learning_rate(config) -> optax.Schedule:
+  block = {k: v for k, v in config.optimizer.items() if k != "clip"}
+  return states.learning_rate(total_steps=config.train.total_steps, **block)
+
+
 def optimizer(config) -> optax.GradientTransformation:
-  return training.optimizer(total_steps=config.train.total_steps, **config.optimizer)
+  return states.optimizer(learning_rate(config), config.optimizer.clip)
+
+
+def ema_decays(config) -> tuple[float, ...]:
+  """The decays of config.train.ema_decay, which is one number or several."""
+  decays = config.train.ema_decay
+  decays = (decays,) if isinstance(decays, int | float) else tuple(decays)
+  if not decays or not all(0 <= d < 1 for d in decays):
+    raise ValueError(f"config.train.ema_decay={config.train.ema_decay}: each must lie in [0, 1), e.g. 0.999.")
+  return decays
+
+
+def training_plan(config) -> training.Plan:
+  return training.Plan(total_steps=config.train.total_steps, profile=dict(config.profile), **config.plan)
+
+
+def keep(config) -> checkpoints.Keep:
+  """Which checkpoints stay. Raises ValueError for a policy that keeps none, or a metric that is never measured."""
+  policy = checkpoints.Keep(**config.keep)
+  if policy.last < 1 or min(policy.every, policy.best) < 0:
+    raise ValueError(f"config.keep={dict(config.keep)}: last must be at least 1, every and best at least 0.")
+  known = [f"validation/{name}" for name in ("error", *(f"error_at_sigma_{s:g}" for s in training.SIGMAS))]
+  if policy.best and policy.metric not in (*known, *WATCHED):
+    raise ValueError(f"config.keep.metric={policy.metric!r} is unknown; use one of {[*known, *WATCHED]}.")
+  return policy
+
+
+WATCHED = ("unconditional/melr_weighted", "unconditional/melr_energy")
+
+
+def update(config, network, mesh: jax.sharding.Mesh, specs) -> Callable:
+  """The training step of the config: (state, batch) -> (state, logs)."""
+  return steps.make_train_step(
+    network,
+    optimizer(config),
+    noise_levels(config),
+    ema_decays(config),
+    mesh,
+    specs,
+    rate=learning_rate(config),
+    log_every=config.plan.log_every,
+    microbatches=config.memory.microbatches,
+  )
+
+
+def initial_state(config, network, channels: int) -> Callable:
+  """(key of the parameters, key of the run) -> TrainState at step 0."""
+  averages = len(ema_decays(config))
+  return lambda key, run: states.initial(network, optimizer(config), space(config), channels, averages, key, run)
 
 
 # ---------------------------------------------------------------- samples
@@ -178,6 +234,13 @@ def sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) ->
     return stats.restore(solve(guided.denoise, x, levels, keys, last=guided.last))
 
   return draw
+
+
+def watching_sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) -> Callable:
+  """The sampler, with the steps of config.watch for its unconditional draws."""
+  c = config.copy_and_resolve_references()
+  c.sampling.unconditional.steps = c.watch.steps
+  return sampler(c, stats, network)
 
 
 def _solver(config) -> Callable:
@@ -255,7 +318,8 @@ def _check_sizes(config, mesh) -> None:
       f"config.sampling.conditions={c.sampling.conditions}, but only config.debias.held_out={c.debias.held_out} fields "
       f"are debiased: set --config.sampling.conditions={c.debias.held_out} or fewer, or raise held_out."
     )
-  meshes.check_divides(c.train.batch, mesh, "a batch", "train.batch")
+  parts = mesh.size * max(c.memory.microbatches, 1)
+  meshes.check_divides(c.train.batch, parts, "a batch", "train.batch")
   if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
@@ -265,8 +329,12 @@ def _check_sizes(config, mesh) -> None:
       f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {mesh.size} devices: each draws as many "
       f"fields. Make conditions × members a multiple of {mesh.size}."
     )
-  if not 0 <= c.train.ema_decay < 1:
-    raise ValueError(f"config.train.ema_decay={c.train.ema_decay} must lie in [0, 1), e.g. 0.999.")
+  for block, least in ((c.plan, 0), (c.profile, 0), (c.memory, 0), (c.supervision, 0), (c.watch, 1)):
+    if bad := [key for key, value in block.items() if value < least]:
+      raise ValueError(f"config: {bad[0]}={block[bad[0]]} must be at least {least}.")
+  for key, value in (("plan.log_every", c.plan.log_every), ("memory.microbatches", c.memory.microbatches)):
+    if value < 1:
+      raise ValueError(f"config.{key}={value} must be at least 1.")
 
 
 def _check_blocks(config) -> None:
@@ -276,6 +344,8 @@ def _check_blocks(config) -> None:
   for which in ("hfhr", "lflr"):
     ks.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
   optimizer(config)
+  training_plan(config)
+  keep(config)
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))
   key = jax.eval_shape(jax.random.key, 0)
   network = denoising_network(config, stats)

@@ -6,21 +6,22 @@ complete, and says in one line what it wrote and what to run next.
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import ml_collections
 import numpy as np
 import xarray
 
-from downscaling import build
+from downscaling import build, evaluators
 from downscaling.baselines import interpolation
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
+from downscaling.common import processes, runs, supervision
 from downscaling.datasets import builders, generate, pipeline, statistics
 from downscaling.debias import sinkhorn
-from downscaling.diffusion import training
+from downscaling.diffusion import steps, training
 from downscaling.evaluation import evidence, report, tables
 from downscaling.sampling import ensemble
 
@@ -36,16 +37,17 @@ PRODUCTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """config: locked ConfigDict. workdir: of the run. mesh: of all devices. stop: see runs.polite_stop. command: argv."""
+  """config: locked ConfigDict. workdir: of the run. mesh: of all devices. stop: see supervision. command: argv."""
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
   mesh: jax.sharding.Mesh
-  stop: Callable[[], bool]
+  stop: supervision.Stop
   command: str
 
   def stage(self, name: str) -> runs.Stage:
-    return runs.open_stage(self.folder(name), name, build.identity(self.config, name))
+    opened = lambda: runs.open_stage(self.folder(name), name, build.identity(self.config, name))
+    return processes.main_first(f"stage/{name}", opened)
 
   def folder(self, name: str) -> pathlib.Path:
     return build.folder(self.config, self.workdir, name)
@@ -55,8 +57,10 @@ class Context:
 
     Raises as open_stage does if there is one.
     """
-    whole = all((self.folder(name) / product).exists() for product in PRODUCTS[name])
-    return (self.folder(name) / runs.MARKER).exists() and self.stage(name).complete and whole
+    files = (runs.MARKER, *PRODUCTS[name])
+    there = [(self.folder(name) / file).exists() for file in files]
+    marked, *products = processes.gather(f"done/{name}", there)[0]  # as process 0 sees it: all must answer alike
+    return marked and self.stage(name).complete and all(products)
 
   def need(self, name: str, job: str) -> runs.Stage:
     """A finished stage; raises FileNotFoundError naming the job that makes it."""
@@ -70,15 +74,17 @@ class Context:
 
 def generate_job(ctx: Context) -> str:
   """Simulates both worlds, then measures the training split."""
-  stage = ctx.stage("data")
+  stage, mine = ctx.stage("data"), meshes.local(ctx.mesh)
   with stage.timed():
     for which in ("hfhr", "lflr"):
       with jax.enable_x64(True):
-        plan = build.generation(ctx.config, ctx.workdir, which, meshes.rows(ctx.mesh))
-        generate.generate(plan, ctx.mesh, ctx.stop)
+        plan = build.generation(ctx.config, ctx.workdir, which, meshes.rows(mine))
+        agree = functools.partial(processes.gather, f"generate/{which}")
+        generate.generate(plan, mine, ctx.stop, jax.process_index(), agree)
     if meshes.is_main():
       source = builders.source(build.dataset(ctx.config, ctx.workdir, "hfhr"), "train")
       statistics.measure(source, build.space(ctx.config)).save(stage.path / "statistics.npz")
+    processes.barrier("statistics")
   stage.finish(std=stage_statistics(ctx).std.tolist())
   return f"wrote {stage.path}; next: downscaling debias, downscaling train"
 
@@ -96,28 +102,38 @@ def train_job(ctx: Context) -> str:
   """Trains the prior on the fine world."""
   ctx.need("data", "generate")
   stage, c = ctx.stage("train"), ctx.config
-  meshes.check_divides(c.train.batch, ctx.mesh, "a batch", "train.batch")
   stats = stage_statistics(ctx)
   source = builders.source(build.dataset(c, ctx.workdir, "hfhr"), "train", c.train.batch)
-  validation = stats.normalise(load_rows(ctx, "hfhr", "validation", build.validation_rows(c)))
+  held = stats.normalise(load_rows(ctx, "hfhr", "validation", build.validation_rows(c)))
+  held = held[: len(held) // ctx.mesh.size * ctx.mesh.size]
+  network = build.denoising_network(c, stats)
+
+  def validation(specs, key):
+    mine = held[meshes.host_rows(ctx.mesh, len(held))]
+    x = meshes.to_global(ctx.mesh, mine, len(held))
+    return steps.make_validation(network, ctx.mesh, specs, x, training.SIGMAS, key)
+
+  drawn = evaluators.unconditional(
+    build.watching_sampler(c, stats, network), ctx.mesh, c.watch.fields, held, stats, c.seed
+  )
   with stage.timed():
     result = training.train(
       stage.path,
       runs.config_hash(stage.identity),
-      denoiser=build.denoising_network(c, stats),
-      tx=build.optimizer(c),
-      draw_sigma=build.noise_levels(c),
-      ema_decay=c.train.ema_decay,
+      initialise=build.initial_state(c, network, held.shape[-1]),
+      make_update=lambda specs: build.update(c, network, ctx.mesh, specs),
+      make_validation=validation,
       batches=pipeline.Batches(source, stats, c.train.batch, c.seed),
-      validation=jax.device_put(validation[: len(validation) // ctx.mesh.size * ctx.mesh.size], meshes.rows(ctx.mesh)),
-      space=build.space(c),
-      channels=validation.shape[-1],
+      shape=held.shape[1:],
+      evaluators={"unconditional": drawn},
       mesh=ctx.mesh,
       seed=c.seed,
-      total_steps=c.train.total_steps,
+      plan=build.training_plan(c),
+      keep=build.keep(c),
       config_text=c.to_json_best_effort(indent=1),
       stop=ctx.stop,
-      **c.plan,
+      dtype=c.model.dtype,
+      agree=functools.partial(processes.gather, "train"),
     )
   stage.finish(**result)
   return f"wrote {stage.path}; next: downscaling sample"
@@ -313,6 +329,7 @@ JOBS = {
   "pipeline": (None, pipeline_job),
 }
 NAMES = tuple(JOBS)
+DISTRIBUTED = ("generate", "train")  # the jobs that several processes may do together
 
 
 def run(name: str, ctx: Context) -> str:

@@ -1,11 +1,14 @@
 """The command line: parse, build, call.
 
-  downscaling JOB --config=configs/ks.py[:VARIANT] --workdir=DIR [--config.key=value ...] [--dry_run] [--traceback]
+  downscaling JOB --config=configs/ks.py[:VARIANT] --workdir=DIR [--config.key=value ...] [--distributed=auto|on|off]
+                  [--dry_run [--devices=N]] [--traceback]
 
-JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order. Ends with exit code 0; 1 and a
-one-line error; or 143 after SIGTERM, with everything saved.
+JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order; `downscaling doctor` looks at
+processes, devices and folders and says what to mend. Ends with exit code 0; 1 and a one-line error; 143 after SIGTERM,
+with everything saved; or 75 after a hang. After 143 and 75 the same command goes on.
 """
 
+import functools
 import itertools
 import os
 import pathlib
@@ -17,11 +20,17 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from downscaling.common import supervision
+
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/ks.py:quick. It is Python and is executed.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if absent, gone on with if it is there.")
 flags.DEFINE_bool("dry_run", False, "Print the plan (devices, shapes, memory, disk, steps) and stop.")
-flags.DEFINE_enum("distributed", "off", ["on", "off"], "Join the processes that a launcher started.")
+flags.DEFINE_integer("devices", 0, "With --dry_run: plan for so many virtual CPU devices instead of those here.", 0)
+flags.DEFINE_enum(
+  "distributed", "auto", ["auto", "on", "off"],
+  "Join the processes that a launcher (Slurm, Open MPI, GKE, Cloud TPU) started: if there are any; always; never.",
+)  # fmt: skip
 flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
@@ -36,7 +45,8 @@ def run() -> None:
   if "--traceback" not in sys.argv:
     hush()
   try:
-    app.run(main, flags_parser=parse)
+    with supervision.Stop() as stop:
+      app.run(functools.partial(main, stop=stop), flags_parser=parse)
   except SystemExit as end:
     if end.code and "--traceback" not in sys.argv:
       sys.stdout.flush()
@@ -86,42 +96,102 @@ def explain(error: Exception, argv: list[str]) -> str:
   return f"--config: {type(error).__name__}: {lines[-1]}"
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], stop: supervision.Stop) -> None:
   # orbax tells every step at INFO, and at ERROR what it then raises.
   logging.set_verbosity(logging.INFO if FLAGS.traceback else logging.FATAL)
   job = argv[-1]
-  for name in ("config", "workdir") if len(argv) == 2 else ():
+  for name in ("config", "workdir") if len(argv) == 2 and job != "doctor" else ():
     if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
       fail(f"{job} needs --{name}. E.g. downscaling {job} --config=configs/ks.py --workdir=runs/ks")
-  # Imported late: a typo in a flag is answered at once, and nothing touches a device before the processes have joined.
-  from downscaling import build, jobs, plans
-  from downscaling.common import mesh as meshes
-  from downscaling.common import runs
+  if FLAGS.devices:
+    if not FLAGS.dry_run:
+      fail(f"--devices={FLAGS.devices} is for a plan: add --dry_run. A job takes the devices it finds.")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = (
+      f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={FLAGS.devices}"
+    )
+  with stop.interruptible("starting"):
+    # Imported late: a typo in a flag is answered at once, and no device is touched before the processes have joined.
+    import jax
 
-  if len(argv) != 2 or argv[1] not in jobs.NAMES:
+    from downscaling import jobs
+    from downscaling.common import processes, runs
+
+  names = (*jobs.NAMES, "doctor")
+  if len(argv) != 2 or argv[1] not in names:
     came = " ".join(argv[1:]) or "nothing"
     example = "downscaling pipeline --config=configs/ks.py --workdir=runs/ks"
-    fail(f"{came} came, need one job: {', '.join(jobs.NAMES)}. E.g. {example}")
+    fail(f"{came} came, need one job: {', '.join(names)}. E.g. {example}")
   try:
-    meshes.start(FLAGS.distributed)
-    with runs.polite_stop() as stop:
-      context = jobs.Context(
-        config=FLAGS.config,
-        workdir=pathlib.Path(FLAGS.workdir).expanduser().absolute(),
-        mesh=meshes.make(**FLAGS.config.mesh),
-        stop=stop,
-        command=shlex.join(["downscaling", *sys.argv[1:]]),
-      )
-      build.check(context.config, context.mesh)
-      with runs.full_disk_in_words(context.workdir, "what is finished is whole"):
-        runs.say(f"downscaling {job}: {plans.describe(job, context) if FLAGS.dry_run else jobs.run(job, context)}")
+    with stop.interruptible("starting"):
+      found = processes.start(FLAGS.distributed)
+      stop.connect(processes.client(), jax.process_index(), jax.process_count())
+    text = doctor(found) if job == "doctor" else work(job, stop)
+    runs.say(f"downscaling {job}: {text}")
   except runs.Interrupted as interrupted:
-    print(f"downscaling {job}: {interrupted}; run the same command to go on.", file=sys.stderr)
-    sys.exit(143)
-  except EXPECTED as error:
-    if FLAGS.traceback:
+    runs.say(f"downscaling {job}: {interrupted}; run the same command to go on.")
+    if jax.process_count() > 1:
+      jax.distributed.shutdown()  # together: process 0 holds what the others lean on
+    sys.exit(supervision.STOPPED)
+  except Exception as error:
+    stop.failed(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    if FLAGS.traceback or not isinstance(error, EXPECTED):
       raise
     fail(f"{job}: {error}")
+
+
+def work(job: str, stop: supervision.Stop) -> str:
+  """Does the job, or plans it; returns what to say of it."""
+  import jax
+
+  from downscaling import build, jobs, plans
+  from downscaling.common import mesh as meshes
+  from downscaling.common import processes, runs
+
+  with stop.interruptible("starting"):
+    processes.same_everywhere(facts())
+    context = jobs.Context(
+      config=FLAGS.config,
+      workdir=pathlib.Path(FLAGS.workdir).expanduser().absolute(),
+      mesh=meshes.make(**FLAGS.config.mesh),
+      stop=stop,
+      command=shlex.join(["downscaling", *sys.argv[1:]]),
+    )
+    build.check(context.config, context.mesh)
+    if FLAGS.dry_run:
+      return plans.describe(job, context)
+    if jax.process_count() > 1 and job not in jobs.DISTRIBUTED:
+      raise ValueError(
+        f"{jax.process_count()} processes have joined; {job} runs in one in this version, on all its local devices "
+        f"({' and '.join(jobs.DISTRIBUTED)} in any number). Start one process, or add --distributed=off."
+      )
+  stop.silence = context.config.supervision.silence
+  with runs.full_disk_in_words(context.workdir, "what is finished is whole"):
+    return jobs.run(job, context)
+
+
+def facts() -> dict[str, str]:
+  """What must be equal on every process of a job."""
+  from downscaling.common import runs
+
+  config = runs.config_hash(FLAGS.config) if FLAGS.config is not None else "none"
+  return {"config hash": config, "workdir": str(FLAGS.workdir), "code": runs.commit()} | {
+    f"{name} version": version for name, version in runs.versions().items()
+  }
+
+
+def doctor(found) -> str:
+  """The report; ends the program with code 1 if something is to be mended."""
+  from downscaling.common import doctor, runs
+  from downscaling.common import mesh as meshes
+
+  mesh = meshes.make(**(FLAGS.config.mesh if FLAGS.config is not None else {}))
+  workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute() if FLAGS.workdir else None
+  text, well = doctor.report(found, mesh, workdir, facts())
+  if not well:
+    runs.say(text)
+    fail("doctor: see the lines with FIX above.")
+  return text
 
 
 def fail(text: str) -> NoReturn:

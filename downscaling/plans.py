@@ -4,15 +4,18 @@ Memory of the jitted jobs is the compiler's own account of the very program that
 """
 
 import math
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from downscaling import build
+from downscaling.common import costs
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
 from downscaling.debias import geometry
+from downscaling.diffusion import state as states
 from downscaling.diffusion import training
 
 
@@ -71,10 +74,9 @@ def _statistics(c, ctx) -> statistics.Statistics:
 
 
 def _abstract_state(c, ctx, network):
-  init = lambda key: training.init_state(network, build.optimizer(c), build.space(c), 1, key)
-  shapes = jax.eval_shape(init, jax.random.key(0))
-  everywhere = meshes.replicated(ctx.mesh)
-  return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), shapes)
+  key = jax.random.key(0)
+  _, target, specs = states.make(ctx.mesh, build.initial_state(c, network, 1), key, key)
+  return target, specs
 
 
 def _rows(ctx, *shape):
@@ -82,27 +84,57 @@ def _rows(ctx, *shape):
 
 
 def _train(c, ctx) -> list[str]:
-  meshes.check_divides(c.train.batch, ctx.mesh, "a batch", "train.batch")
   network = build.denoising_network(c, _statistics(c, ctx))
-  state = _abstract_state(c, ctx, network)
-  step = training.make_train_step(network, build.optimizer(c), build.noise_levels(c), c.train.ema_decay)
+  state, specs = _abstract_state(c, ctx, network)
+  update = build.update(c, network, ctx.mesh, specs.params)
   batch = {"x": _rows(ctx, c.train.batch, *build.space(c), 1)}
-  memory = jax.jit(step, donate_argnums=0).lower(state, batch, jax.random.key(0)).compile().memory_analysis()
-  size = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(state))
+  began = time.monotonic()
+  program, flops = training.compiled(update, state, batch)
+  seconds = time.monotonic() - began
+  memory, size = costs.memory(program), _bytes(state)
+  held = sum(math.prod(s.sharding.shard_shape(s.shape)) * _width(s) for s in jax.tree.leaves(state))
+  per = c.train.batch // ctx.mesh.size
   return [
-    f"{training.count(state.params):,} parameters; {c.train.total_steps} steps of batch {c.train.batch} "
-    f"({c.train.batch // ctx.mesh.size} a device) = {c.train.total_steps * c.train.batch:,} samples",
-    f"memory a device: {_size(size)} state, {_size(memory.temp_size_in_bytes)} temporary (compiled)",
-    f"disk: 3 checkpoints of {_size(size)}, saved every {c.plan.save_every} steps",
+    f"{states.count(state.params):,} parameters; {c.train.total_steps} steps of batch {c.train.batch} "
+    f"({per} a device, in {c.memory.microbatches} part(s)) = {c.train.total_steps * c.train.batch:,} samples",
+    f"compiled in {seconds:.0f} s; {flops / 1e9:.4g} GFLOP a step, {flops / 1e9 / ctx.mesh.size:.4g} a device",
+    f"memory a device: {_size(held)} state, {_size(memory['temporaries'])} temporary (compiled)",
+    *_communication(program),
+    f"disk: checkpoints of {_size(size)}, saved every {c.plan.save_every} steps, the last {c.keep.last} stay",
   ]
+
+
+def _communication(program) -> list[str]:
+  """What a step sends, by kind of collective, as the compiler has it."""
+  found = costs.collectives(program)
+  lines = [] if found else ["communication: none"]
+  for kind, size in sorted({(c.kind, c.group_size) for c in found}):
+    these = [c for c in found if (c.kind, c.group_size) == (kind, size)]
+    sent = sum(costs.traffic(c) for c in these)
+    total = sum(c.bytes for c in these)
+    lines.append(
+      f"communication a step: {len(these)} {kind} among {size} devices, {_size(total)}; in a ring each sends "
+      f"{_size(sent)}"
+    )
+  return lines
+
+
+def _width(leaf) -> int:
+  return 8 if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+
+
+def _bytes(tree) -> int:
+  return sum(math.prod(s.shape) * _width(s) for s in jax.tree.leaves(tree))
 
 
 def _sample(c, ctx) -> list[str]:
   s, stats = c.sampling, _statistics(c, ctx)
   rows = s.unit[0] * s.unit[1]
-  meshes.check_divides(rows, ctx.mesh, "a unit (conditions × members)", "sampling.unit")
+  meshes.check_divides(rows, ctx.mesh.size, "a unit (conditions × members)", "sampling.unit")
   network = build.denoising_network(c, stats)
-  params = _abstract_state(c, ctx, network).params
+  state, _ = _abstract_state(c, ctx, network)
+  everywhere = meshes.replicated(ctx.mesh)
+  params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), state.params)
   keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=meshes.rows(ctx.mesh))
   y = _rows(ctx, rows, *build.operator(c).coarse, 1)
   memory = jax.jit(build.sampler(c, stats, network)).lower(keys, y, params).compile().memory_analysis()

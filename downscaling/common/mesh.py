@@ -1,53 +1,59 @@
-"""One device mesh for every job: start-up of the processes, shardings, host batch -> global array.
+"""One device mesh for every job: shardings, host rows -> global arrays.
 
-Axis "data" runs over all devices of all processes; leading (batch) axes are split over it, everything else is
-replicated. A job never asks which device it is on: it hands its arrays and shardings to jax.jit.
+Two axes, ("data", "fsdp"), over all devices of all processes. Leading (batch) axes are split over both; the state of a
+training run is split over "fsdp" and replicated over "data"; everything else is replicated. A job never asks which
+device it is on: it hands its arrays and shardings to jax.jit.
 """
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA = "data"
+DATA, FSDP = "data", "fsdp"
+AXES = (DATA, FSDP)
+ROWS = PartitionSpec(AXES)
+SMALL = 1024  # elements; a smaller leaf is cheaper to replicate than to gather
 
 
-def start(distributed: str = "off") -> None:
-  """Joins the processes of this job; call once, before anything touches a device.
+def make(data: int = -1, fsdp: int = 1) -> Mesh:
+  """The mesh data × fsdp; data = −1 takes all devices that are left.
 
-  Args:
-    distributed: "on" calls jax.distributed.initialize(), which finds its launcher (Slurm, Open MPI, GKE, Cloud TPU) and
-      raises if it cannot; "off" stays alone.
-  """
-  if distributed not in ("on", "off"):
-    raise ValueError(f"--distributed={distributed} is unknown; use on or off.")
-  if distributed == "on":
-    jax.distributed.initialize()
-    if jax.process_count() > 1:
-      raise ValueError(
-        f"{jax.process_count()} processes have joined; in this version a job runs in one process, on all its local "
-        "devices. Start one, or leave out --distributed=on."
-      )
-
-
-def make(data: int = -1) -> Mesh:
-  """The mesh: `data` devices along its one axis, −1 for all there are.
-
-  Raises: ValueError if there are fewer devices than asked for.
+  Neighbours along "fsdp" are neighbours in jax.devices(), so that its gathers stay within a host where they can.
+  Raises: ValueError for a mesh that the devices do not fill.
   """
   devices = jax.devices()
+  total = len(devices)
+  if fsdp < 1 or (data == -1 and total % fsdp):
+    fits = [n for n in range(1, total + 1) if total % n == 0]
+    raise ValueError(f"config.mesh.fsdp={fsdp} does not divide {total} devices: use one of {fits}.")
   if data == -1:
-    data = len(devices)
-  if not 1 <= data <= len(devices):
+    data = total // fsdp
+  if not 1 <= data * fsdp <= total:
     raise ValueError(
-      f"config.mesh.data={data}, but {len(devices)} devices are here; use -1 for all. "
-      f"On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={max(data, 1)} makes that many."
+      f"config.mesh.data={data} × fsdp={fsdp}, but {total} devices are here; use data=-1 for all. "
+      f"On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={max(data, 1) * fsdp} makes that many."
     )
-  return Mesh(np.array(devices[:data]), (DATA,), axis_types=(AxisType.Auto,))
+  if data * fsdp < total and jax.process_count() > 1:
+    raise ValueError(
+      f"config.mesh.data={data} × fsdp={fsdp} leaves {total - data * fsdp} of {total} devices idle: with several "
+      "processes every device takes part. Use --config.mesh.data=-1."
+    )
+  return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp])
+
+
+def local(mesh: Mesh) -> Mesh:
+  """The part of the mesh that this process owns, all of it along "data": for work that needs no other process."""
+  mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+  return Mesh(np.array(mine).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def rows(mesh: Mesh) -> NamedSharding:
   """Sharding of [B, ...] arrays: the leading axis over all devices."""
-  return NamedSharding(mesh, PartitionSpec(DATA))
+  return NamedSharding(mesh, ROWS)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -55,14 +61,64 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def to_global(mesh: Mesh, batch):
-  """Tree of this process's host rows -> tree of global arrays sharded by rows()."""
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), batch)
+def state_specs(mesh: Mesh, shapes: Any) -> Any:
+  """PartitionSpec of every leaf of a training state: its largest axis that fsdp divides; small leaves replicated.
+
+  Args:
+    shapes: tree of arrays or ShapeDtypeStructs.
+  Raises: ValueError if fsdp > 1 and no leaf has such an axis.
+  """
+  size = mesh.shape[FSDP]
+
+  def spec(leaf):
+    axes = [a for a, n in enumerate(leaf.shape) if n % size == 0]
+    if size == 1 or math.prod(leaf.shape) < SMALL or not axes:
+      return PartitionSpec()
+    axis = max(axes, key=lambda a: leaf.shape[a])
+    return PartitionSpec(*(None,) * axis, FSDP)
+
+  specs = jax.tree.map(spec, shapes)
+  leaves = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+  if size > 1 and not any(leaves):
+    widest = max((leaf.shape for leaf in jax.tree.leaves(shapes)), key=math.prod)
+    raise ValueError(
+      f"config.mesh.fsdp={size} divides no axis of any parameter (the largest is {tuple(widest)}): nothing would be "
+      f"split. Use fsdp=1, or config.model.channels that are multiples of {size}."
+    )
+  return specs
 
 
-def check_divides(count: int, mesh: Mesh, what: str, key: str) -> None:
-  """Raises ValueError unless `count` rows split evenly over the mesh; names the nearest counts that do."""
-  devices = mesh.size
+def shardings(mesh: Mesh, specs: Any) -> Any:
+  """Tree of PartitionSpec -> tree of NamedSharding."""
+  return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+
+
+def host_rows(mesh: Mesh, count: int) -> np.ndarray:
+  """Which of the rows 0 … count − 1 of a global batch lie on this process's devices, ascending."""
+  places = rows(mesh).addressable_devices_indices_map((count,)).values()
+  return np.unique(np.concatenate([np.arange(count)[index] for index in places]))
+
+
+def to_global(mesh: Mesh, batch: Any, count: int) -> Any:
+  """Tree of this process's host rows, [len(host_rows(mesh, count)), ...] -> global arrays [count, ...] over rows()."""
+  mine = host_rows(mesh, count)
+
+  def put(host):
+    host = np.asarray(host)
+    pick = lambda index: host[np.searchsorted(mine, np.arange(count)[index[0]])]
+    return jax.make_array_from_callback((count, *host.shape[1:]), rows(mesh), pick)
+
+  return jax.tree.map(put, batch)
+
+
+def to_host(mesh: Mesh) -> Callable[[Any], Any]:
+  """Returns tree of global arrays -> tree of numpy arrays, whole on every process. For small results."""
+  gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+  return lambda tree: jax.device_get(gather(tree))
+
+
+def check_divides(count: int, devices: int, what: str, key: str) -> None:
+  """Raises ValueError unless `count` rows split evenly over `devices`; names the nearest counts that do."""
   if count % devices:
     low, high = count // devices * devices, -(-count // devices) * devices
     fits = f"{low} or {high}" if low else f"{high}"

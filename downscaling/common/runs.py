@@ -1,4 +1,4 @@
-"""The run folder: who made it, with which config and versions; metrics, progress, and the polite stop.
+"""The run folder: who made it, with which config and versions; metrics and progress.
 
 A stage (data, debias, train, a set of samples, the report) is a folder with a marker, stage.json. The marker holds the
 config blocks the stage's result depends on; opening the folder with others is refused, so a work folder never mixes two
@@ -15,12 +15,10 @@ import json
 import os
 import pathlib
 import platform
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -87,13 +85,15 @@ class Stage:
     try:
       yield
     finally:
-      record = read_json(self.path / MARKER)
-      seconds = record.get("seconds", 0.0) + time.monotonic() - began
-      write_json(self.path / MARKER, record | {"seconds": round(seconds, 2)})
+      if _is_main():
+        record = read_json(self.path / MARKER)
+        seconds = record.get("seconds", 0.0) + time.monotonic() - began
+        write_json(self.path / MARKER, record | {"seconds": round(seconds, 2)})
 
   def finish(self, **summary: Any) -> None:
-    """Marks the stage complete, with figures worth keeping."""
-    write_json(self.path / MARKER, read_json(self.path / MARKER) | {"complete": True, "summary": plain(summary)})
+    """Marks the stage complete, with figures worth keeping; the main process does."""
+    if _is_main():
+      write_json(self.path / MARKER, read_json(self.path / MARKER) | {"complete": True, "summary": plain(summary)})
 
 
 def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
@@ -251,7 +251,7 @@ class Progress:
     self._bar = None
 
   def __enter__(self):
-    if sys.stderr.isatty() and self.total > self.done:
+    if sys.stderr.isatty() and self.total > self.done and _is_main():
       from rich import progress as rich_progress
       from rich.console import Console
 
@@ -283,62 +283,91 @@ class Progress:
       self._bar.stop()
 
 
-def say(text: str) -> None:
-  """One line for the person who watches, on stderr, from the main process only."""
+def _is_main() -> bool:
   import jax
 
-  if jax.process_index() == 0:
+  return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+  """One line for the person who watches, on stderr, from the main process only."""
+  if _is_main():
     print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def polite_stop() -> Iterator[Callable[[], bool]]:
-  """Yields `stop`, false until SIGTERM (or the first Ctrl-C) asks this process to end.
-
-  A job polls it after every unit of work, saves, and raises Interrupted. A second Ctrl-C interrupts at once.
-  """
-  asked = threading.Event()
-
-  def ask(signum, frame):
-    if asked.is_set() and signum == signal.SIGINT:
-      raise KeyboardInterrupt
-    asked.set()
-
-  previous = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-  try:
-    yield asked.is_set
-  finally:
-    for s, handler in previous.items():
-      signal.signal(s, handler)
 
 
 # ---------------------------------------------------------------- metrics
 
 
 class MetricWriter:
-  """Scalars and texts to TensorBoard events, and scalars to metrics.csv beside them (step, name, value)."""
+  """Numbers, texts and images to TensorBoard events; numbers also to CSV files beside them (step, name, value).
 
-  def __init__(self, folder: str | os.PathLike):
+  metrics.csv holds what a run decides, and is the same however often it was interrupted: rows after the step that a run
+  goes on from are dropped. speed.csv holds rates and shares, which never repeat. Only the main process writes.
+
+  Args:
+    folder: of the stage.
+    after: the step that the run goes on from; 0 for a new one.
+    evaluated: False if the evaluation of that step is still to come.
+  """
+
+  def __init__(self, folder: str | os.PathLike, after: int = 0, evaluated: bool = True):
+    self.folder = pathlib.Path(folder)
+    self._board = None
+    if not _is_main():
+      return
     from tensorboardX import SummaryWriter
 
-    self.folder = pathlib.Path(folder)
     self.folder.mkdir(parents=True, exist_ok=True)
-    self._board = SummaryWriter(str(self.folder))
-    self._csv = open(self.folder / "metrics.csv", "a", newline="")  # noqa: SIM115 - closed by close()
-    self._rows = csv.writer(self._csv)
+    self._board = SummaryWriter(str(self.folder), purge_step=after + 1)
+    self._files = {}
+    for name in ("metrics", "speed"):
+      _keep_rows(self.folder / f"{name}.csv", after, evaluated)
+      self._files[name] = open(self.folder / f"{name}.csv", "a", newline="")  # noqa: SIM115 - closed by close()
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._write("metrics", step, scalars)
+
+  def write_speed(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._write("speed", step, scalars)
+
+  def _write(self, kind: str, step: int, scalars: Mapping[str, float]) -> None:
+    if self._board is None:
+      return
+    rows = csv.writer(self._files[kind])
     for name, value in scalars.items():
-      self._board.add_scalar(name, float(value), step)
-      self._rows.writerow([step, name, repr(float(value))])
-    self._csv.flush()
+      self._board.add_scalar(f"speed/{name}" if kind == "speed" else name, float(value), step)
+      rows.writerow([step, name, repr(float(value))])
+    self._files[kind].flush()
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    """images: {name: [height, width, 3] uint8}."""
+    for name, image in images.items() if self._board else ():
+      self._board.add_image(name, image, step, dataformats="HWC")
 
   def write_text(self, name: str, text: str) -> None:
-    self._board.add_text(name, text, 0)
+    if self._board:
+      self._board.add_text(name, text, 0)
 
   def close(self) -> None:
-    self._board.close()
-    self._csv.close()
+    if self._board:
+      self._board.close()
+      for file in self._files.values():
+        file.close()
+
+
+def _keep_rows(path: pathlib.Path, after: int, evaluated: bool) -> None:
+  """Drops what a killed run wrote after the step that is gone on from, and a row it had half written."""
+  if not path.exists():
+    return
+
+  def stays(row):
+    known = len(row) == 3 and row[0].isdigit() and int(row[0]) <= after
+    return known and (evaluated or int(row[0]) < after or "/" not in row[1])
+
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  with open(path, newline="") as old, open(temporary, "w", newline="") as new:
+    csv.writer(new).writerows(row for row in csv.reader(old) if stays(row))
+  os.replace(temporary, path)
 
 
 def read_scalars(folder: str | os.PathLike, name: str) -> tuple[list[int], list[float]]:

@@ -1,13 +1,15 @@
 """The `generate` job: trajectory ids -> snapshots -> array_record shards, resumable shard by shard.
 
-A shard is the unit of work: a run of consecutive trajectories, computed in one call over all devices, written to a
-temporary file and renamed. A shard whose file is there is never computed again.
+A shard is the unit of work: a run of consecutive trajectories, computed in one call over the devices of one process,
+written by that process to a temporary file and renamed. A shard whose file is there is never computed again; its bytes
+are the same whichever process wrote it.
 """
 
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,22 +57,36 @@ class Plan:
     )
 
 
-def generate(plan: Plan, mesh: jax.sharding.Mesh, stop: Callable[[], bool]) -> int:
-  """Makes what is missing of one data set; returns the number of trajectories computed now.
+def generate(
+  plan: Plan,
+  mesh: jax.sharding.Mesh,
+  stop: Callable[[], bool],
+  process: int = 0,
+  agree: Callable[[Any], list] = lambda value: [value],
+) -> int:
+  """Makes what is missing of one data set; returns the number of trajectories computed now, by all processes.
 
-  Computation of a shard overlaps the writing of the one before. The float64 simulation needs jax.enable_x64 around the
+  The missing shards are dealt out to the processes, each of which computes and writes its own on its own devices;
+  computation of a shard overlaps the writing of the one before. The float64 simulation needs jax.enable_x64 around the
   call; examples are stored in float32.
+
+  Args:
+    mesh: of this process's devices alone (mesh.local). stop: polled as often on every process.
+    process: number of this one. agree: value -> the values of all processes (processes.gather).
   Raises: FloatingPointError for a blow-up; runs.Interrupted once `stop()` is true, every begun shard being whole.
   """
   shards = plan.shards()
-  missing = [s for s in shards if not s[3].exists()]
-  name = f"generate {plan.builder.name}/{plan.builder.builder_config.name}"
   plan.builder.data_path.mkdir(parents=True, exist_ok=True)
+  there = agree([s[3].exists() for s in shards])  # as process 0 sees them, so that all deal out the same
+  missing = [s for s, exists in zip(shards, there[0], strict=True) if not exists]
+  mine, rounds = missing[process :: len(there)], -(-len(missing) // len(there))
+  name = f"generate {plan.builder.name}/{plan.builder.builder_config.name}"
   total, todo = (sum(len(s[2]) for s in group) for group in (shards, missing))
   width = -(-plan.shard // mesh.size) * mesh.size  # one compilation: every shard is padded to the same width
   with runs.Progress(name, total, "trajectories", done=total - todo) as bar:
     pending = None
-    for shard in [*missing, None]:
+    for turn in range(rounds + 1):
+      shard = mine[turn] if turn < len(mine) else None
       if shard is not None:
         ids = shard[2]
         padded = np.concatenate([ids, np.full(width - len(ids), ids[0])])
@@ -78,13 +94,16 @@ def generate(plan: Plan, mesh: jax.sharding.Mesh, stop: Callable[[], bool]) -> i
       if pending is not None:
         with runs.full_disk_in_words(plan.builder.data_dir, "its finished shards are whole"):
           _write(plan, pending[0], np.asarray(pending[1]))
-        bar.advance(len(pending[0][2]))
-        if stop() and shard is not None:
-          raise runs.Interrupted(f"{name} stopped with {bar.done} of {total} trajectories on disk")
-      if shard is not None:
-        pending = (shard, computed)
-  if missing or not plan.builder.info.initialized:
+        bar.advance(sum(len(s[2]) for s in missing[(turn - 1) * len(there) : turn * len(there)]))
+      if turn and stop() and turn < rounds:
+        raise runs.Interrupted(f"{name} stopped with {bar.done} of {total} trajectories on disk")
+      pending = None if shard is None else (shard, computed)
+  agree("written")
+  if process == 0 and (missing or not plan.builder.info.initialized):
     _finalise(plan, shards)
+  agree("finalised")
+  if not plan.builder.info.initialized:
+    plan.builder.info.read_from_directory(plan.builder.data_dir)
   return todo
 
 
@@ -93,17 +112,22 @@ def _write(plan: Plan, shard, fields: np.ndarray) -> None:
   fields = fields[: len(ids)]
   plan.check(fields, ids, plan.times)
   temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  serialize = plan.builder.info.features.serialize_example
   try:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for _, example in plan.builder._generate_examples(ids, plan.times, fields.astype(np.float32)):
-      writer.write(serialize(example))
+      writer.write(_serialize(plan.builder.info.features, example))
     writer.close()
     with open(temporary, "rb") as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _serialize(features: tfds.features.FeaturesDict, example: dict) -> bytes:
+  """One record. Fields in order of their names: protocol buffers else put them in an order of the process's own."""
+  serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+  return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
 
 
 def _records(path: pathlib.Path) -> int:

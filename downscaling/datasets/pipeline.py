@@ -1,7 +1,7 @@
 """Grain over a TFDS source: the example at (seed, step, row) is a pure function of those three.
 
 There is no iterator state to save: the position is the global step, so a run resumes exactly on any number of
-processes, each of which reads only its own rows.
+processes, each of which reads only the rows of its own devices.
 """
 
 from collections.abc import Iterator
@@ -35,11 +35,9 @@ class Batches:
     """Source indices of the batch of a step, [B]."""
     return np.array([self._order[step * self.batch + row] for row in range(self.batch)])
 
-  def rows(self, step: int, process: int = 0, processes: int = 1) -> dict[str, np.ndarray]:
-    """This process's rows of the batch of a step: {"x": [B / processes, *space, C]}, normalised float32."""
-    share = self.batch // processes
-    first = step * self.batch + process * share
-    index = [self._order[first + row] for row in range(share)]
+  def rows(self, step: int, which: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows `which` of the batch of a step: {"x": [len(which), *space, C]}, normalised float32."""
+    index = [self._order[step * self.batch + int(row)] for row in which]
     examples = self.source.__getitems__(index)
     u = np.stack([example["u"] for example in examples])
     if not (finite := np.isfinite(u).reshape(len(u), -1).all(1)).all():
@@ -51,16 +49,19 @@ class Batches:
     return {"x": self.statistics.normalise(u)}
 
   def stream(self, mesh: jax.sharding.Mesh, first_step: int, last_step: int) -> Iterator[dict[str, jax.Array]]:
-    """Global device batches of steps first_step … last_step − 1, prefetched by threads and one step ahead on device."""
-    process, processes = jax.process_index(), jax.process_count()
+    """Global batches of steps first_step … last_step − 1; this process reads only the rows of its own devices.
+
+    Threads read ahead, and the next batch is on its way to the devices while a step runs on this one.
+    """
+    mine = meshes.host_rows(mesh, self.batch)
     hosts = (
       grain.MapDataset.range(first_step, last_step)
-      .map(lambda step: self.rows(int(step), process, processes))
+      .map(lambda step: self.rows(int(step), mine))
       .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
     )
     ahead = None
     for host in hosts:
-      now, ahead = ahead, meshes.to_global(mesh, host)
+      now, ahead = ahead, meshes.to_global(mesh, host, self.batch)
       if now is not None:
         yield now
     if ahead is not None:

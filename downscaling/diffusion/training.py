@@ -1,250 +1,280 @@
-"""Denoising score matching: loss, state, one step, `fit`, and the `train` job.
+"""The `train` job: `fit`, the loop over steps, and what stands around it: restoring, watching, the finished prior."""
 
-  loss = E[(σ²+1)/σ² · |D(x₀ + σn, σ) − x₀|²], unit data variance (Karras et al. 2022, arXiv:2206.00364, eq. 2 and 8)
-
-The noise of row r at step t is drawn from fold_in(key, t): a resumed run replays it, on any number of devices.
-"""
-
-import math
+import collections
+import contextlib
+import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from downscaling.common import checkpoints as ckpt
+from downscaling.common import costs, runs, supervision
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
+from downscaling.diffusion import state as states
+
+AHEAD = 4  # steps that may be under way: enough to hide the host, few enough that batches do not pile up on the device
+SIGMAS = (0.003, 0.03, 0.1, 0.3, 1.0, 3.0)  # bins of the validation error
 
 
-@flax.struct.dataclass
-class TrainState:
-  """step: [] int32, finished updates. params, ema: trees. opt_state: of the optax chain."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """When things happen, in steps; the last step logs, evaluates and saves.
 
-  step: jax.Array
-  params: Any
-  ema: Any
-  opt_state: Any
-
-
-def optimizer(
-  *, peak: float, end: float, warmup_steps: int, total_steps: int, clip: float
-) -> optax.GradientTransformation:
-  """Adam under clipping by the global norm, linear warm-up to `peak`, cosine to `end` at total_steps."""
-  if not 0 <= warmup_steps < total_steps:
-    raise ValueError(f"config.optimizer.warmup_steps={warmup_steps} must lie in [0, total_steps={total_steps}).")
-  rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, total_steps, end)
-  return optax.chain(optax.clip_by_global_norm(clip), optax.adam(rate))
-
-
-def init_state(
-  denoiser: nn.Module, tx: optax.GradientTransformation, space, channels: int, key: jax.Array
-) -> TrainState:
-  """State at step 0; call under jit with out_shardings, so that no host copy is made."""
-  x = jnp.zeros((1, *space, channels))
-  params = denoiser.init(key, x, jnp.ones(1))["params"]
-  return TrainState(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params))
-
-
-def denoising_error(denoiser: nn.Module, params, x: jax.Array, sigma: jax.Array, key: jax.Array) -> jax.Array:
-  """Weighted squared error of every sample, [B]; x is [B, *space, C] with unit variance, sigma is [B]."""
-  s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
-  noise = jax.random.normal(key, x.shape, x.dtype)
-  denoised = denoiser.apply({"params": params}, x + s * noise, sigma)
-  error = jnp.mean((denoised - x) ** 2, axis=tuple(range(1, x.ndim)))
-  return (sigma**2 + 1) / sigma**2 * error
-
-
-def make_train_step(
-  denoiser: nn.Module, tx: optax.GradientTransformation, draw_sigma: Callable, ema_decay: float
-) -> Callable[[TrainState, Mapping[str, jax.Array], jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """Pure (state, {"x": [B, *space, C]}, key) -> (state, scalar logs).
-
-  Args:
-    draw_sigma: (key, B) -> [B] noise levels.
-    ema_decay: of the parameter average, reached after a warm-up: min(decay, (1 + step) / (10 + step)).
+  save_minutes: also save when so many have passed, at the next log; 0 for never.
+  profile: {"start_step", "steps"} of a profiler trace; 0 steps for none.
   """
 
-  def train_step(state, batch, key):
-    level_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
-    x = batch["x"]
-    sigma = draw_sigma(level_key, x.shape[0])
-    loss, grads = jax.value_and_grad(lambda p: denoising_error(denoiser, p, x, sigma, noise_key).mean())(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-    logs = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-    return TrainState(state.step + 1, params, ema, opt_state), logs
+  total_steps: int
+  log_every: int
+  eval_every: int
+  save_every: int
+  save_minutes: float = 0.0
+  profile: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"start_step": 0, "steps": 0})
 
-  return train_step
+  def is_time(self, what: str, step: int) -> bool:
+    """what: "log", "eval" or "save"."""
+    return runs.is_time(getattr(self, f"{what}_every"), step, self.total_steps)
 
 
 def fit(
   *,
-  state: TrainState,
+  state: states.TrainState,
   batches: Iterator[Mapping[str, jax.Array]],
-  train_step: Callable,
-  total_steps: int,
-  log_every: int,
-  eval_every: int,
-  save_every: int,
-  key: jax.Array,
-  evaluators: Mapping[str, Callable[[TrainState], Mapping[str, float]]],
+  step_fn: Callable,
+  plan: Plan,
+  evaluators: Mapping[str, Callable[[states.TrainState], Mapping[str, Any]]],
   saver: ckpt.Checkpoints,
-  writer: runs.MetricWriter,
-  progress: runs.Progress,
+  watch: "Watch",
   stop: Callable[[], bool],
-) -> TrainState:
-  """Trains to total_steps, resuming after state.step; returns the last state.
+  agree: Callable[[Any], list] = lambda value: [value],
+  evaluated: bool = True,
+) -> states.TrainState:
+  """Trains to plan.total_steps, resuming after state.step; returns the last state.
 
   Args:
     state: on devices, donated.
     batches: global batches, the first belonging to step state.step.
-    train_step: see make_train_step.
-    log_every, eval_every, save_every: in steps; the last step does all three.
-    evaluators: {name: state -> {metric: value}}.
-    saver, writer, progress: see common/.
-    stop: polled after every step; once true the state is saved and runs.Interrupted raised.
+    step_fn: compiled (state, batch) -> (state, logs), which donates the state.
+    evaluators: {name: state -> {metric: number or image}}.
+    saver, watch: see common/checkpoints.py and Watch.
+    stop: polled after every step and evaluator; once true the state is saved and runs.Interrupted raised.
+    agree: see Checkpoints.
+    evaluated: False if a stop kept the evaluation of state.step from being done; it is done first.
   Raises: FloatingPointError if the loss or the gradient norm of any step is not finite; nothing is saved then.
   """
-  step_fn = jax.jit(train_step, donate_argnums=0)
-  window, said = [], time.monotonic()
-  for step in range(int(state.step) + 1, total_steps + 1):
-    with jax.profiler.StepTraceAnnotation("train", step_num=step):
-      state, logs = step_fn(state, next(batches), key)
-    window.append(logs)
-    asked = stop()
-    save = runs.is_time(save_every, step, total_steps)
-    if runs.is_time(log_every, step, total_steps) or save or asked:
-      means = _flush(window, step, saver)
-      rate = len(window) / (time.monotonic() - said)
-      window, said = [], time.monotonic()
-      writer.write_scalars(step, means | {"steps_per_second": rate})
-      progress.advance(step - progress.done, loss=means["loss"])
-    if runs.is_time(eval_every, step, total_steps):
-      for name, evaluate in evaluators.items():
-        writer.write_scalars(step, {f"{name}/{k}": v for k, v in evaluate(state).items()})
-    if save or asked:
-      saver.save(step, state)
-    if asked and step < total_steps:
+  under_way, pending, saved_at = collections.deque(), None, time.monotonic()
+
+  def flush():
+    nonlocal pending
+    if pending is not None:
+      watch.log(*pending, saver)
+    pending = None
+
+  for step in range(int(state.step) + (1 if evaluated else 0), plan.total_steps + 1):
+    if step > int(plan.profile["start_step"]) > 0:
+      watch.profile(step, plan.profile)
+    if evaluated:
+      batch = watch.waiting(batches)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, logs = step_fn(state, batch)
+      flush()  # of the step before: the device has work meanwhile
+      under_way.append(logs)
+      if len(under_way) > AHEAD:
+        jax.block_until_ready(under_way.popleft())
+      if plan.is_time("log", step):
+        pending = (step, logs)
+    asked, due, metrics = stop(), False, None
+    if plan.save_minutes and plan.is_time("log", step):
+      due = agree(time.monotonic() - saved_at > 60 * plan.save_minutes)[0]
+    if (evaluate := not evaluated or plan.is_time("eval", step)) and not asked:
+      flush()
+      with watch.paused():
+        found = {}
+        for name, evaluator in evaluators.items():
+          found |= {f"{name}/{k}": v for k, v in evaluator(state).items()}
+          if asked := stop():
+            break
+        else:
+          metrics = watch.evaluated(step, found)
+    if asked or due or plan.is_time("save", step) or (metrics and saver.keep.best):
+      flush()
+      if evaluated:
+        watch.check(step, logs, saver)
+      with watch.paused():
+        saver.save(step, state, metrics, evaluated=not evaluate or metrics is not None)
+      saved_at = time.monotonic()
+    evaluated = True
+    if asked and (step < plan.total_steps or (evaluate and metrics is None)):
       saver.wait()
-      raise runs.Interrupted(f"train stopped at step {step} of {total_steps}, which is saved")
+      raise runs.Interrupted(f"train stopped at step {step} of {plan.total_steps}, which is saved")
+  flush()
   saver.wait()
   return state
 
 
-def _flush(window: list, step: int, saver: ckpt.Checkpoints) -> dict[str, float]:
-  """Means over the steps since the last call; the only place where the loop waits for the device."""
-  host = jax.device_get(window)
-  for offset, logs in enumerate(host):
-    if bad := sorted(k for k, v in logs.items() if not math.isfinite(v)):
+class Watch:
+  """What a person watches: scalars, rates, one line of progress, a profile. Writes on the main process only.
+
+  Args:
+    writer: runs.MetricWriter. progress: runs.Progress. folder: for the profile.
+    batch: examples a step. flops: of a step over all devices. peak: FLOP/s of all devices, None if not known.
+  """
+
+  def __init__(self, writer, progress, folder: pathlib.Path, batch: int, flops: float, peak: float | None):
+    self.writer, self.progress, self.folder = writer, progress, folder
+    self.batch, self.flops, self.peak = batch, flops, peak
+    self._said, self._from, self._waited, self._profiling = time.monotonic(), progress.done, 0.0, False
+
+  def waiting(self, batches: Iterator) -> Any:
+    """next(batches), on the clock."""
+    began = time.monotonic()
+    batch = next(batches)
+    self._waited += time.monotonic() - began
+    return batch
+
+  def check(self, step: int, logs: Mapping, saver: ckpt.Checkpoints) -> dict[str, float]:
+    """The logs on the host. Raises FloatingPointError if a step since the last log was not finite."""
+    host = {k: float(v) for k, v in jax.device_get(logs).items()}
+    if bad := int(host.pop("bad_step")):
       last = saver.steps()[-1] if saver.steps() else None
       raise FloatingPointError(
-        f"{' and '.join(bad)} not finite at step {step - len(host) + 1 + offset}, in the window "
-        f"({step - len(host)}, {step}]. The last good checkpoint is {f'step {last}' if last else 'none'} and stays. "
-        "Lower --config.optimizer.peak in another --workdir; --config.data.dir=... spares the simulation."
+        f"loss or gradient norm not finite at step {bad}, in the window ({self._from}, {step}]. The last good "
+        f"checkpoint is {f'step {last}' if last else 'none'} and stays. Lower --config.optimizer.peak in another "
+        "--workdir; --config.data.dir=... spares the simulation."
       )
-  return {k: float(sum(float(logs[k]) for logs in host) / len(host)) for k in host[0]}
+    return host
 
-
-def make_validation(denoiser: nn.Module, x: jax.Array, sigmas: tuple[float, ...], key: jax.Array) -> Callable:
-  """Evaluator of the averaged parameters: weighted denoising error at each of `sigmas` on held-out fields x."""
-
-  @jax.jit
-  def errors(ema, x):
-    at = lambda i, s: denoising_error(denoiser, ema, x, jnp.full(len(x), s), jax.random.fold_in(key, i)).mean()
-    return [at(i, s) for i, s in enumerate(sigmas)]
-
-  def evaluate(state: TrainState) -> dict[str, float]:
-    values = jax.device_get(errors(state.ema, x))
-    return {f"error_at_sigma_{s:g}": float(v) for s, v in zip(sigmas, values, strict=True)} | {
-      "error": float(sum(values) / len(values))
+  def log(self, step: int, logs: Mapping, saver: ckpt.Checkpoints) -> None:
+    """Writes the means since the last log, and how fast it went."""
+    scalars = self.check(step, logs, saver)
+    now = time.monotonic()
+    seconds, count = now - self._said, step - self._from
+    speed = {
+      "steps_per_second": count / seconds,
+      "examples_per_second": count * self.batch / seconds,
+      "seconds_per_step": seconds / count,
+      "input_wait_share": self._waited / seconds,
+      "flops_per_second": self.flops * count / seconds,
     }
+    if self.peak:
+      speed["flops_utilisation"] = speed["flops_per_second"] / self.peak
+    if stats := jax.local_devices()[0].memory_stats():
+      speed["device_peak_bytes"] = stats.get("peak_bytes_in_use", 0)
+    self.writer.write_scalars(step, scalars)
+    self.writer.write_speed(step, speed)
+    self._said, self._from, self._waited = now, step, 0.0
+    self.progress.advance(step - self.progress.done, loss=scalars["loss"])
 
-  return evaluate
+  def evaluated(self, step: int, found: Mapping[str, Any]) -> dict[str, float]:
+    """Writes what the evaluators found; returns its scalars."""
+    scalars = {k: v for k, v in found.items() if jnp.ndim(v) == 0}
+    self.writer.write_scalars(step, scalars)
+    self.writer.write_images(step, {k: v for k, v in found.items() if jnp.ndim(v)})
+    return scalars
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """What is done within does not count as time of the steps."""
+    began = time.monotonic()
+    yield
+    self._said += time.monotonic() - began
+
+  def profile(self, step: int, block: Mapping[str, int]) -> None:
+    """Starts a trace before step start_step + 1 and ends it `steps` later."""
+    inside = block["start_step"] < step <= block["start_step"] + block["steps"]
+    if inside and not self._profiling:
+      jax.profiler.start_trace(str(self.folder))
+    elif self._profiling and not inside:
+      jax.profiler.stop_trace()
+      runs.say(f"train: profile of {block['steps']} steps is in {self.folder}/plugins/profile")
+    self._profiling = inside
+
+
+def compiled(step_fn: Callable, state, batch) -> tuple[Any, float]:
+  """(the compiled step, its model FLOPs over all devices); state and batch may be abstract, with shardings."""
+  program = jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
+  return program.lower(state, batch).compile(), costs.flops(step_fn, state, batch)
 
 
 def train(
   folder: pathlib.Path,
   config_hash: str,
   *,
-  denoiser: nn.Module,
-  tx: optax.GradientTransformation,
-  draw_sigma: Callable,
-  ema_decay: float,
+  initialise: Callable,
+  make_update: Callable,
+  make_validation: Callable,
   batches,
-  validation: jax.Array,
-  space: tuple[int, ...],
-  channels: int,
+  shape: tuple[int, ...],
+  evaluators: Mapping[str, Callable],
   mesh: jax.sharding.Mesh,
   seed: int,
-  total_steps: int,
-  log_every: int,
-  eval_every: int,
-  save_every: int,
+  plan: Plan,
+  keep: ckpt.Keep,
   config_text: str,
-  stop: Callable[[], bool],
+  stop: supervision.Stop,
+  dtype: str = "float32",
+  agree: Callable[[Any], list] = lambda value: [value],
 ) -> dict:
   """The `train` job: restores the last good state, fits, writes the averaged parameters to folder/prior.
 
   Args:
     folder: of the stage. config_hash: goes with every checkpoint.
-    batches: pipeline.Batches. validation: [V, *space, C], normalised.
-    the rest: see fit.
+    initialise: (key of the parameters, key of the run) -> TrainState.
+    make_update: PartitionSpecs of the parameters -> (state, batch) -> (state, logs).
+    make_validation: (those specs, key) -> the evaluator "validation", which gives "error".
+    batches: pipeline.Batches. shape: of an example, (*space, C).
+    evaluators: more of them.
+    dtype: of the computation, for the utilisation.
+    the rest: see fit and Checkpoints.
   Returns: {"steps", "parameters", "error"}, the last being the validation error.
   """
-  init_key, step_key, validation_key = jax.random.split(jax.random.key(seed), 3)
-  initialise = lambda key: init_state(denoiser, tx, space, channels, key)
-  saver = ckpt.Checkpoints(folder / "checkpoints", config_hash)
-  target = ckpt.abstract(jax.eval_shape(initialise, init_key), meshes.replicated(mesh))
-  if (found := saver.restore_last(target)) is not None:
-    state = found[1]
-    runs.say(f"train: going on from step {found[0]}")
-  else:
-    state = jax.jit(initialise, out_shardings=meshes.replicated(mesh))(init_key)
-  first = int(state.step)
-  validate = make_validation(denoiser, validation, (0.003, 0.03, 0.1, 0.3, 1.0, 3.0), validation_key)
-  writer = runs.MetricWriter(folder)
+  init_key, run_key, validation_key = jax.random.split(jax.random.key(seed), 3)
+  with stop.interruptible("compiling the training step"):
+    start, target, specs = states.make(mesh, initialise, init_key, run_key)
+    saver = ckpt.Checkpoints(folder / "checkpoints", config_hash, keep, agree)
+    example = jax.ShapeDtypeStruct((batches.batch, *shape), jnp.float32, sharding=meshes.rows(mesh))
+    step_fn, flops = compiled(make_update(specs.params), target, {"x": example})
+    if (found := saver.restore_last(target)) is not None:
+      state = found[1]
+      runs.say(f"train: going on from step {found[0]}")
+    else:
+      state = start(init_key, run_key)
+    first = int(state.step)
+  validate = make_validation(specs.params, validation_key)
+  evaluated = not found or saver.record(first).get("evaluated", True)
+  peak = costs.peak_flops(mesh.devices.flat[0].device_kind, dtype)
+  writer = runs.MetricWriter(folder, first, evaluated)
   writer.write_text("config", f"```json\n{config_text}\n```")
   try:
-    with runs.Progress("train", total_steps, "steps", done=first) as progress:
+    with runs.Progress("train", plan.total_steps, "steps", done=first) as progress:
       state = fit(
         state=state,
-        batches=batches.stream(mesh, first, total_steps),
-        train_step=make_train_step(denoiser, tx, draw_sigma, ema_decay),
-        total_steps=total_steps,
-        log_every=log_every,
-        eval_every=eval_every,
-        save_every=save_every,
-        key=step_key,
-        evaluators={"validation": validate},
+        batches=batches.stream(mesh, first, plan.total_steps),
+        step_fn=step_fn,
+        plan=plan,
+        evaluators={"validation": validate} | dict(evaluators),
         saver=saver,
-        writer=writer,
-        progress=progress,
+        watch=Watch(writer, progress, folder, batches.batch, flops, peak and peak * mesh.size),
         stop=stop,
+        agree=agree,
+        evaluated=evaluated,
       )
-    result = validate(state)
+    error = validate(state)["error"]
   finally:
     writer.close()
     saver.close()
-  save_prior(folder, config_hash, state.ema)
-  return {"steps": total_steps, "parameters": count(state.params), "error": result["error"]}
+  save_prior(folder, config_hash, state.ema[0], agree)
+  return {"steps": plan.total_steps, "parameters": states.count(state.params), "error": error}
 
 
-def count(params) -> int:
-  """Number of parameters."""
-  return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
-
-
-def save_prior(folder: pathlib.Path, config_hash: str, ema) -> None:
+def save_prior(folder: pathlib.Path, config_hash: str, ema, agree=lambda value: [value]) -> None:
   """The averaged parameters alone, all that sampling needs."""
-  prior = ckpt.Checkpoints(folder / "prior", config_hash, keep=1)
+  prior = ckpt.Checkpoints(folder / "prior", config_hash, 1, agree)
   prior.save(0, ema)
   prior.close()
 
@@ -256,7 +286,7 @@ def load_prior(folder: pathlib.Path, config_hash: str, denoiser: nn.Module, spac
   shapes = jax.eval_shape(
     lambda key: denoiser.init(key, jnp.zeros((1, *space, channels)), jnp.ones(1))["params"], jax.random.key(0)
   )
-  prior = ckpt.Checkpoints(folder / "prior", config_hash, keep=1)
+  prior = ckpt.Checkpoints(folder / "prior", config_hash, 1)
   found = prior.restore_last(ckpt.abstract(shapes, meshes.replicated(mesh)))
   prior.close()
   if found is None:

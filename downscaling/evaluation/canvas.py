@@ -106,3 +106,9 @@ def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
   out = io.BytesIO()
   Image.fromarray(np.asarray(drawn.buffer_rgba())[..., :3]).quantize(256).save(out, format="png")
   return out.getvalue()
+
+
+def pixels(draw: Callable[[Theme], Figure], theme: Theme | None = None) -> np.ndarray:
+  """[height, width, 3] uint8 of draw(theme), light by default."""
+  with Image.open(io.BytesIO(render(draw, theme or LIGHT))) as image:
+    return np.asarray(image.convert("RGB"))

@@ -116,7 +116,7 @@ def write_ensemble(
   """
   path = pathlib.Path(path)
   layout = _layout(conditions, members, space, channels, unit)
-  meshes.check_divides(math.prod(layout.unit), mesh, "a unit (conditions × members)", "sampling.unit")
+  meshes.check_divides(math.prod(layout.unit), mesh.size, "a unit (conditions × members)", "sampling.unit")
   ids = _ids(condition_ids, layout.conditions)
   variables = _variables(layout, ids, conditions, coordinates or {})
   stage = _open(path, layout, ids, conditions, seed, identity)

@@ -1,7 +1,8 @@
 import json
 import os
-import signal
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -73,21 +74,28 @@ def test_is_time(every, step, last, expected):
   assert runs.is_time(every, step, last) is expected
 
 
-def test_sigterm_is_noticed_and_the_old_handler_comes_back():
-  before = signal.getsignal(signal.SIGTERM)
-  with runs.polite_stop() as stop:
-    assert not stop()
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop()
-  assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_scalars_round_trip_and_the_last_of_a_step_wins(tmp_path):
-  for value in (1.0, 2.0):  # a restart logs step 1 again
-    writer = runs.MetricWriter(tmp_path)
-    writer.write_scalars(1, {"loss": value, "other": 9.0})
+def test_a_run_that_goes_on_drops_what_was_written_after_its_checkpoint(tmp_path):
+  """Steps 1-3, then on from 2: with its evaluation, or with that still to come; a torn row is dropped too."""
+  for after, evaluated, left in (
+    (2, True, ["1,loss", "2,loss", "2,validation/error"]),
+    (2, False, ["1,loss", "2,loss"]),
+  ):
+    folder = tmp_path / str(evaluated)
+    writer = runs.MetricWriter(folder)
+    for step in (1, 2, 3):
+      writer.write_scalars(step, {"loss": 0.1 * step})
+      writer.write_speed(step, {"steps_per_second": 1.0})
+      if step == 2:
+        writer.write_scalars(step, {"validation/error": 0.5})
+    writer.write_images(3, {"spectrum": np.zeros((4, 4, 3), np.uint8)})
     writer.close()
-  assert runs.read_scalars(tmp_path, "loss") == ([1], [2.0])
+    with open(folder / "metrics.csv", "a") as file:
+      file.write("3,lo")
+    runs.MetricWriter(folder, after, evaluated).close()
+    rows = (folder / "metrics.csv").read_text().split()
+    assert [row.rpartition(",")[0] for row in rows] == left
+    assert runs.read_scalars(folder, "loss") == ([1, 2], [0.1, 0.2])
+    assert len((folder / "speed.csv").read_text().split()) == 2
 
 
 def test_progress_prints_plain_lines_in_a_log(capsys):
@@ -100,6 +108,31 @@ def test_mesh_messages():
   mesh = meshes.make()
   assert mesh.size == 4
   with pytest.raises(ValueError, match=r"Set --config.train.batch=4 or 8"):
-    meshes.check_divides(6, mesh, "a batch", "train.batch")
-  with pytest.raises(ValueError, match=r"config.mesh.data=9, but 4 devices are here"):
+    meshes.check_divides(6, mesh.size, "a batch", "train.batch")
+  with pytest.raises(ValueError, match=r"config.mesh.data=9 × fsdp=1, but 4 devices are here"):
     meshes.make(9)
+  with pytest.raises(ValueError, match=r"config.mesh.fsdp=3 does not divide 4 devices: use one of \[1, 2, 4\]"):
+    meshes.make(fsdp=3)
+  with pytest.raises(
+    ValueError, match=r"config.mesh.fsdp=4 divides no axis of any parameter \(the largest is \(33, 35\)"
+  ):
+    meshes.state_specs(meshes.make(fsdp=4), {"a": jnp.zeros((33, 35)), "b": jnp.zeros(4)})
+
+
+def test_every_leaf_is_split_along_its_largest_axis_that_divides():
+  leaves = {"tall": (64, 32), "wide": (32, 64), "odd": (33, 64), "stuck": (33, 35), "small": (4, 4), "scalar": ()}
+  specs = meshes.state_specs(meshes.make(data=1, fsdp=4), {k: jnp.zeros(v) for k, v in leaves.items()})
+  P = jax.sharding.PartitionSpec
+  assert specs == {"tall": P("fsdp"), "wide": P(None, "fsdp"), "odd": P(None, "fsdp")} | dict.fromkeys(
+    ("stuck", "small", "scalar"), P()
+  )
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2), (4, 1), (1, 4)])
+def test_host_rows_come_back_in_order_on_any_mesh(sizes):
+  mesh = meshes.make(*sizes)
+  x = np.arange(8.0)[:, None]
+  assert meshes.host_rows(mesh, 8).tolist() == list(range(8))
+  made = meshes.to_global(mesh, {"x": x}, 8)["x"]
+  np.testing.assert_array_equal(made, x)
+  assert made.sharding.shard_shape(made.shape) == (8 // mesh.size, 1)

@@ -5,9 +5,10 @@ import pytest
 
 from downscaling.common import checkpoints as ckpt
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
+from downscaling.common import runs, supervision
 from downscaling.datasets import pipeline, statistics
-from downscaling.diffusion import denoiser, training, unet
+from downscaling.diffusion import denoiser, steps, training, unet
+from downscaling.diffusion import state as states
 
 N = 16
 SPECTRUM = (1.0 / (1.0 + np.minimum(np.arange(N), N - np.arange(N)) ** 2))[:, None].astype(np.float32)
@@ -59,7 +60,8 @@ def test_loss_of_the_exact_denoiser_has_a_closed_form():
   d = _denoiser()
   x = jnp.asarray(_gaussian(4096))
   params = jax.jit(d.init)(jax.random.key(0), x[:1], jnp.ones(1))["params"]
-  error = jax.jit(lambda p, x, s: training.denoising_error(d, p, x, s, jax.random.key(1)))
+  noise = jax.random.normal(jax.random.key(1), x.shape)
+  error = jax.jit(lambda p, x, s: steps.denoising_error(d, p, x, s, noise))
   for sigma in (0.1, 1.0):
     got = float(error(params, x, jnp.full(len(x), sigma)).mean())
     exact = (sigma**2 + 1) * np.mean(SPECTRUM / (SPECTRUM + sigma**2))
@@ -71,68 +73,98 @@ class Memory(list):
     return [self[i] for i in index]
 
 
-def _run(folder, total=8, stop=lambda: False, mesh=None, rate=1e-2, source=None, save_every=2, fields=_gaussian):
-  mesh = mesh or meshes.make()
+class Never(supervision.Stop):
+  """A stop that listens to nobody: true at the polls named."""
+
+  def __init__(self, *polls):
+    super().__init__()
+    self.count, self.polls = 0, polls
+
+  def __call__(self):
+    self.count += 1
+    return self.count in self.polls
+
+
+def _optimiser(rate=1e-2, total=8):
+  rate = states.learning_rate(peak=rate, end=1e-6, warmup_steps=2, total_steps=total)
+  return rate, states.optimizer(rate, 1.0)
+
+
+def _initial(net, rate=1e-2, total=8, averages=1):
+  return lambda key, run: states.initial(net, _optimiser(rate, total)[1], (N,), 1, averages, key, run)
+
+
+def _update(net, mesh, specs, rate=1e-2, total=8, decays=(0.9,), **kwargs):
+  rate, tx = _optimiser(rate, total)
+  sigmas = lambda key, batch: jnp.exp(jax.random.normal(key, (batch,)))
+  return steps.make_train_step(net, tx, sigmas, decays, mesh, specs, rate=rate, **kwargs)
+
+
+def _run(
+  folder, total=8, stop=None, mesh=None, rate=1e-2, source=None, save_every=2, fields=_gaussian, net=None, keep=3,
+  microbatches=1, **evaluators,
+):  # fmt: skip
+  mesh, net = mesh or meshes.make(), net or _denoiser(None)
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), SPECTRUM)
   source = source or Memory({"u": u} for u in fields(64))
+  held = jax.device_put(fields(8, seed=1), meshes.rows(mesh))
   return training.train(
     folder,
     "hash",
-    denoiser=_denoiser(None),
-    tx=training.optimizer(peak=rate, end=1e-6, warmup_steps=2, total_steps=total, clip=1.0),
-    draw_sigma=lambda key, batch: jnp.exp(jax.random.normal(key, (batch,))),
-    ema_decay=0.9,
+    initialise=_initial(net, rate, total),
+    make_update=lambda specs: _update(net, mesh, specs, rate, total, log_every=2, microbatches=microbatches),
+    make_validation=lambda specs, key: steps.make_validation(net, mesh, specs, held, training.SIGMAS, key),
     batches=pipeline.Batches(source, stats, 8, seed=0),
-    validation=jax.device_put(fields(8, seed=1), meshes.rows(mesh)),
-    space=(N,),
-    channels=1,
+    shape=(N, 1),
+    evaluators=evaluators,
     mesh=mesh,
     seed=0,
-    total_steps=total,
-    log_every=2,
-    eval_every=4,
-    save_every=save_every,
+    plan=training.Plan(total_steps=total, log_every=2, eval_every=4, save_every=save_every),
+    keep=ckpt.Keep(keep) if isinstance(keep, int) else keep,
     config_text="{}",
-    stop=stop,
+    stop=stop or Never(),
   )
 
 
-def _last(folder, mesh=None):
-  mesh = mesh or meshes.make()
-  tx = training.optimizer(peak=1e-2, end=1e-6, warmup_steps=2, total_steps=8, clip=1.0)
-  shapes = jax.eval_shape(lambda k: training.init_state(_denoiser(None), tx, (N,), 1, k), jax.random.key(0))
-  return ckpt.Checkpoints(folder / "checkpoints", "hash").restore_last(ckpt.abstract(shapes, meshes.replicated(mesh)))
+def _last(folder, mesh=None, net=None):
+  _, target, _ = states.make(mesh or meshes.make(), _initial(net or _denoiser(None)), *[jax.random.key(0)] * 2)
+  return ckpt.Checkpoints(folder / "checkpoints", "hash").restore_last(target)
+
+
+def _numbers(tree):
+  """On the host, keys as their words."""
+  words = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  return jax.device_get(jax.tree.map(words, tree))
 
 
 def _equal(a, b):
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+  jax.tree.map(np.testing.assert_array_equal, _numbers(a), _numbers(b))
 
 
-def test_eight_steps_are_three_and_a_stop_and_five(tmp_path):
-  """Parameters, average, optimiser and logged losses, bit for bit."""
+# Polls: one after every step, one after each evaluator (of which there is one, at steps 4 and 8).
+@pytest.mark.parametrize(("poll", "step"), [(3, 3), (4, 4), (5, 4), (8, 7)])
+def test_eight_steps_are_some_and_a_stop_and_the_rest(tmp_path, poll, step):
+  """Parameters, average, optimiser, key and the log, byte for byte; the fifth poll stops within the evaluation."""
   _run(tmp_path / "straight")
-  polled = iter([False, False, True])
-  with pytest.raises(runs.Interrupted, match="stopped at step 3 of 8, which is saved"):
-    _run(tmp_path / "cut", stop=lambda: next(polled))
-  assert _last(tmp_path / "cut")[0] == 3
+  with pytest.raises(runs.Interrupted, match=f"stopped at step {step} of 8, which is saved"):
+    _run(tmp_path / "cut", stop=Never(poll))
+  assert _last(tmp_path / "cut")[0] == step
   _run(tmp_path / "cut")
   (one, straight), (two, cut) = _last(tmp_path / "straight"), _last(tmp_path / "cut")
   assert one == two == 8
   _equal(straight, cut)
-  # The window that the stop cut in two is logged in two parts; all later ones are the same numbers.
-  losses = [dict(zip(*runs.read_scalars(tmp_path / name, "loss"), strict=True)) for name in ("straight", "cut")]
-  assert {s: losses[0][s] for s in (2, 6, 8)} == {s: losses[1][s] for s in (2, 6, 8)}
+  assert (tmp_path / "straight" / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
 
 
 def test_one_device_and_four_train_alike(tmp_path):
   """The same batches and noise; only the order of sums differs: 1e-4 of parameters of size 0.1 after 8 steps of Adam,
   whose first steps move by the sign of the gradient. Noise drawn per device would differ at order 0.01."""
-  states = []
+  ends = []
   for devices in (1, 4):
     mesh = meshes.make(devices)
     _run(tmp_path / str(devices), mesh=mesh)
-    states.append(jax.device_get(_last(tmp_path / str(devices), mesh)[1].ema))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *states)
+    ends.append(jax.device_get(_last(tmp_path / str(devices), mesh)[1].ema))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), *ends)
   losses = [runs.read_scalars(tmp_path / d, "loss")[1] for d in "14"]
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
@@ -153,7 +185,7 @@ def test_nan_stops_the_run_names_the_window_and_keeps_the_last_good(tmp_path):
     _run(tmp_path, source=Memory({"u": u} for u in fields))
   step, state = _last(tmp_path)
   assert step == 4
-  assert all(np.isfinite(p).all() for p in jax.tree.leaves(jax.device_get(state)))
+  assert all(np.isfinite(p).all() for p in jax.tree.leaves(_numbers(state)))
 
 
 def test_prior_round_trip_and_messages(tmp_path):
@@ -162,20 +194,21 @@ def test_prior_round_trip_and_messages(tmp_path):
     training.load_prior(tmp_path, "hash", _denoiser(None), (N,), 1, mesh)
   _run(tmp_path)
   prior = training.load_prior(tmp_path, "hash", _denoiser(None), (N,), 1, mesh)
-  _equal(prior, _last(tmp_path)[1].ema)
+  _equal(prior, _last(tmp_path)[1].ema[0])
   with pytest.raises(ValueError, match="warmup_steps=9 must lie in"):
-    training.optimizer(peak=1.0, end=0.0, warmup_steps=9, total_steps=8, clip=1.0)
+    states.learning_rate(peak=1.0, end=0.0, warmup_steps=9, total_steps=8)
 
 
-def test_average_follows_its_definition():
-  tx = training.optimizer(peak=1e-2, end=1e-6, warmup_steps=0, total_steps=8, clip=1.0)
-  d = _denoiser(None)
-  step = jax.jit(training.make_train_step(d, tx, lambda k, b: jnp.ones(b), 0.5))
-  state = jax.jit(lambda key: training.init_state(d, tx, (N,), 1, key))(jax.random.key(0))
+def test_averages_follow_their_definition():
+  mesh, net, keys = meshes.make(1), _denoiser(None), [jax.random.key(0), jax.random.key(1)]
+  start, _, specs = states.make(mesh, _initial(net, averages=2), *keys)
+  step = jax.jit(_update(net, mesh, specs.params, decays=(0.5, 0.2)))
+  state = start(*keys)
   x = {"x": jnp.asarray(_gaussian(4))}
-  expected = state.ema
+  expected = list(state.ema)
   for i in range(8):
-    state, _ = step(state, x, jax.random.key(1))
-    decay = min(0.5, (1 + i) / (10 + i))
-    expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, state.params)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
+    state, _ = step(state, x)
+    for j, most in enumerate((0.5, 0.2)):
+      decay = min(most, (1 + i) / (10 + i))
+      expected[j] = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected[j], state.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, tuple(expected))

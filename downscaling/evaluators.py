@@ -1,0 +1,79 @@
+"""What is measured of a prior while it trains, beside its validation error: state -> {metric: number or image}."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from downscaling.common import mesh as meshes
+from downscaling.datasets import statistics
+from downscaling.evaluation import canvas, figures, spectra
+
+
+def unconditional(
+  sampler: Callable, mesh: jax.sharding.Mesh, fields: int, truth: np.ndarray, stats: statistics.Statistics, seed: int
+) -> Callable:
+  """Evaluator: spectrum of fields drawn from nothing against held-out ones, beside its floor.
+
+  Args:
+    sampler: (keys [B], None, parameters) -> [B, *space, C], in data units; see build.sampler.
+    fields: how many to draw; rounded up to fill the devices.
+    truth: normalised held-out fields [V, *space, C]; the floor compares its second half with its first.
+  Returns: evaluator with melr_weighted, melr_energy, the same of the floor, and images "spectrum" and "fields".
+  """
+  count = -(-fields // mesh.size) * mesh.size
+  alone = jax.shard_map(
+    lambda keys, params: sampler(keys, None, params),
+    mesh=mesh,
+    in_specs=(meshes.ROWS, PartitionSpec()),
+    out_specs=meshes.ROWS,
+    check_vma=False,  # no communication within: each device draws its own fields
+  )
+
+  @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
+  def draw(params):
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(count))
+    return alone(keys, params)
+
+  truth = np.asarray(stats.restore(truth))[..., 0]
+  shells = spectra.shell_energies(truth[: len(truth) // 2])
+  reference = shells.mean(0)
+  floor = spectra.energies(truth[len(truth) // 2 :])
+  floors = spectra.melr(floor, reference)
+
+  def evaluate(state) -> dict:
+    drawn = np.asarray(draw(state.ema[0]))[..., 0]
+    energy = spectra.energies(drawn)
+    melr = spectra.melr(energy, reference)
+    metrics = {f"melr_{k}": melr[k] for k in ("weighted", "energy")}
+    metrics |= {f"melr_{k}_floor": floors[k] for k in ("weighted", "energy")}
+    if not meshes.is_main():
+      return metrics
+    half, held = spectra.band(shells, count), spectra.energy_holding_shells(reference)
+    spectrum = figures.spectrum(reference, {"unconditional": energy}, floor, half, held)
+    return metrics | {"spectrum": canvas.pixels(spectrum), "fields": canvas.pixels(gallery(drawn[:8], truth[:8]))}
+
+  return evaluate
+
+
+def gallery(drawn: np.ndarray, truth: np.ndarray) -> figures.Draw:
+  """Drawn fields over true ones, both [8, *space]."""
+
+  def draw(theme):
+    figure = canvas.page(3.2)
+    axes = figure.subplots(2, len(drawn), sharex=True, sharey=True)
+    limit = float(np.abs(truth).max())
+    for row, (name, fields) in enumerate((("drawn", drawn), ("true", truth))):
+      for panel, field in zip(axes[row], fields, strict=True):
+        if field.ndim == 1:
+          panel.plot(field, color=theme.ink, linewidth=0.8)
+          panel.set_ylim(-1.1 * limit, 1.1 * limit)
+        else:
+          panel.imshow(field, vmin=-limit, vmax=limit, cmap="RdBu_r")
+        panel.set(xticks=[], yticks=[])
+      axes[row, 0].set_ylabel(name)
+    return figure
+
+  return draw
