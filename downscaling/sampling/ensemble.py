@@ -205,7 +205,7 @@ def _inputs(layout: Layout, unit: Unit, ids, conditions, mesh):
   c = np.minimum(np.arange(unit.c0, unit.c0 + kc), unit.c1 - 1).repeat(km)
   m = np.tile(np.minimum(np.arange(unit.m0, unit.m0 + km), unit.m1 - 1), kc)
   y = None if conditions is None else np.asarray(conditions[unit.c0 : unit.c1], np.float32)[c - unit.c0]
-  return meshes.to_global(mesh, (ids[c].astype(np.uint32), m.astype(np.uint32), y))
+  return meshes.to_global(mesh, (ids[c].astype(np.uint32), m.astype(np.uint32), y), len(m))
 
 
 def _write(store, layout: Layout, unit: Unit, fields: jax.Array) -> None:

@@ -1,0 +1,271 @@
+"""Several real processes, joined by gloo on this machine: the same data, batches and losses; killed, told to stop, moved
+to other topologies. What takes minutes is marked slow."""
+
+import hashlib
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from downscaling.common import mesh as meshes
+from downscaling.common import runs
+from downscaling.datasets import pipeline, statistics
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def start(count, devices, argv, pids=None, **env):
+  """launch/rehearse.sh in the background, in a process group of its own."""
+  env = os.environ | {"DEVICES": str(devices), "RESTARTS": "0", "GRACE": "45"} | env
+  env |= {"PIDFILE": str(pids)} if pids else {}
+  return subprocess.Popen(
+    ["launch/rehearse.sh", str(count), *map(str, argv)], cwd=ROOT, env=env, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+  )  # fmt: skip
+
+
+def rehearse(count, devices, argv, code=0, **env):
+  process = start(count, devices, argv, **env)
+  said, _ = process.communicate(timeout=280)
+  assert process.returncode == code, said
+  return said
+
+
+def numbers(pids):
+  """{process: pid} of a rehearsal."""
+  return {int(i): int(pid) for i, pid in (line.split() for line in pids.read_text().splitlines())}
+
+
+def wait_for(true, process, seconds=200):
+  deadline = time.monotonic() + seconds
+  while not true():
+    assert process.poll() is None, process.stdout.read()
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
+def losses(workdir):
+  return dict(zip(*runs.read_scalars(workdir / "train", "loss"), strict=True))
+
+
+def logged(workdir):
+  """Steps with a loss so far; 0 before there is a log."""
+  path = workdir / "train" / "metrics.csv"
+  return len(losses(workdir)) if path.exists() else 0
+
+
+@pytest.fixture
+def data(finished):
+  """Flags that spare the simulation."""
+  return {"data.dir": finished[0] / "data"}
+
+
+# ---------------------------------------------------------------- the same everywhere
+
+
+def test_two_processes_generate_the_bytes_of_one(finished, command, tmp_path):
+  rehearse(2, 2, command("generate", tmp_path / "run"))
+  one, two = finished[0] / "data", tmp_path / "run" / "data"
+  files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file() and p.name != runs.MARKER)
+  assert len([f for f in files if "array_record" in f.name]) == 28
+  assert files == sorted(p.relative_to(two) for p in two.rglob("*") if p.is_file() and p.name != runs.MARKER)
+  for file in files:
+    assert (one / file).read_bytes() == (two / file).read_bytes(), file
+
+
+class Memory(list):
+  def __getitems__(self, index):
+    return [self[i] for i in index]
+
+
+def _digest(rows):
+  return [hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()[:16] for row in rows]
+
+
+def test_fifty_batches_are_the_same_on_any_topology():
+  """Row by row, on 1, 2 and 4 devices here, and on 2 processes × 2 devices that read only their own rows."""
+  code = (
+    "import jax, sys; sys.path[:0] = ['tests', '.']\n"
+    "from downscaling.common import mesh as meshes, processes\n"
+    "from tests.test_distributed import batches, digests\n"
+    "processes.start('on'); mesh = meshes.make(fsdp=2)\n"
+    "mine = meshes.host_rows(mesh, 8); assert len(mine) == 4\n"
+    "[print('rows', step, *mine, *row) for step, row in enumerate(digests(batches(), mine))]\n"
+  )
+  said = rehearse(2, 2, ["python", "-W", "ignore", "-c", code])
+  seen = {}
+  for words in (line.split()[2:] for line in said.splitlines() if " rows " in line):
+    for row, digest in zip(words[1:5], words[5:], strict=True):
+      seen[int(words[0]), int(row)] = digest
+  everything = {}
+  for devices in (1, 2, 4):
+    mesh = meshes.make(devices)
+    for step, batch in enumerate(batches().stream(mesh, 0, 50)):
+      for row, digest in enumerate(_digest(np.asarray(batch["x"]))):
+        assert everything.setdefault((step, row), digest) == digest
+  assert seen == everything
+  assert len({*everything.values()}) == 20  # all examples, each with its own bytes
+
+
+def batches():
+  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((4, 1), np.float32))
+  return pipeline.Batches(Memory({"u": np.full((4, 1), i, np.float32)} for i in range(20)), stats, 8, seed=3)
+
+
+def digests(made, mine):
+  return [_digest(made.rows(step, mine)["x"]) for step in range(50)]
+
+
+def test_two_processes_lose_as_one_does(finished, command, data, tmp_path):
+  """20 steps, 1 process × 4 devices against 2 × 2 with fsdp 2: 1e-5, the order of float32 sums through 20 updates."""
+  rehearse(2, 2, command("train", tmp_path, **data, **{"mesh.fsdp": 2, "plan.log_every": 1}))
+  rehearse(1, 4, command("train", tmp_path / "one", **data, **{"plan.log_every": 1}))
+  one, two = losses(tmp_path / "one"), losses(tmp_path)
+  assert one.keys() == two.keys() == {*range(1, 21)}
+  np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+
+
+def test_processes_that_differ_are_told_so(command, tmp_path):
+  argv = ["bash", "-c", 'exec "$@" --config.seed=$JAX_PROCESS_ID', "-", *command("train", tmp_path / "run")]
+  said = rehearse(2, 1, argv, code=1)
+  assert "processes differ in config hash: config hash is" in said
+  assert "Start every process with the same command" in said
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_job_for_one_process_says_so(command, tmp_path):
+  said = rehearse(2, 1, command("debias", tmp_path / "run"), code=1)
+  assert "2 processes have joined; debias runs in one in this version" in said
+
+
+# ---------------------------------------------------------------- SIGTERM to one of two
+
+LONG = {"train.total_steps": 4000, "plan.log_every": 1, "plan.eval_every": 0, "plan.save_every": 0}
+
+
+def stop_one(process, pids, which):
+  os.kill(numbers(pids)[which], signal.SIGTERM)
+  said, _ = process.communicate(timeout=60)
+  assert process.returncode == 143, said
+  return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["steps", "evaluation", "saving", "compilation"])
+def test_sigterm_to_one_of_two_while_training(command, data, tmp_path, phase):
+  pids, workdir = tmp_path / "pids", tmp_path / "run"
+  keys, env = dict(LONG), {}
+  if phase == "evaluation":  # seconds long, at step 2
+    keys |= {"plan.eval_every": 2, "watch.fields": 4096, "watch.steps": 64}
+  elif phase == "saving":
+    keys |= {"plan.save_every": 1}
+  elif phase == "compilation":
+    env = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+  process = start(2, 2, command("train", workdir, **data | keys), pids, **env)
+  if phase == "compilation":
+    wait_for(lambda: (workdir / "train" / runs.MARKER).exists(), process)
+  else:
+    wait_for(lambda: logged(workdir) >= (2 if phase == "evaluation" else 3), process)
+  said = stop_one(process, pids, 1)
+  saved = sorted(int(p.name) for p in (workdir / "train" / "checkpoints").glob("[0-9]*") if p.name.isdigit())
+  if phase == "compilation":
+    assert not saved
+    assert "nothing could be lost" in said
+    return
+  assert f"train stopped at step {saved[-1]} of 4000, which is saved" in said
+  assert logged(workdir) == saved[-1]
+  process = start(2, 2, command("train", workdir, **data | keys), pids)
+  wait_for(lambda: logged(workdir) > saved[-1], process)
+  assert f"going on from step {saved[-1]}" in stop_one(process, pids, 0)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_while_generating(command, finished, tmp_path):
+  pids, workdir = tmp_path / "pids", tmp_path / "run"
+  process = start(2, 2, command("generate", workdir, **{"data.shard": 4}), pids)
+  wait_for(lambda: list(workdir.rglob("*.array_record-*-of-*")), process)
+  said = stop_one(process, pids, 0)
+  assert "trajectories on disk" in said
+  made = {p: p.stat().st_mtime_ns for p in workdir.rglob("*.array_record-*-of-*")}
+  assert 0 < len(made) < 112
+  rehearse(1, 4, command("generate", workdir, **{"data.shard": 4}))
+  assert all(p.stat().st_mtime_ns == time for p, time in made.items())
+  assert len(list(workdir.rglob("*.array_record-*-of-*"))) == 112
+
+
+# ---------------------------------------------------------------- killed, moved
+
+
+@pytest.mark.slow
+def test_elastic(command, data, tmp_path):
+  """2 × 2 -> 1 × 1 -> 1 × 4 with fsdp 4: every step once, and the losses of an undisturbed run to 1e-3, as the
+  rounding of 300 steps has grown by then."""
+  keys = data | LONG | {"train.total_steps": 300, "model.channels": (8, 32), "train.batch": 64}
+  pids, workdir = tmp_path / "pids", tmp_path / "run"
+  for count, devices in ((2, 2), (1, 1)):
+    before = logged(workdir)
+    process = start(count, devices, command("train", workdir, **keys), pids)
+    wait_for(lambda before=before: logged(workdir) > before + 10, process)
+    stop_one(process, pids, 0)
+  assert logged(workdir) < 300
+  rehearse(1, 4, command("train", workdir, **keys | {"mesh.fsdp": 4}))
+  rehearse(1, 1, command("train", tmp_path / "straight", **keys))
+  moved, straight = losses(workdir), losses(tmp_path / "straight")
+  assert list(moved) == list(straight) == [*range(1, 301)]
+  np.testing.assert_allclose(list(moved.values()), list(straight.values()), rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "devices"), [(1, 2), (2, 2)])
+def test_forty_steps_are_forty_steps_however_often_it_is_killed(command, data, tmp_path, count, devices):
+  """kill -9 to a random process at a random moment, twenty times and more, most of them within an asynchronous save (one
+  is begun at every step): the log, parameters, averages and optimiser end byte for byte as undisturbed."""
+  keys = {"train.total_steps": 40, "plan.log_every": 1, "plan.save_every": 1, "plan.eval_every": 10, "train.batch": 128}
+  keys |= data | {"model.channels": (64, 64), "keep.last": 2}
+  rehearse(count, devices, command("train", tmp_path / "straight", **keys))
+  pids, workdir, dice = tmp_path / "pids", tmp_path / "cut", random.Random(0)
+  process = start(count, devices, command("train", workdir, **keys), pids, RESTARTS="100", GRACE="0")
+  kills, last = 0, None
+  while process.poll() is None and kills < 24:
+    try:
+      now = numbers(pids)
+    except FileNotFoundError:
+      continue
+    if now == last:
+      time.sleep(0.02)
+      continue
+    before, deadline = logged(workdir), time.monotonic() + 120
+    # One life in four ends before its first step: in its imports, compiling, restoring.
+    while dice.random() > 0.01 / 4 and logged(workdir) <= before and process.poll() is None:
+      assert time.monotonic() < deadline
+      time.sleep(0.02)
+    time.sleep(dice.uniform(0, 0.15))
+    last = now
+    try:
+      os.kill(dice.choice(list(now.values())), signal.SIGKILL)
+      kills += 1
+    except ProcessLookupError:
+      break
+  said, _ = process.communicate(timeout=280)
+  assert process.returncode == 0, said
+  assert kills >= 20, f"only {kills} kills: it was done too soon"
+  ends = [tmp_path / name / "train" for name in ("straight", "cut")]
+  assert (ends[0] / "metrics.csv").read_bytes() == (ends[1] / "metrics.csv").read_bytes()
+  states = [_manifest(end / "checkpoints" / "40") for end in ends]
+  assert states[0] == states[1]
+
+
+def _manifest(folder):
+  """{array: SHA-256 of its values} of a checkpoint, read as it lies there."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  tree = ocp.StandardCheckpointer().restore(folder / "state")
+  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+  words = lambda x: jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  return {jax.tree_util.keystr(p): hashlib.sha256(np.asarray(words(x)).tobytes()).hexdigest() for p, x in flat}
