@@ -40,9 +40,7 @@ begin() {
 finish() {  # ends what is left of the group: SIGTERM, then SIGKILL
   tell TERM
   local deadline=$((SECONDS + ${GRACE:-40}))
-  for pid in "${pids[@]}"; do
-    while kill -0 "$pid" 2>/dev/null && [ $SECONDS -lt $deadline ]; do sleep 0.1; done
-  done
+  while [ -n "$(jobs -rp)" ] && [ $SECONDS -lt $deadline ]; do sleep 0.1; done
   tell KILL
   wait "${pids[@]}" 2>/dev/null
 }

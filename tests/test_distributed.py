@@ -1,5 +1,5 @@
-"""Several real processes, joined by gloo on this machine: the same data, batches and losses; killed, told to stop, moved
-to other topologies. What takes minutes is marked slow."""
+"""Several real processes, joined by gloo on this machine: the same data, batches and losses; killed, told to stop,
+moved to other topologies. What takes minutes is marked slow."""
 
 import hashlib
 import os
@@ -223,8 +223,8 @@ def test_elastic(command, data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(1, 2), (2, 2)])
 def test_forty_steps_are_forty_steps_however_often_it_is_killed(command, data, tmp_path, count, devices):
-  """kill -9 to a random process at a random moment, twenty times and more, most of them within an asynchronous save (one
-  is begun at every step): the log, parameters, averages and optimiser end byte for byte as undisturbed."""
+  """kill -9 to a random process at a random moment, twenty times and more, most of them within an asynchronous save
+  (one is begun at every step): the log, parameters, averages and optimiser end byte for byte as undisturbed."""
   keys = {"train.total_steps": 40, "plan.log_every": 1, "plan.save_every": 1, "plan.eval_every": 10, "train.batch": 128}
   keys |= data | {"model.channels": (64, 64), "keep.last": 2}
   rehearse(count, devices, command("train", tmp_path / "straight", **keys))

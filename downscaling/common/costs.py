@@ -1,4 +1,4 @@
-"""What a compiled program costs, as the compiler and the jaxpr have it: messages, memory, FLOPs; and what a chip can do."""
+"""What a compiled program costs, as compiler and jaxpr have it: messages, memory, FLOPs; and what a chip can do."""
 
 import dataclasses
 import math
@@ -68,7 +68,7 @@ def traffic(c: Collective) -> float:
 
 
 def memory(compiled: Any) -> dict[str, int]:
-  """Bytes on one device: arguments, outputs, temporaries, and aliased, what of the outputs lies in donated arguments."""
+  """Bytes on one device: arguments, outputs, temporaries, and aliased: outputs that lie in donated arguments."""
   m = compiled.memory_analysis()
   return {
     "arguments": m.argument_size_in_bytes,
@@ -116,8 +116,8 @@ def _inner(params: dict):
         yield x
 
 
-# Dense peak in 1e12 FLOP/s: bfloat16, and what jax does with float32 by default (TF32 on NVIDIA; one bfloat16 pass of the
-# matrix unit on TPU). Keys are what device_kind contains, the more special first.
+# Dense peak in 1e12 FLOP/s: bfloat16, and what jax does with float32 by default (TF32 on NVIDIA; one bfloat16 pass of
+# the matrix unit on TPU). Keys are what device_kind contains, the more special first.
 PEAKS = {
   "H200": (989.0, 494.5),  # NVIDIA H200 data sheet, SXM
   "H100 PCIe": (756.0, 378.0),  # NVIDIA H100 data sheet

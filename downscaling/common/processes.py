@@ -55,8 +55,8 @@ def start(mode: str = "auto", *, timeout: int = 300, heartbeat: int = 100) -> Fo
   if not explicit and cluster is None:
     if mode == "on":
       raise StartError(
-        f"--distributed=on, but no launcher was found: {_seen()}. Start the processes with srun, mpirun, a JobSet on GKE "
-        f"or on a Cloud TPU VM; or set {', '.join(EXPLICIT)}; or use --distributed=off to stay alone."
+        f"--distributed=on, but no launcher was found: {_seen()}. Start the processes with srun, mpirun, a JobSet on "
+        f"GKE or on a Cloud TPU VM; or set {', '.join(EXPLICIT)}; or use --distributed=off to stay alone."
       )
     return Found("alone", f"no launcher was found: {_seen()}{_partial()}", 1)
   method = "explicit" if explicit else NAMES.get(cluster.__name__, cluster.__name__)
@@ -65,8 +65,8 @@ def start(mode: str = "auto", *, timeout: int = 300, heartbeat: int = 100) -> Fo
   except Exception as error:
     raise StartError(
       f"{method} was found ({_seen()}), but its processes did not come together: {str(error).splitlines()[0][:300]}. "
-      "Check that all were started, that the coordinator's port is free and can be reached; `downscaling doctor` in one "
-      "process shows what is found; --distributed=off stays alone."
+      "Check that all were started, that the coordinator's port is free and can be reached; `downscaling doctor` in "
+      "one process shows what is found; --distributed=off stays alone."
     ) from error
   why = f"{', '.join(EXPLICIT)} are set" if explicit else f"jax detects {method} ({_seen()})"
   return Found(method, why, jax.process_count())
@@ -102,7 +102,8 @@ def _seen() -> str:
   for method, names in VARIABLES.items():
     there = [name for name in names if os.environ.get(name)]
     missing = [name for name in names if name not in there]
-    words.append(f"{method}: " + (f"has {' '.join(there)}, lacks {' '.join(missing) or 'nothing'}" if there else "nothing"))
+    has = f"has {' '.join(there)}, lacks {' '.join(missing) or 'nothing'}"
+    words.append(f"{method}: {has if there else 'nothing'}")
   return "; ".join(words)
 
 
@@ -143,8 +144,8 @@ def gather(name: str, value: Any, timeout: float = 600.0) -> list:
       values.append(json.loads(store.blocking_key_value_get(f"{key}/{process}", int(1000 * timeout))))
     except Exception as error:
       raise TimeoutError(
-        f"process {process} did not answer within {timeout:g} s ({name}): it hangs, or is at another place. Its log says "
-        "more; start all processes with the same command."
+        f"process {process} did not answer within {timeout:g} s ({name}): it hangs, or is at another place. Its log "
+        "says more; start all processes with the same command."
       ) from error
   return values
 
