@@ -183,6 +183,7 @@ WATCHED = ("unconditional/melr_weighted", "unconditional/melr_energy")
 
 def update(config, network, mesh: jax.sharding.Mesh, specs) -> Callable:
   """The training step of the config: (state, batch) -> (state, logs)."""
+  _check_batch(config, mesh)
   return steps.make_train_step(
     network,
     optimizer(config),
@@ -318,8 +319,13 @@ def _check_sizes(config, mesh) -> None:
       f"config.sampling.conditions={c.sampling.conditions}, but only config.debias.held_out={c.debias.held_out} fields "
       f"are debiased: set --config.sampling.conditions={c.debias.held_out} or fewer, or raise held_out."
     )
-  parts = mesh.size * max(c.memory.microbatches, 1)
-  meshes.check_divides(c.train.batch, parts, "a batch", "train.batch")
+  for block, least in ((c.plan, 0), (c.profile, 0), (c.memory, 0), (c.supervision, 0), (c.watch, 1)):
+    if bad := [key for key, value in block.items() if value < least]:
+      raise ValueError(f"config: {bad[0]}={block[bad[0]]} must be at least {least}.")
+  for key, value in (("plan.log_every", c.plan.log_every), ("memory.microbatches", c.memory.microbatches)):
+    if value < 1:
+      raise ValueError(f"config.{key}={value} must be at least 1.")
+  _check_batch(config, mesh)
   if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
@@ -329,12 +335,12 @@ def _check_sizes(config, mesh) -> None:
       f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {mesh.size} devices: each draws as many "
       f"fields. Make conditions × members a multiple of {mesh.size}."
     )
-  for block, least in ((c.plan, 0), (c.profile, 0), (c.memory, 0), (c.supervision, 0), (c.watch, 1)):
-    if bad := [key for key, value in block.items() if value < least]:
-      raise ValueError(f"config: {bad[0]}={block[bad[0]]} must be at least {least}.")
-  for key, value in (("plan.log_every", c.plan.log_every), ("memory.microbatches", c.memory.microbatches)):
-    if value < 1:
-      raise ValueError(f"config.{key}={value} must be at least 1.")
+
+
+def _check_batch(config, mesh) -> None:
+  parts, one = mesh.size * config.memory.microbatches, config.memory.microbatches == 1
+  what = "a batch" if one else f"a batch in {config.memory.microbatches} microbatches"
+  meshes.check_divides(config.train.batch, parts, what, "train.batch")
 
 
 def _check_blocks(config) -> None:
@@ -344,6 +350,7 @@ def _check_blocks(config) -> None:
   for which in ("hfhr", "lflr"):
     ks.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
   optimizer(config)
+  ema_decays(config)
   training_plan(config)
   keep(config)
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))

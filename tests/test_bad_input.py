@@ -18,7 +18,7 @@ from array_record.python import array_record_module
 from downscaling import build, jobs
 from downscaling import main as program
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
+from downscaling.common import runs, supervision
 from downscaling.datasets import builders
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def attempt(config):
   """attempt(job, workdir, **overrides) -> the line that main would print; fails if nothing is wrong."""
 
   def attempt(job, workdir, **overrides):
-    context = jobs.Context(config(**overrides), pathlib.Path(workdir), meshes.make(), lambda: False, "test")
+    context = jobs.Context(config(**overrides), pathlib.Path(workdir), meshes.make(), supervision.Stop(), "test")
     with pytest.raises(program.EXPECTED) as caught:
       do(job, context)
     assert "\n" not in str(caught.value)
@@ -168,7 +168,7 @@ def test_help_is_no_error(execute):
     ({"optimizer.warmup_steps": 20}, ("config.optimizer.warmup_steps=20", "total_steps=20")),
     ({"data.name": "era5"}, ("config.data.name='era5'", "['ks']")),
     ({"data.snapshots": 0}, ("config.data.snapshots must be at least 1",)),
-    ({"mesh.data": 5}, ("config.mesh.data=5, but 4 devices", "host_platform_device_count=5")),
+    ({"mesh.data": 5}, ("config.mesh.data=5 × fsdp=1, but 4 devices", "host_platform_device_count=5")),
   ],
 )
 def test_a_value_that_cannot_work_is_refused_at_the_door(attempt, config, tmp_path, overrides, needed):
@@ -293,7 +293,7 @@ def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(fitted, finished
   assert tree(workdir / "train", workdir / "debias") == before
   (workdir / "train" / "prior").rename(workdir / "damaged")
   assert "run `downscaling train` first" in attempt("sample", workdir, **data)
-  context = jobs.Context(config(**data), workdir, meshes.make(), lambda: False, "test")
+  context = jobs.Context(config(**data), workdir, meshes.make(), supervision.Stop(), "test")
   assert jobs.run("train", context).startswith("wrote")  # from its checkpoint of the last step: no step is taken again
   for name in ("_METADATA", "manifest.ocdbt"):
     assert (workdir / "train" / "prior" / "0" / "state" / name).exists()

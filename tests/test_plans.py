@@ -8,6 +8,7 @@ import pytest
 
 from downscaling import build, jobs, plans
 from downscaling.common import mesh as meshes
+from downscaling.common import supervision
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "ks.py"
 
@@ -18,7 +19,7 @@ def _context(workdir, variant="smoke", **changes):
   spec.loader.exec_module(module)
   config = module.get_config(variant)
   config.update_from_flattened_dict(changes)
-  return jobs.Context(config, pathlib.Path(workdir), meshes.make(), lambda: False, "downscaling")
+  return jobs.Context(config, pathlib.Path(workdir), meshes.make(), supervision.Stop(), "downscaling")
 
 
 def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
@@ -27,7 +28,7 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
   assert "4 × cpu" in text
   assert "1024 fields (192, 1) float32 in 4 shards" in text  # (128 + 64 + 64) × 4 snapshots, 64 trajectories a shard
   assert "256 × 256 points in 24 dimensions" in text
-  assert "20 steps of batch 16 (4 a device) = 320 samples" in text
+  assert "20 steps of batch 16 (4 a device, in 1 part(s)) = 320 samples" in text
   assert "112 fields (192,)" in text  # 3 sets × 16 conditions × 2 members + 16
   assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\)", text)) == 1
 

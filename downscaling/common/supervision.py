@@ -130,7 +130,7 @@ class Stop:
       self._told = True  # so that our own thread leaves the last word to us
       with contextlib.suppress(Exception):
         store.key_value_set(_FAILED, f"process {self._process}: {text}", allow_overwrite=True)
-        time.sleep(3 * _PERIOD)  # process 0 holds the store: its peers shall read before it goes
+      self._outlast_peers()
 
   # ---------------------------------------------------------------- the thread
 
@@ -156,6 +156,7 @@ class Stop:
 
   def _look_at_peers(self) -> None:
     if text := self._get(_FAILED):
+      self._outlast_peers()
       self._end(1, f"another process failed and this one cannot go on alone ({text})")
     if self._asked.is_set() or self._get(_ASKED):
       with contextlib.suppress(Exception):
@@ -177,6 +178,11 @@ class Stop:
       self._end(STOPPED, "stopped while nothing could be lost; run the same command to go on")
     self._leave_at = max(polls for polls, _ in told) + 1
     self._agreed.set()
+
+  def _outlast_peers(self) -> None:
+    """Process 0 holds the store: its peers shall read, and go, before it does."""
+    if self._process == 0:
+      time.sleep(4 * _PERIOD)
 
   def _get(self, key: str) -> str | None:
     try:
