@@ -33,7 +33,8 @@ def collectives(compiled: Any) -> list[Collective]:
   An asynchronous pair, -start and -done, counts once.
   """
   text = compiled if isinstance(compiled, str) else compiled.as_text()
-  devices = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0]))
+  header = m.group() if (m := re.search(r"HloModule .*", text)) else ""
+  devices = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header))
   found = []
   for line in text.splitlines():
     if not (m := _LINE.search(line)) or m.group("half") == "-done":
@@ -157,11 +158,11 @@ def _inner(params: dict):
 # sparsity". A key is device_kind itself (TPU) or whole words of it (NVIDIA), the more special first.
 PEAKS = {
   "B200": (2250.0, 1125.0),  # NVIDIA HGX B200 data sheet, an eighth of it
-  "H200 NVL": (835.5, 417.5),  # NVIDIA H200 data sheet
-  "H200": (989.5, 494.5),  # NVIDIA H200 data sheet, SXM
-  "H100 PCIe": (756.5, 378.0),  # NVIDIA H100 data sheet
-  "H100 NVL": (835.5, 417.5),  # NVIDIA H100 data sheet
-  "H100": (989.5, 494.5),  # NVIDIA H100 data sheet, SXM
+  "H200 NVL": (835.0, 417.5),  # NVIDIA H200 data sheet
+  "H200": (989.0, 494.5),  # NVIDIA H200 data sheet, SXM
+  "H100 PCIe": (756.0, 378.0),  # NVIDIA H100 data sheet
+  "H100 NVL": (835.0, 417.5),  # NVIDIA H100 data sheet
+  "H100": (989.0, 494.5),  # NVIDIA H100 data sheet, SXM
   "A100": (312.0, 156.0),  # NVIDIA A100 data sheet, SXM and PCIe
   "L4": (121.0, 60.0),  # NVIDIA L4 data sheet
   "V100-PCIE": (None, 14.0),  # NVIDIA V100 data sheet; its tensor cores know float16 alone
