@@ -121,8 +121,11 @@ def test_sigterm_to_one_stops_both_at_the_same_unit(told):
 def test_both_end_at_once_where_nothing_can_be_lost():
   pair = _pair(f"""
     with stop.interruptible("compiling"):
+      print("ready")
       {BUSY}
   """)
+  for process in pair:
+    ready(process)
   pair[1].send_signal(signal.SIGTERM)
   said = [process.communicate(timeout=60) for process in pair]
   assert [p.returncode for p in pair] == [supervision.STOPPED] * 2, said
