@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # N real processes of one command on this machine, joined as on a cluster: rehearse a job before paying for a pod.
 #   launch/rehearse.sh N CMD...     e.g. DEVICES=2 launch/rehearse.sh 2 downscaling train --config=configs/ks.py --workdir=runs/ks
-# When one process dies, or all were preempted (143), the whole group is started again, as a cluster would; an error that
-# a person must mend (1) is not tried again. SIGTERM or Ctrl-C is passed on to all.
+# When one process dies, hangs (75) or is preempted (143), the whole group is ended and started again, as a cluster would;
+# an error that a person must mend (1) is not tried again. SIGTERM or Ctrl-C is passed on to all.
 #   DEVICES=1   virtual CPU devices a process      RESTARTS=3  how often the group is started again
 #   GRACE=40    seconds from SIGTERM to SIGKILL     PIDFILE=    file that gets a line "number pid" a process
+# Exit code: 0; 1 after an error; 143 when asked to stop; otherwise that of the process after which it gave up.
 set -uo pipefail
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
   echo "rehearse: got '$*', need a number of processes and a command: launch/rehearse.sh 2 downscaling doctor" >&2
@@ -20,12 +21,25 @@ pids=() asked=0
 
 say() { echo "rehearse: $*" >&2; }
 
-tell() {  # a signal to every process of the group that still runs
-  for pid in "${pids[@]}"; do kill "-$1" "$pid" 2>/dev/null; done
+tell() {  # a signal to every process of the group that still runs; not to one that now bears the number of a dead one
+  local pid
+  for pid in $(jobs -rp); do kill "-$1" "$pid" 2>/dev/null; done
+}
+
+running() {  # does this one? " pid ", blanks included
+  [[ " $(jobs -rp | tr '\n' ' ')" = *"$1"* ]]
+}
+
+await() {  # until none runs, or for so many seconds; with 0 behind them, also until we are asked to stop
+  local deadline=$((${EPOCHREALTIME//[.,]/} + $1 * 1000000))
+  while [ -n "$(jobs -rp)" ] && [ "${EPOCHREALTIME//[.,]/}" -lt $deadline ] && [ $asked = "${2:-$asked}" ]; do
+    sleep 0.1
+  done
 }
 
 begin() {
-  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  local port i
+  port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 1
   export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port
   pids=()
   for ((i = 0; i < count; i++)); do
@@ -39,10 +53,16 @@ begin() {
 
 finish() {  # ends what is left of the group: SIGTERM, then SIGKILL
   tell TERM
-  local deadline=$((SECONDS + ${GRACE:-40}))
-  while [ -n "$(jobs -rp)" ] && [ $SECONDS -lt $deadline ]; do sleep 0.1; done
+  await "${GRACE:-40}"
   tell KILL
   wait "${pids[@]}" 2>/dev/null
+}
+
+stop_if_asked() {
+  [ $asked = 0 ] && return
+  finish
+  say "stopped, as asked"
+  exit 143
 }
 
 trap 'asked=1; tell TERM' TERM INT
@@ -50,30 +70,30 @@ for ((try = 0; ; try++)); do
   say "$count process(es) of ${DEVICES:-1} device(s): $*"
   begin "$@"
   worst=0
-  running=" ${pids[*]} "
-  while [ -n "${running// /}" ]; do
-    wait -n -p ended $running
+  left=" ${pids[*]} "
+  while [ -n "${left// /}" ]; do
+    stop_if_asked
+    wait -n -p ended $left
     code=$?
-    if [ $asked = 1 ]; then
-      # the trap woke us, or a process has ended as it was told
-      finish
-      say "stopped, as asked"
-      exit 143
-    fi
-    running=${running/ $ended / }
+    stop_if_asked  # the trap woke us, or a process has ended as it was told
+    left=${left/ $ended / }
     [ $code = 0 ] && continue
     worst=$code
-    [ $code = 143 ] && continue  # preempted: the others follow by themselves
     break
   done
   [ $worst = 0 ] && { say "all done"; exit 0; }
+  for pid in $left; do  # one that died of another's error may be noticed before it
+    running " $pid " || { wait "$pid"; [ $? = 1 ] && worst=1; }
+  done
+  [ $worst = 143 ] && await "${GRACE:-40}" 0  # preempted: the others have agreed to it and follow, once all is saved
   finish
+  stop_if_asked
   if [ $worst = 1 ]; then
     say "a process ended with an error, which starting again would not mend"
     exit 1
   fi
   if [ $try -ge "${RESTARTS:-3}" ]; then
-    say "a process ended with code $worst; started ${RESTARTS:-3} times again already, giving up"
+    say "a process ended with code $worst; that was the last of ${RESTARTS:-3} restart(s)"
     exit "$worst"
   fi
   say "a process ended with code $worst; starting all again ($((try + 1)) of ${RESTARTS:-3})"
