@@ -23,8 +23,9 @@ def start(count, devices, argv, pids=None, **env):
   """launch/rehearse.sh in the background, in a process group of its own."""
   env = os.environ | {"DEVICES": str(devices), "RESTARTS": "0", "GRACE": "45"} | env
   env |= {"PIDFILE": str(pids)} if pids else {}
+  # A shell cannot trap a signal that it inherits ignored, as SIGINT is in the background of another.
   return subprocess.Popen(
-    ["launch/rehearse.sh", str(count), *map(str, argv)], cwd=ROOT, env=env, text=True,
+    ["env", "--default-signal=INT", "launch/rehearse.sh", str(count), *map(str, argv)], cwd=ROOT, env=env, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
   )  # fmt: skip
 
