@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.debias import geometry, sinkhorn  # first: it keeps ott's import warning to itself
-from downscaling.equations import ks
+from downscaling.equations import ks, rollouts
 
 from ott.geometry import pointcloud  # isort: skip
 from ott.problems.linear import linear_problem  # isort: skip
@@ -31,7 +31,7 @@ def clouds(n: int) -> tuple[np.ndarray, np.ndarray]:
   """Biased and coarsened true snapshots, [n, 24] float32 each, 4 a trajectory, less the truth's mean."""
   ids = np.arange(-(-n // 4))
   with jax.enable_x64(True):
-    lflr, hfhr = (np.asarray(ks.rollout(s, ids, snapshots=4)) for s in (ks.Coarse(), ks.Fine()))
+    lflr, hfhr = (np.asarray(rollouts.rollout(s, ids, snapshots=4)) for s in (ks.Coarse(), ks.Fine()))
   x, y = (u.reshape(-1, 24)[:n].astype(np.float32) for u in (lflr, hfhr[..., ::8]))
   return x - geometry.centre(y), y - geometry.centre(y)
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from downscaling.common.operators import Strided
-from downscaling.equations import ks
+from downscaling.equations import ks, rollouts
 from downscaling.evaluation import distances, spectra, tables
 
 SCHEMES = (
@@ -34,7 +34,7 @@ COLUMNS = ("covRMSE", "MELRu", "MELRw", "KLD sum", "Δ²", "cpu s")
 
 def simulate(solver, seed: int, trajectories: int) -> tuple[np.ndarray, float]:
   """(snapshots [4 · trajectories, N] float64, CPU seconds of a compiled run)."""
-  run = lambda: np.asarray(ks.rollout(solver, np.arange(trajectories), seed=seed, snapshots=4))
+  run = lambda: np.asarray(rollouts.rollout(solver, np.arange(trajectories), seed=seed, snapshots=4))
   run()  # compiles
   began = time.process_time()
   u = run()

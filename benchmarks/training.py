@@ -1,8 +1,9 @@
 """A training step against a plain loop, and what stands around it: the loop, the input, compilation, memory.
 
-  python benchmarks/training.py [--rounds=5] [--case=ks|64x64]
+  python benchmarks/training.py [--rounds=5] [--case=NAME]
 
-Times are medians over rounds that alternate between the two sides of a ratio, so that a noisy machine hits both.
+Times are medians over rounds that alternate between the two sides of a ratio, so that a noisy machine hits both. The
+rate of a matrix product in the same run says what the machine could do at most.
 """
 
 import contextlib
@@ -26,13 +27,17 @@ from downscaling.diffusion import denoiser, steps, training, unet
 from downscaling.diffusion import state as states
 
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds a measurement.", 1)
-CASE = flags.DEFINE_enum("case", None, ["ks", "64x64"], "One of the nets; both by default.")
 
-# name: (grid, batch, net): the KS prior of configs/ks.py, and a 2-D net on 64² with a space-to-depth stem.
+# name: (grid, batch, net): the KS prior of configs/ks.py, the sizes that the paper has for KS (appendix), and two 2-D
+# nets on 64² with a space-to-depth stem.
+NET = {"channels": (32, 64, 128), "strides": (2, 2, 2), "blocks": 1, "heads": 0}
 CASES = {
-  "ks": ((192,), 128, {"channels": (32, 64, 128), "strides": (2, 2, 2), "blocks": 1, "heads": 0}),
-  "64x64": ((64, 64), 8, {"channels": (32, 64, 128), "strides": (2, 2, 2), "blocks": 1, "heads": 0, "stem": 2}),
+  "ks": ((192,), 128, NET),
+  "ks-paper": ((192,), 128, NET | {"blocks": 6, "heads": 8}),
+  "64x64": ((64, 64), 8, NET | {"stem": 2}),
+  "64x64-wide": ((64, 64), 8, NET | {"stem": 2, "channels": (64, 128, 192)}),
 }
+CASE = flags.DEFINE_enum("case", None, list(CASES), "One of the nets; all by default.")
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -88,6 +93,18 @@ def timed(step, state, batch, count):
     state, out = step(state, batch)
   jax.block_until_ready((state, out))
   return (time.perf_counter() - began) / count, state
+
+
+def matmul_rate(n=1024):
+  """FLOP/s of a float32 matrix product, the best of ten."""
+  a, product = jnp.ones((n, n)), jax.jit(jnp.matmul)
+  jax.block_until_ready(product(a, a))
+  best = np.inf
+  for _ in range(10):
+    began = time.perf_counter()
+    jax.block_until_ready(product(a, a))
+    best = min(best, time.perf_counter() - began)
+  return 2 * n**3 / best
 
 
 def activations(space, batch, net):
@@ -160,6 +177,7 @@ def main(argv):
     kept, parameters = activations(space, batch, net)
     print(f"{name}: {parameters:,} parameters, batch {batch}, {flops / 1e9:.3g} GFLOP a step, {jax.devices()[0]}")
     print(f"  (a) ours {1e3 * us:.0f} ms, plain flax + optax with lax.conv {1e3 * them:.0f} ms: {them / us:.2f} ×")
+    print(f"      {flops / us / 1e9:.0f} GFLOP/s; a matrix product here: {matmul_rate() / 1e9:.0f}")
     print(f"  (d) compiled in {compile_seconds:.1f} s")
     memory = costs.memory(program)
     peak, hand = memory["arguments"] + memory["temporaries"], 4 * 4 * parameters + kept

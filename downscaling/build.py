@@ -18,7 +18,7 @@ from downscaling.datasets import builders, generate, statistics
 from downscaling.debias import sinkhorn
 from downscaling.diffusion import denoiser, schedules, steps, training, unet
 from downscaling.diffusion import state as states
-from downscaling.equations import ks
+from downscaling.equations import kolmogorov, ks, rollouts
 from downscaling.sampling import gain as gains
 from downscaling.sampling import guidance, solvers
 
@@ -57,8 +57,16 @@ def folder(config, workdir: pathlib.Path, stage: str) -> pathlib.Path:
   return workdir / (f"{stage}-{config.label}" if config.label and stage in ("samples", "report") else stage)
 
 
+EQUATIONS = {"ks": ks, "kolmogorov": kolmogorov}
+
+
+def physics(config):
+  """The room of config.data.name's equation: its Fine, Coarse, group, RANK."""
+  return choose(EQUATIONS, config.data.name, "config.data.name")
+
+
 def space(config) -> tuple[int, ...]:
-  return (config.grid.points,)
+  return (config.grid.points,) * physics(config).RANK
 
 
 def operator(config) -> operators.Operator:
@@ -82,26 +90,26 @@ def dataset(config, workdir: pathlib.Path, which: str) -> builders.FieldsBuilder
   return builders.make(config.data.name, which, data_dir(config, workdir), grid)
 
 
-def equation(config, which: str) -> ks.Fine | ks.Coarse:
+def equation(config, which: str) -> rollouts.Solver:
   """The solver of "hfhr" or "lflr"."""
+  room, box = physics(config), {k: v for k, v in config.grid.items() if k == "length"}
   if which == "hfhr":
-    return ks.Fine(points=config.grid.points, length=config.grid.length, **config.fine)
-  return ks.Coarse(length=config.grid.length, points=operator(config).coarse[0], **config.coarse)
+    return room.Fine(points=config.grid.points, **box, **config.fine)
+  return room.Coarse(points=operator(config).coarse[0], **box, **config.coarse)
 
 
 def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.Plan:
   """What to simulate of "hfhr" or "lflr"."""
   d, solver = config.data, equation(config, which)
-  rollout = functools.partial(
-    ks.rollout, solver, seed=config.seed, burn_in=d.burn_in, spacing=d.spacing, snapshots=d.snapshots, sharding=sharding
-  )
+  times = {"burn_in": d.burn_in, "spacing": d.spacing, "snapshots": d.snapshots}
+  rollout = functools.partial(rollouts.rollout, solver, seed=config.seed, sharding=sharding, **times)
   return generate.Plan(
     builder=dataset(config, workdir, which),
     trajectories=dict(d[which]),
     shard=d.shard,
     times=d.burn_in + d.spacing * np.arange(d.snapshots),
     rollout=lambda ids: rollout(ids)[..., None],
-    check=ks.check_finite,
+    check=rollouts.check_finite,
   )
 
 
@@ -258,15 +266,18 @@ def _solver(config) -> Callable:
 
 def coordinates(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
   """Coordinates of the sample store: positions in the equation's own length unit."""
-  fine, coarse = operator(config).fine[0], operator(config).coarse[0]
-  at = lambda n: np.arange(n) * (config.grid.length / n)
-  about = {"long_name": "position", "units": "1"}
-  return {"x": (at(fine), about), "x_coarse": (at(coarse), about | {"long_name": "position of the coarse points"})}
+  op, length, found = operator(config), equation(config, "hfhr").length, {}
+  for axis, fine, coarse in zip(("y", "x")[-len(op.fine) :], op.fine, op.coarse, strict=True):
+    at = lambda n: np.arange(n) * (length / n)
+    about = {"long_name": "position", "units": "1"}
+    found[axis] = (at(fine), about)
+    found[f"{axis}_coarse"] = (at(coarse), about | {"long_name": "position of the coarse points"})
+  return found
 
 
 def group(config) -> symmetry.Group:
   """The equation's symmetry group on the coarse grid."""
-  return ks.group(operator(config).coarse[0])
+  return physics(config).group(operator(config).coarse[0])
 
 
 # ---------------------------------------------------------------- the door
@@ -345,10 +356,9 @@ def _check_batch(config, mesh) -> None:
 
 def _check_blocks(config) -> None:
   """Builds every object once and traces, without computing, what is drawn from it."""
-  choose(builders.BUILDERS, config.data.name, "config.data.name")
   op, points = operator(config), space(config)
   for which in ("hfhr", "lflr"):
-    ks.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
+    rollouts.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
   optimizer(config)
   ema_decays(config)
   training_plan(config)

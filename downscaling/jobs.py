@@ -284,7 +284,8 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     mean_cost=diagnostics["mean_cost"],
     threshold=diagnostics["threshold"],
     loss=runs.read_scalars(ctx.folder("train"), "loss"),
-    length=c.grid.length,
+    symbol=build.physics(c).SYMBOL,
+    length=build.equation(c, "hfhr").length,
     provenance=provenance(ctx),
   )
 

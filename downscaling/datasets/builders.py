@@ -80,7 +80,17 @@ class Ks(FieldsBuilder):
   ]
 
 
-BUILDERS = {"ks": Ks}
+class Kolmogorov(FieldsBuilder):
+  """Vorticity of the Kolmogorov flow; see equations/kolmogorov.py."""
+
+  about = "Turbulence forced by sin 4y on the periodic plane [0, 2π)², vorticity, rows y and columns x."
+  BUILDER_CONFIGS: ClassVar = [
+    FieldsConfig(name="hfhr", description="High fidelity: 256² points, pseudo-spectral.", space=(256, 256)),
+    FieldsConfig(name="lflr", description="Low fidelity, biased: 32² points of a finite-volume run.", space=(32, 32)),
+  ]
+
+
+BUILDERS = {"ks": Ks, "kolmogorov": Kolmogorov}
 
 
 def make(name: str, which: str, data_dir: str | os.PathLike, space: tuple[int, ...], channels: int = 1):

@@ -20,10 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.common import symmetry
-from downscaling.equations.rollouts import Solver, check_finite, rollout, step_counts
 
-__all__ = ["FLUXES", "Coarse", "Fine", "Solver", "check_finite", "group", "initial_condition", "rollout", "step_counts"]
-
+RANK, SYMBOL = 1, "u"
 TERMS, WAVES = 30, (1, 2, 3)  # of the initial condition
 
 

@@ -242,13 +242,13 @@ def test_trajectories_by_id_on_any_batch_and_any_devices(x64, solver):
   """
   ids = np.array([5, 1, 900_000_007, 3, 4, 2, 0, 6])
   kwargs = dict(seed=11, burn_in=2.0, spacing=1.0, snapshots=3)
-  eight = np.asarray(ks.rollout(solver, ids, **kwargs))
+  eight = np.asarray(rollouts.rollout(solver, ids, **kwargs))
   assert eight.shape == (8, 3, 24)
   assert eight.dtype == np.float64
-  np.testing.assert_array_equal(np.asarray(ks.rollout(solver, ids[2:3], **kwargs)), eight[2:3])
-  np.testing.assert_array_equal(np.asarray(ks.rollout(solver, ids[::-1], **kwargs)), eight[::-1])
+  np.testing.assert_array_equal(np.asarray(rollouts.rollout(solver, ids[2:3], **kwargs)), eight[2:3])
+  np.testing.assert_array_equal(np.asarray(rollouts.rollout(solver, ids[::-1], **kwargs)), eight[::-1])
   rows = mesh.rows(mesh.make(4))
-  four = ks.rollout(solver, jax.device_put(ids, rows), sharding=rows, **kwargs)
+  four = rollouts.rollout(solver, jax.device_put(ids, rows), sharding=rows, **kwargs)
   assert four.sharding.is_equivalent_to(rows, four.ndim)
   np.testing.assert_array_equal(np.asarray(four), eight)
 
@@ -263,7 +263,7 @@ def test_devices_do_not_talk(x64):
 
 def test_snapshots_are_the_states_at_their_times(x64):
   solver = ks.Coarse()
-  kept = ks.rollout(solver, np.array([4]), seed=2, burn_in=3.0, spacing=2.0, snapshots=3)[0]
+  kept = rollouts.rollout(solver, np.array([4]), seed=2, burn_in=3.0, spacing=2.0, snapshots=3)[0]
   key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(2), solver.stream), 4)
   for j in range(3):
     u = jax.jit(lambda u, n=30 + 20 * j: solver.advance(u, n))(solver.start(key))
@@ -274,8 +274,8 @@ def test_snapshots_are_the_states_at_their_times(x64):
 def test_fine_and_coarse_worlds_are_unpaired(x64):
   """Equal seeds and ids, unrelated fields: |correlation| of 64 initial fields, about 4 degrees of freedom each."""
   kwargs = dict(seed=0, burn_in=0.0, spacing=1.0, snapshots=1)
-  fine = np.asarray(ks.rollout(ks.Fine(), np.arange(64), **kwargs))[:, 0, ::8]
-  coarse = np.asarray(ks.rollout(ks.Coarse(), np.arange(64), **kwargs))[:, 0]
+  fine = np.asarray(rollouts.rollout(ks.Fine(), np.arange(64), **kwargs))[:, 0, ::8]
+  coarse = np.asarray(rollouts.rollout(ks.Coarse(), np.arange(64), **kwargs))[:, 0]
   # std of the correlation about 1/√(64·4) = .06; paired worlds give 1.
   assert abs(np.corrcoef(fine.ravel(), coarse.ravel())[0, 1]) < 0.3
 
@@ -297,19 +297,19 @@ def test_times_that_are_no_multiple_of_dt():
 
 def test_blow_up_is_named_with_id_and_time():
   u = np.zeros((3, 4, 24))
-  ks.check_finite(u, np.arange(3), np.arange(4.0))
+  rollouts.check_finite(u, np.arange(3), np.arange(4.0))
   u[1, 2:, 5] = np.nan
   u[2, 3] = np.inf
   message = r"trajectory 41 is not finite at t = 50 \(so ended 2 of 3 .*smaller dt \(--config.coarse.dt"
   with pytest.raises(FloatingPointError, match=message):
-    ks.check_finite(u, np.array([40, 41, 42]), 25.0 + 12.5 * np.arange(4))
+    rollouts.check_finite(u, np.array([40, 41, 42]), 25.0 + 12.5 * np.arange(4))
 
 
 def test_blow_up_reaches_the_caller(x64):
   """A step far beyond stability ends in NaN, not in a plausible field."""
-  u = ks.rollout(ks.Coarse("central", 48, 2.5), np.arange(2), burn_in=25.0, spacing=12.5, snapshots=20)
+  u = rollouts.rollout(ks.Coarse("central", 48, 2.5), np.arange(2), burn_in=25.0, spacing=12.5, snapshots=20)
   with pytest.raises(FloatingPointError, match=r"trajectory [01] is not finite"):
-    ks.check_finite(u, np.arange(2), 25.0 + 12.5 * np.arange(20))
+    rollouts.check_finite(u, np.arange(2), 25.0 + 12.5 * np.arange(20))
 
 
 def test_messages():
@@ -324,10 +324,10 @@ def test_messages():
   with pytest.raises(ValueError, match="need an even number"):
     ks.Fine(points=191)
   with pytest.raises(ValueError, match=r"float64.*enable_x64"):
-    ks.rollout(ks.Fine(), np.arange(4))
+    rollouts.rollout(ks.Fine(), np.arange(4))
   with pytest.raises(ValueError, match=r"ids are float64\[4\], need integers"):
-    ks.rollout(ks.Fine(), np.ones(4))
+    rollouts.rollout(ks.Fine(), np.ones(4))
   with pytest.raises(ValueError, match="snapshots=0"):
-    ks.rollout(ks.Fine(), np.arange(4), snapshots=0)
+    rollouts.rollout(ks.Fine(), np.arange(4), snapshots=0)
   with pytest.raises(ValueError, match=r"6 trajectories over 4 devices: .*Pad ids to 8"):
-    ks.rollout(ks.Fine(), np.arange(6), sharding=mesh.rows(mesh.make(4)))
+    rollouts.rollout(ks.Fine(), np.arange(6), sharding=mesh.rows(mesh.make(4)))

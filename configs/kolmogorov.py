@@ -1,0 +1,105 @@
+r"""Kolmogorov flow, vorticity on the plane: biased coarse fields -> fine turbulence (Wan et al. 2023, section 5).
+
+Real:   --config=configs/kolmogorov.py:8x    256² -> 32², for accelerators; :16x for 256² -> 16²
+Proxy:  --config=configs/kolmogorov.py:cpu   128² -> 32², a factor of 4, what two cores can do
+Smoke:  --config=configs/kolmogorov.py:smoke every job in minutes; its scores mean nothing
+
+Plan:   python -m downscaling train --config=configs/kolmogorov.py:8x --workdir=runs/kolmogorov --dry_run --devices=256
+
+No figures yet: `8x` and `16x` have been planned, compiled and stepped, not trained.
+"""
+
+import ml_collections
+
+VARIANTS = ("8x", "16x", "cpu", "smoke")
+
+
+def get_config(variant="cpu"):
+  if variant not in VARIANTS:
+    raise ValueError(f"configs/kolmogorov.py:{variant} is unknown; use one of {', '.join(':' + v for v in VARIANTS)}.")
+
+  def pick(real, cpu, smoke):
+    return {"8x": real, "16x": real, "cpu": cpu, "smoke": smoke}[variant]
+
+  c = ml_collections.ConfigDict()
+  c.experiment = {"8x": "kolmogorov-8x", "16x": "kolmogorov-16x", "cpu": "kolmogorov-4x-proxy"}.get(variant, variant)
+  c.label = ""  # of another set of samples from the same map and prior: WORKDIR/samples-LABEL, WORKDIR/report-LABEL
+  c.seed = 0
+  # Devices: batches are split over data × fsdp, the state of a training run over fsdp; data=-1 takes all that are left.
+  c.mesh = dict(data=-1, fsdp=1)
+  c.supervision = dict(silence=1800.0)  # seconds without a finished unit of work after which a process counts as hung
+
+  # The box is (2π)². operator: strided | block_mean.
+  factor = {"8x": 8, "16x": 16, "cpu": 4, "smoke": 2}[variant]
+  c.grid = dict(points=pick(256, 128, 64), factor=factor, operator="strided")
+  # Two unpaired worlds. dt: in units of the equation; the rest: see downscaling/equations/kolmogorov.py.
+  c.fine = dict(dt=pick(0.005, 0.01, 0.02))
+  c.coarse = dict(cells=32, dt=0.02, integrator="euler")
+  c.data = dict(
+    name="kolmogorov",
+    dir="",  # "" for WORKDIR/data
+    burn_in=pick(40.0, 40.0, 4.0),  # time units before the first snapshot
+    spacing=pick(3.0, 3.0, 1.0),  # between snapshots: the fine field forgets .94 of itself, the coarse one .76
+    snapshots=pick(128, 128, 4),  # a trajectory
+    shard=pick(32, 16, 8),  # trajectories a file
+    # Trajectories of each split; no split shares one with another.
+    hfhr=pick(
+      dict(train=512, validation=64, test=64),
+      dict(train=96, validation=32, test=32),
+      dict(train=16, validation=16, test=8),
+    ),
+    lflr=pick(dict(train=512, test=64), dict(train=128, test=32), dict(train=16, test=8)),
+  )
+
+  c.debias = dict(
+    points=pick(65536, 12288, 64),  # snapshots a side in the fit
+    epsilon=pick(0.0003, 0.0003, 0.01),  # entropic regularisation relative to the mean cost
+    threshold=1e-3,  # L1 error of the marginals
+    max_iterations=pick(2000, 2000, 100),
+    held_out=pick(4096, 4096, 16),  # LFLR test snapshots that are debiased, in this order
+  )
+
+  # The prior is trained on fields of unit variance: every sigma is in that unit.
+  c.schedule = dict(name="vp_linear", beta_min=0.1, beta_max=20.0, sigma_min=1e-3)
+  c.noise = dict(kind="log_normal", mean=-1.2, std=1.6)  # levels to train on; the paper has uniform_time
+  # Blocks run from 64² down to 8² at 256², from 32² down to 8² at 128².
+  c.model = dict(
+    channels=pick((64, 128, 256, 512), (64, 128, 192), (8, 16)),
+    strides=pick((2, 2, 2, 2), (2, 2, 2), (2, 2)),
+    blocks=pick(2, 1, 1),
+    stem=2,
+    heads=pick(8, 0, 0),  # attention at the coarsest level
+    embedding=pick(256, 128, 32),
+    convolution="auto",
+    dtype=pick("bfloat16", "float32", "float32"),
+    preconditioning="wiener",  # or edm
+  )
+  c.optimizer = dict(peak=pick(5e-4, 1e-3, 1e-3), end=1e-6, warmup_steps=pick(2000, 500, 2), clip=1.0)
+  # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.
+  c.train = dict(batch=pick(256, 16, 8), total_steps=pick(200_000, 12_000, 4), ema_decay=pick(0.9999, 0.999, 0.9))
+  # What follows, up to profile, is free to change between restarts. How often, in steps; save_minutes: by the clock.
+  c.plan = dict(
+    log_every=pick(100, 50, 2), eval_every=pick(5000, 1000, 4), save_every=pick(1000, 500, 2), save_minutes=10.0
+  )
+  # Checkpoints that stay: the last ones, every so many steps (0: none), the best by a metric of the evaluation.
+  c.keep = dict(last=3, every=0, best=0, metric="validation/error")
+  # Time for memory: parts that a device's rows are done in, and the finest levels whose activations are computed twice.
+  c.memory = dict(microbatches=1, remat=0)
+  c.watch = dict(fields=pick(256, 32, 8), steps=pick(32, 16, 4))  # drawn at every evaluation, for their spectrum
+  c.profile = dict(start_step=0, steps=0)  # a profiler trace of so many steps after start_step, for TensorBoard
+
+  # guidance: paper (Eq. 7) | scaled | wiener | none. solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
+  # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
+  c.sampling = dict(
+    conditions=pick(1024, 128, 8),  # held-out coarse fields
+    members=pick(16, 8, 2),  # of each
+    unit=pick((16, 16), (8, 8), (4, 2)),  # conditions × members drawn and written together
+    start="gaussian",
+    guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain"),
+    solver=dict(name="dpm_solver_pp_2m_sde", eta=2.5, churn=0.0),  # eta: of the SDE; churn: of heun
+    levels=dict(name="edm", steps=pick(32, 32, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
+    unconditional=dict(fields=pick(2048, 256, 8), steps=pick(48, 32, 4), sigma_max=80.0),
+  )
+  c.evaluate = dict(reference=pick(4096, 2048, 16))  # true fields to compare with
+
+  return c
