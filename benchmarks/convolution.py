@@ -16,7 +16,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from downscaling.diffusion import denoiser, training, unet
+from downscaling.common import mesh as meshes
+from downscaling.diffusion import denoiser, steps, unet
+from downscaling.diffusion import state as states
 
 CASES = {1: ((192,), 128), 2: ((64, 64), 8)}
 METHODS = ("im2col", "lax")
@@ -26,11 +28,11 @@ CALLS = 4  # of the denoiser and its vjp in one scan
 def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
   """Name -> (compiled call without arguments, compile seconds, temporary bytes)."""
   network = denoiser.Denoiser(unet.UNet(channels=(32, 64, 128), blocks=1, heads=0, convolution=method))
-  tx = training.optimizer(peak=1e-3, end=1e-6, warmup_steps=0, total_steps=1000, clip=1.0)
+  tx = states.optimizer(states.learning_rate(peak=1e-3, end=1e-6, warmup_steps=0, total_steps=1000), clip=1.0)
   levels = lambda key, count: jnp.exp(jax.random.normal(key, (count,)))
-  step = training.make_train_step(network, tx, levels, ema_decay=0.99)
-  key = jax.random.key(0)
-  state = jax.jit(lambda key: training.init_state(network, tx, space, 1, key))(key)
+  key, mesh = jax.random.key(0), meshes.make(1)
+  start, _, specs = states.make(mesh, lambda a, b: states.initial(network, tx, space, 1, 1, a, b), key, key)
+  step, state = steps.make_train_step(network, tx, levels, (0.99,), mesh, specs.params), start(key, key)
   x = jax.random.normal(key, (batch, *space, 1))
 
   def several(params, x):
@@ -41,7 +43,7 @@ def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
     return jax.lax.scan(call, x, length=CALLS)[0]
 
   return {
-    "training step": _compiled(step, state, {"x": x}, key),
+    "training step": _compiled(step, state, {"x": x}),
     f"{CALLS} guided calls in a scan": _compiled(several, state.params, x),
   }
 

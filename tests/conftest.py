@@ -35,11 +35,11 @@ SMALL = {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4}
 
 @pytest.fixture(scope="session")
 def command():
-  """command(job, workdir, **overrides of the config) -> the argv of `downscaling` on the smoke config."""
+  """command(job, workdir, *flags, config, small, **overrides of the config) -> the argv of `downscaling`."""
 
-  def command(job, workdir, *flags, **overrides):
-    keys = [f"--config.{k}={str(v).replace(' ', '')}" for k, v in (SMALL | overrides).items()]
-    config = f"--config={ROOT / 'configs' / 'ks.py'}:smoke"
+  def command(job, workdir, *flags, config="ks.py:smoke", small=True, **overrides):
+    keys = [f"--config.{k}={str(v).replace(' ', '')}" for k, v in ((SMALL if small else {}) | overrides).items()]
+    config = f"--config={ROOT / 'configs' / config}"
     return [sys.executable, "-m", "downscaling", job, config, f"--workdir={workdir}", *keys, *flags]
 
   return command

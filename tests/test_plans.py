@@ -10,11 +10,11 @@ from downscaling import build, jobs, plans
 from downscaling.common import mesh as meshes
 from downscaling.common import supervision
 
-CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "ks.py"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
-def _context(workdir, variant="smoke", **changes):
-  spec = importlib.util.spec_from_file_location("ks_config", CONFIG)
+def _context(workdir, variant="smoke", name="ks", **changes):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   config = module.get_config(variant)
@@ -40,11 +40,16 @@ def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
     plans.describe("generate", _context(tmp_path, **{"grid.factor": 7}))
 
 
-@pytest.mark.parametrize("variant", ["quick", "full", "smoke"])
-def test_every_variant_builds(tmp_path, variant):
+@pytest.mark.parametrize(
+  ("name", "variant"),
+  [*(("ks", v) for v in ("quick", "full", "smoke")), *(("kolmogorov", v) for v in ("8x", "16x", "cpu", "smoke"))],
+)
+def test_every_variant_builds(tmp_path, name, variant):
   """What a typo in a config would break: every block is accepted by its constructor, and sizes fit each other."""
-  ctx = _context(tmp_path, variant)
+  ctx = _context(tmp_path, variant, name)
   c = ctx.config
+  build.check(c, ctx.mesh)
+  build.group(c)
   stats = plans._statistics(c, ctx)
   build.denoising_network(c, stats)
   build.optimizer(c)
@@ -58,6 +63,21 @@ def test_every_variant_builds(tmp_path, variant):
   assert rows["hfhr"]["validation"] >= judged  # a floor as large as every set
   for stage in build.IDENTITY:
     assert "dir" not in build.identity(c, stage).get("data", {})
+
+
+def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_path):
+  """The plan of a pod, by the real command on whatever machine this is, and that its figures are those of the net."""
+  argv = command("train", tmp_path / "none", "--dry_run", "--devices=256", config="kolmogorov.py:8x", small=False)
+  done = execute([*argv, "--config.mesh.fsdp=8"])
+  assert done.returncode == 0, done.stderr
+  text = done.stdout + done.stderr
+  assert "mesh {'data': 32, 'fsdp': 8}" in text
+  parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))
+  held = float(re.search(r"memory a device: ([\d.]+) MB state", text)[1])
+  gathered = float(re.search(r"all-gather among 8 devices, ([\d.]+) MB", text)[1])
+  assert 16 * parameters / 8e6 < held < 1.05 * 16 * parameters / 8e6  # parameters, average, two moments; an eighth
+  assert gathered == pytest.approx(4 * parameters / 1e6, rel=0.01)  # all but the small leaves; three digits are printed
+  assert not (tmp_path / "none").exists()
 
 
 def test_prior_does_not_depend_on_the_coarse_world(tmp_path):

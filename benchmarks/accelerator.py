@@ -1,0 +1,200 @@
+"""What one machine's accelerators do with the three heavy jobs, in one call of at most nine minutes.
+
+  python benchmarks/accelerator.py [--size=full|small] [--seconds=15] [--limit=520] [--out=DIR] [--trace=DIR]
+
+training: the compiled step of a config with a batch that lies on the devices; samples/s, model FLOP/s (products and
+  convolutions, forward and backward) and their share of the chip's dense peak for the dtype, where that is known.
+sampling: a whole unit of conditional fields, as the `sample` job draws it.
+Sinkhorn: iterations on Gaussian clouds; a pair is one exponential of an n × n kernel, two kernels an iteration.
+
+All over every local device. compile: seconds, without a cache. temp: the compiler's temporary memory of one device.
+A row that fails says why and the next one runs; when --limit seconds have passed, the rest is skipped. --out writes
+accelerator.json; --trace a profile of the last training row, for TensorBoard. Size small is a check of this program on
+a CPU: its figures mean nothing.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from downscaling import build
+from downscaling.common import costs, runs
+from downscaling.common import mesh as meshes
+from downscaling.datasets import statistics
+from downscaling.debias import sinkhorn
+from downscaling.diffusion import state as states
+from downscaling.diffusion import training
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+FULL = {
+  "training": [
+    ("ks", "full", "float32", 1024),
+    ("ks", "full", "bfloat16", 1024),
+    ("kolmogorov", "8x", "float32", 32),
+    ("kolmogorov", "8x", "bfloat16", 32),
+    ("kolmogorov", "8x", "bfloat16", 128),
+  ],
+  "sampling": [("ks", "full", "float32"), ("kolmogorov", "8x", "bfloat16")],
+  "Sinkhorn": [(16_384, 24), (131_072, 24), (16_384, 1024)],
+}
+SMALL = {
+  "training": [("ks", "smoke", "float32", 16), ("kolmogorov", "smoke", "bfloat16", 16)],
+  "sampling": [("ks", "smoke", "float32")],
+  "Sinkhorn": [(2048, 24), (512, 1024)],
+}
+
+
+def config_of(name, variant, **changes):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config(variant)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def network_of(config):
+  shape = (*build.space(config), 1)
+  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones(shape, np.float32))
+  return stats, build.denoising_network(config, stats)
+
+
+def repeated(call, seconds):
+  """Seconds a call, over at least three calls and `seconds`; `call` returns what to wait for."""
+  jax.block_until_ready(call())  # the first call may still set things up
+  count, began, until = 0, time.perf_counter(), 0.0
+  while count < 3 or until < seconds:
+    for _ in range(max(1, count)):  # doubling: the clock is read, and the device waited for, seldom
+      out = call()
+    jax.block_until_ready(out)
+    count, until = count + max(1, count), time.perf_counter() - began
+  return until / count
+
+
+def training_row(mesh, seconds, trace, name, variant, dtype, batch):
+  c = config_of(name, variant, **{"model.dtype": dtype, "train.batch": batch})
+  _, network = network_of(c)
+  start, target, specs = states.make(mesh, build.initial_state(c, network, 1), jax.random.key(0), jax.random.key(1))
+  example = jax.ShapeDtypeStruct((batch, *build.space(c), 1), jnp.float32, sharding=meshes.rows(mesh))
+  began = time.perf_counter()
+  program, flops = training.compiled(build.update(c, network, mesh, specs.params), target, {"x": example})
+  row = {"compile_seconds": time.perf_counter() - began, "temporary_bytes": costs.memory(program)["temporaries"]}
+  state = start(jax.random.key(0), jax.random.key(1))
+  draw = jax.jit(lambda key: jax.random.normal(key, example.shape), out_shardings=example.sharding)
+  x = {"x": draw(jax.random.key(2))}
+
+  def step():
+    nonlocal state
+    state, logs = program(state, x)
+    return logs
+
+  each = repeated(step, seconds)
+  if not math.isfinite(float(step()["loss"])):
+    raise FloatingPointError("the loss is not finite")
+  if trace:
+    with jax.profiler.trace(trace):
+      jax.block_until_ready([step() for _ in range(3)])
+  peak = costs.peak_flops(mesh.devices.flat[0].device_kind, dtype)
+  rate = flops / each
+  return row | {
+    "parameters": states.count(state.params),
+    "seconds_per_step": each,
+    "samples_per_second": batch / each,
+    "model_flops_per_second": rate,
+    "utilisation": rate / (peak * mesh.size) if peak else None,
+  }
+
+
+def sampling_row(mesh, seconds, trace, name, variant, dtype):
+  c = config_of(name, variant, **{"model.dtype": dtype})
+  stats, network = network_of(c)
+  space, rows = build.space(c), math.prod(c.sampling.unit)
+  init = lambda key: network.init(key, jnp.zeros((1, *space, 1)), jnp.ones(1))["params"]
+  params = jax.jit(init, out_shardings=meshes.replicated(mesh))(jax.random.key(0))
+  make = lambda key: (jax.random.split(key, rows), jax.random.normal(key, (rows, *build.operator(c).coarse, 1)))
+  keys, y = jax.jit(make, out_shardings=meshes.rows(mesh))(jax.random.key(1))
+  began = time.perf_counter()
+  program = jax.jit(build.sampler(c, stats, network)).lower(keys, y, params).compile()
+  row = {"compile_seconds": time.perf_counter() - began, "temporary_bytes": costs.memory(program)["temporaries"]}
+  each = repeated(lambda: program(keys, y, params), seconds)
+  return row | {"unit": rows, "seconds_per_unit": each, "fields_per_second": rows / each}
+
+
+def sinkhorn_row(mesh, seconds, trace, n, d):
+  draw = np.random.default_rng(0).normal
+  x, y = draw(size=(n, d)).astype(np.float32), 0.5 + draw(size=(n, d)).astype(np.float32)
+
+  def solve(count):
+    """Seconds of so many iterations."""
+    began = time.perf_counter()
+    result = sinkhorn.fit(x, y, epsilon=0.003, threshold=2e-4, max_iterations=count, anneal=(1.0, 0.5))
+    if (done := result.history["iteration"][-1]) != count:
+      raise RuntimeError(f"{done} iterations instead of {count}")
+    return time.perf_counter() - began
+
+  first = solve(10)  # compiles
+  each = (solve(30) - solve(10)) / 20  # the difference leaves out what is done once
+  return {"first_ten_seconds": first, "seconds_per_iteration": each, "pairs_per_second": 2 * n * n / each}
+
+
+ROWS = {"training": training_row, "sampling": sampling_row, "Sinkhorn": sinkhorn_row}
+UNITS = {
+  "seconds_per_step": (1e3, "ms a step"),
+  "samples_per_second": (1, "samples/s"),
+  "model_flops_per_second": (1e-12, "TFLOP/s"),
+  "utilisation": (100, "% of peak"),
+  "fields_per_second": (1, "fields/s"),
+  "seconds_per_iteration": (1e3, "ms an iteration"),
+  "pairs_per_second": (1e-9, "G pairs/s"),
+  "compile_seconds": (1, "s to compile"),
+  "temporary_bytes": (1e-9, "GB temp"),
+}
+
+
+def line(kind, what, row):
+  """One row of the table."""
+  said = row.get("failed") or row.get("skipped")
+  shown = [f"{scale * row[k]:.3g} {unit}" for k, (scale, unit) in UNITS.items() if row.get(k) is not None]
+  return f"{kind:<9} {' '.join(map(str, what)):<34} {said or ', '.join(shown)}"
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--size", choices=["full", "small"], default="full")
+  parser.add_argument("--seconds", type=float, default=15.0, help="of measuring a row")
+  parser.add_argument("--limit", type=float, default=520.0, help="seconds after which no row is begun")
+  parser.add_argument("--out", type=pathlib.Path, help="folder for accelerator.json")
+  parser.add_argument("--trace", default="", help="folder for a profile of the last training row")
+  args = parser.parse_args()
+  jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of the answer
+  mesh, began = meshes.make(), time.perf_counter()
+  about = {"device": mesh.devices.flat[0].device_kind, "devices": mesh.size, "versions": runs.versions()}
+  about |= {"commit": runs.commit(), "size": args.size}
+  print(f"{about['devices']} × {about['device']}, size {args.size}", flush=True)
+  found = []
+  for kind, rows in (FULL if args.size == "full" else SMALL).items():
+    for i, what in enumerate(rows):
+      trace = args.trace if kind == "training" and i == len(rows) - 1 else ""
+      if time.perf_counter() - began > args.limit:
+        row = {"skipped": f"skipped: {args.limit:g} s have passed"}
+      else:
+        try:
+          row = ROWS[kind](mesh, args.seconds, trace, *what)
+        except Exception as error:  # out of memory, a kernel that does not compile: the next row may do
+          row = {"failed": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+      print(line(kind, what, row), flush=True)
+      found.append({"kind": kind, "what": list(what)} | row)
+      if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "accelerator.json").write_text(json.dumps(about | {"rows": found}, indent=1))
+
+
+if __name__ == "__main__":
+  main()

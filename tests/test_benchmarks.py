@@ -1,0 +1,52 @@
+"""Benchmarks run, at their smallest: a figure can only be measured again if the command that shows it still works."""
+
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_accelerator_measures_every_row(execute, tmp_path):
+  script = ROOT / "benchmarks" / "accelerator.py"
+  done = execute([sys.executable, str(script), "--size=small", "--seconds=0.2", f"--out={tmp_path}"])
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / "accelerator.json").read_text())
+  assert (found["device"], found["devices"]) == ("cpu", 4)
+  assert [r["kind"] for r in found["rows"]] == ["training", "training", "sampling", "Sinkhorn", "Sinkhorn"]
+  for row in found["rows"]:
+    assert "failed" not in row, row["failed"]
+    assert "skipped" not in row
+    assert all(math.isfinite(v) and v > 0 for v in row.values() if isinstance(v, float))
+    assert row.get("utilisation") is None  # nobody knows the peak of a CPU
+  step = found["rows"][0]
+  assert step["samples_per_second"] == pytest.approx(16 / step["seconds_per_step"])
+  assert len(done.stdout.splitlines()) == 1 + len(found["rows"])
+
+
+def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
+  script = ROOT / "benchmarks" / "accelerator.py"
+  done = execute([sys.executable, str(script), "--size=small", "--limit=0", f"--out={tmp_path}"])
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count("skipped: 0 s have passed") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "line",
+  [
+    "convolution.py --rounds=1 --only=1",
+    "debias.py --points=512 --rounds=1",
+    "gaussian.py --members=64",
+    "ks_coarse.py --trajectories=64",
+    "training.py --rounds=1 --case=ks",
+  ],
+)
+def test_benchmark_runs(execute, line):
+  script, *flags = line.split()
+  done = execute([sys.executable, str(ROOT / "benchmarks" / script), *flags])
+  assert done.returncode == 0, done.stderr
+  assert any(char.isdigit() for char in done.stdout)
