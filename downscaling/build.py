@@ -15,7 +15,7 @@ import optax
 from downscaling.common import checkpoints, operators, runs, symmetry
 from downscaling.common import mesh as meshes
 from downscaling.datasets import builders, generate, statistics
-from downscaling.debias import sinkhorn
+from downscaling.debias import job
 from downscaling.diffusion import denoiser, schedules, steps, training, unet
 from downscaling.diffusion import state as states
 from downscaling.equations import kolmogorov, ks, rollouts
@@ -43,6 +43,8 @@ def identity(config, stage: str) -> dict[str, Any]:
   blocks = {key: runs.plain(config[key]) for key in IDENTITY[stage]}
   unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
   blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
+  if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
+    blocks["debias"] = {k: v for k, v in blocks["debias"].items() if k not in ("path", "save_seconds")}
   return blocks
 
 
@@ -114,7 +116,7 @@ def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.
 
 
 def debias_options(config) -> dict[str, Any]:
-  """Keywords of sinkhorn.debias from config.debias, less the sizes of the sets."""
+  """Keywords of sinkhorn.fit from config.debias, less the sizes of the sets."""
   return {k: v for k, v in config.debias.items() if k not in ("points", "held_out")}
 
 
@@ -308,7 +310,7 @@ def _check_sizes(config, mesh) -> None:
       f"config.debias: epsilon={c.debias.epsilon:g} (a share of the mean cost) and threshold={c.debias.threshold:g} "
       f"must be > 0, max_iterations={c.debias.max_iterations} at least 1. E.g. --config.debias.epsilon=0.001"
     )
-  floor = max(c.debias.held_out, min(c.debias.points, sinkhorn.IN_SAMPLE_ROWS), c.sampling.unconditional.fields)
+  floor = max(c.debias.held_out, min(c.debias.points, job.IN_SAMPLE_ROWS), c.sampling.unconditional.fields)
   needs = (
     *(("debias.points", c.debias.points, which, "train", 2) for which in ("hfhr", "lflr")),
     ("debias.held_out", c.debias.held_out, "lflr", "test", 2),
@@ -337,6 +339,7 @@ def _check_sizes(config, mesh) -> None:
     if value < 1:
       raise ValueError(f"config.{key}={value} must be at least 1.")
   _check_batch(config, mesh)
+  meshes.check_divides(c.debias.points, mesh.size, "a cloud", "debias.points")
   if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."

@@ -20,7 +20,7 @@ from downscaling.baselines import interpolation
 from downscaling.common import mesh as meshes
 from downscaling.common import processes, runs, supervision
 from downscaling.datasets import builders, generate, pipeline, statistics
-from downscaling.debias import sinkhorn
+from downscaling.debias import job as debias_room
 from downscaling.diffusion import steps, training
 from downscaling.evaluation import evidence, report, tables
 from downscaling.sampling import ensemble
@@ -150,7 +150,7 @@ def debias_job(ctx: Context) -> str:
     return tables.measure(mapped[..., 0], reference, group=group, source=rows[..., 0])
 
   with stage.timed():
-    report = sinkhorn.debias(
+    report = debias_room.debias(
       stage.path,
       runs.config_hash(stage.identity),
       load_rows(ctx, "lflr", "train", c.debias.points),
@@ -158,7 +158,9 @@ def debias_job(ctx: Context) -> str:
       load_rows(ctx, "lflr", "test", c.debias.held_out),
       space=op.coarse,
       evaluators={"metrics": against_truth},
+      mesh=ctx.mesh,
       stop=ctx.stop,
+      agree=functools.partial(processes.gather, "debias"),
       **build.debias_options(c),
     )
   stage.finish(converged=report["converged"])
@@ -330,7 +332,7 @@ JOBS = {
   "pipeline": (None, pipeline_job),
 }
 NAMES = tuple(JOBS)
-DISTRIBUTED = ("generate", "train")  # the jobs that several processes may do together
+DISTRIBUTED = ("generate", "debias", "train")  # the jobs that several processes may do together
 
 
 def run(name: str, ctx: Context) -> str:

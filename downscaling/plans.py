@@ -14,7 +14,7 @@ from downscaling import build
 from downscaling.common import costs
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
-from downscaling.debias import geometry
+from downscaling.debias import iterations, sinkhorn
 from downscaling.diffusion import state as states
 from downscaling.diffusion import training
 
@@ -54,12 +54,20 @@ def _generate(c, ctx) -> list[str]:
 
 def _debias(c, ctx) -> list[str]:
   n, d = c.debias.points, math.prod(build.operator(c).coarse)
-  tile = geometry.TILE
+  meshes.check_divides(n, ctx.mesh.size, "a cloud", "debias.points")
+  path = sinkhorn.path_of(c.debias.path, n, n, ctx.mesh.size)
+  cloud, potential = _rows(ctx, n, d), _rows(ctx, n)
+  chunk = iterations.make_chunk(iterations=c.debias.check_every, momentum=1.5, path=path, mesh=ctx.mesh)
+  program = chunk.lower(cloud, cloud, potential, potential, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+  memory = costs.memory(program)
   return [
     f"{n} × {n} points in {d} dimensions; ε {c.debias.epsilon:g} of the mean cost, annealed; at most "
     f"{c.debias.max_iterations} iterations to marginal error {c.debias.threshold:g}",
-    f"memory: {_size(8 * n * (d + 2))} for the clouds and potentials, {_size(4 * min(n, tile[0]) * min(n, tile[1]))} a "
-    f"tile ({tile[0]} × {tile[1]}); the {_size(4 * n * n)} of a full cost matrix are never stored",
+    f"path {path}: {n * n * (2 if path == 'ring' else 1) / ctx.mesh.size:.3g} pairs a device an iteration"
+    + (", their exponentials once in " + f"{c.debias.check_every}" if path == "dense" else ""),
+    f"memory a device: {_size(memory['arguments'])} clouds and potentials, {_size(memory['temporaries'])} temporary "
+    f"(compiled; the whole plan would be {_size(4 * n * n)})",
+    *_communication(program),
     f"disk: {_size(4 * n * (d + 1) + 8 * (c.debias.held_out + 4096) * d)} and three checkpoints of {_size(8 * n)}",
   ]
 

@@ -1,6 +1,7 @@
 """Several real processes, joined by gloo on this machine: the same data, batches and losses; killed, told to stop,
 moved to other topologies. What takes minutes is marked slow."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -15,6 +16,7 @@ import pytest
 from downscaling.common import mesh as meshes
 from downscaling.common import runs
 from downscaling.datasets import pipeline, statistics
+from downscaling.debias import transport
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -140,8 +142,54 @@ def test_processes_that_differ_are_told_so(command, tmp_path):
 
 
 def test_a_job_for_one_process_says_so(command, tmp_path):
-  said = rehearse(2, 1, command("debias", tmp_path / "run"), code=1)
-  assert "2 processes have joined; debias runs in one in this version" in said
+  said = rehearse(2, 1, command("sample", tmp_path / "run"), code=1)
+  assert "2 processes have joined; sample runs in one in this version" in said
+
+
+@pytest.mark.parametrize("path", ["fused", pytest.param("ring", marks=pytest.mark.slow)])
+def test_two_processes_debias_as_one_does(command, data, tmp_path, path):
+  """1 process × 4 devices against 2 × 2: the same program on the same shards, so the map and rows agree to rounding."""
+  keys = data | {"debias.path": path, "debias.points": 256}
+  for name, count in (("one", 1), ("two", 2)):
+    rehearse(count, 4 // count, command("debias", tmp_path / name, **keys))
+  one, two = (tmp_path / name / "debias" for name in ("one", "two"))
+  maps = [transport.EntropicMap.load(folder / "map") for folder in (one, two)]
+  mean_cost = runs.read_json(one / "diagnostics.json")["mean_cost"]
+  assert np.abs(maps[0].g - maps[1].g).max() < 1e-5 * mean_cost  # reductions over gloo add in another order
+  np.testing.assert_array_equal(maps[0].target, maps[1].target)
+  rows = [runs.read_json(folder / "diagnostics.json")["held_out"]["rows"] for folder in (one, two)]
+  assert rows[0] == rows[1] > 0
+
+
+@pytest.mark.slow
+def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(command, data, tmp_path):
+  """Two processes; kill -9 to one at six random moments and SIGTERM to the other at two: bit for bit, same topology."""
+  keys = data | {
+    "debias.epsilon": 0.003,
+    "debias.threshold": 1e-5,
+    "debias.max_iterations": 4000,
+    "debias.check_every": 5,
+  }
+  keys |= {"debias.save_seconds": 0.0}
+  rehearse(2, 2, command("debias", tmp_path / "straight", **keys))
+  pids, dice = tmp_path / "pids", random.Random(1)
+  for kill in range(8):
+    process = start(2, 2, command("debias", tmp_path / "cut", **keys), pids, GRACE="0")
+    checkpoints = tmp_path / "cut" / "debias" / "checkpoints"
+    before = max([int(p.name) for p in checkpoints.glob("[0-9]*") if p.name.isdigit()], default=0)
+    going = lambda b=before, c=checkpoints: any(int(p.name) > b for p in c.glob("[0-9]*") if p.name.isdigit())
+    while not going() and process.poll() is None:
+      time.sleep(0.02)
+    time.sleep(dice.uniform(0, 0.1))
+    if process.poll() is None:
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(numbers(pids)[kill % 2], signal.SIGTERM if kill in (2, 5) else signal.SIGKILL)
+    process.communicate(timeout=120)
+  rehearse(2, 2, command("debias", tmp_path / "cut", **keys))
+  maps = [transport.EntropicMap.load(tmp_path / name / "debias" / "map") for name in ("straight", "cut")]
+  np.testing.assert_array_equal(maps[0].g, maps[1].g)
+  history = [runs.read_json(tmp_path / name / "debias" / "diagnostics.json")["history"] for name in ("straight", "cut")]
+  assert history[0] == history[1]
 
 
 # ---------------------------------------------------------------- SIGTERM to one of two
@@ -266,7 +314,10 @@ def _manifest(folder):
   import jax
   import orbax.checkpoint as ocp
 
-  tree = ocp.StandardCheckpointer().restore(folder / "state")
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not the devices that saved it, which are not here
+  kept = ocp.StandardCheckpointer().metadata(folder / "state").item_metadata
+  target = jax.tree.map(lambda k: jax.ShapeDtypeStruct(k.shape, k.dtype, sharding=here), kept.tree)
+  tree = ocp.StandardCheckpointer().restore(folder / "state", target)
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   words = lambda x: jax.random.key_data(x) if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key) else x
   return {jax.tree_util.keystr(p): hashlib.sha256(np.asarray(words(x)).tobytes()).hexdigest() for p, x in flat}

@@ -122,7 +122,7 @@ def centre(target: np.ndarray) -> np.ndarray:
   return np.asarray(target).mean(0, dtype=np.float64).astype(np.asarray(target).dtype)
 
 
-def _tiled(a: jax.Array, size: int, value: float = 0.0) -> jax.Array:
+def tiled(a: jax.Array, size: int, value: float = 0.0) -> jax.Array:
   """[n, ...] -> [tiles, size, ...], the last tile padded with `value`."""
   padding = [(0, -len(a) % size)] + [(0, 0)] * (a.ndim - 1)
   return jnp.pad(a, padding, constant_values=value).reshape(-1, size, *a.shape[1:])
@@ -131,12 +131,12 @@ def _tiled(a: jax.Array, size: int, value: float = 0.0) -> jax.Array:
 def _operands(x, y, f, g, eps, tile):
   """Row tiles (2x/ε, (f − |x|²)/ε) and column tiles (y, (g − |y|²)/ε)."""
   rows, columns = min(tile[0], len(x)), min(tile[1], len(y))
-  left = _tiled(x * (2 / eps), rows), _tiled((f - jnp.sum(x**2, 1)) / eps, rows)
-  right = _tiled(y, columns), _tiled(jnp.maximum((g - jnp.sum(y**2, 1)) / eps, PAD), columns, PAD)
+  left = tiled(x * (2 / eps), rows), tiled((f - jnp.sum(x**2, 1)) / eps, rows)
+  right = tiled(y, columns), tiled(jnp.maximum((g - jnp.sum(y**2, 1)) / eps, PAD), columns, PAD)
   return left, right
 
 
-def _exponents(left, right) -> jax.Array:
+def exponents(left, right) -> jax.Array:
   (x, f), (y, g) = left, right
   # "highest": an accelerator's default would round the product to 10 or 8 bits, and ε divides it
   product = lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision="highest")
@@ -150,7 +150,7 @@ def log_sum_exp(x, y, f, g, eps, vec=None, tile=TILE) -> tuple[jax.Array, jax.Ar
   """
   left, right = _operands(x, y, f, g, eps, tile)
   if vec is not None:
-    weights = _tiled(vec, right[1].shape[1])
+    weights = tiled(vec, right[1].shape[1])
     log_sum, sign = lax.map(lambda rows: _by_running_max(rows, right, weights), left)
     return log_sum.reshape(-1)[: len(x)], sign.reshape(-1)[: len(x)]
 
@@ -165,7 +165,7 @@ def log_sum_exp(x, y, f, g, eps, vec=None, tile=TILE) -> tuple[jax.Array, jax.Ar
 
 def _scan_sum(rows, right) -> jax.Array:
   """Σ_j exp t_ij of one row tile, column tile by column tile."""
-  add = lambda total, columns: (total + jnp.exp(_exponents(rows, columns)).sum(1), None)
+  add = lambda total, columns: (total + jnp.exp(exponents(rows, columns)).sum(1), None)
   return lax.scan(add, jnp.zeros_like(rows[1]), right)[0]
 
 
@@ -175,7 +175,7 @@ def _by_running_max(rows, right, weights) -> tuple[jax.Array, jax.Array]:
   def add(carry, columns):
     top, total = carry
     *columns, v = columns
-    t = _exponents(rows, columns)
+    t = exponents(rows, columns)
     new = jnp.maximum(top, t.max(1))
     return (new, total * jnp.exp(top - new) + jnp.matmul(jnp.exp(t - new[:, None]), v, precision="highest")), None
 
@@ -194,7 +194,7 @@ def soft_average(x, y, g, eps, tile=TILE) -> tuple[jax.Array, jax.Array]:
   def one_tile(rows):
     def add(carry, columns):
       top, total, mean, energy = carry
-      t = _exponents(rows, columns)
+      t = exponents(rows, columns)
       new = jnp.maximum(top, t.max(1))
       kept, t = jnp.exp(top - new), t - new[:, None]
       e = jnp.exp(t)

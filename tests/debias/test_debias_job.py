@@ -5,7 +5,7 @@ import pytest
 import xarray
 
 from downscaling.common import runs
-from downscaling.debias import sinkhorn, transport
+from downscaling.debias import job, transport
 
 
 def rows(n, seed, scale, space=(6,)):
@@ -22,7 +22,7 @@ def spread(source, mapped):
 
 
 def test_writes_the_map_the_rows_and_the_diagnostics(tmp_path):
-  report = sinkhorn.debias(tmp_path, "hash", SOURCE, TARGET, HELD, **OPTIONS, evaluators={"spread": spread})
+  report = job.debias(tmp_path, "hash", SOURCE, TARGET, HELD, **OPTIONS, evaluators={"spread": spread})
   assert report["converged"] is True
   assert runs.read_json(tmp_path / "diagnostics.json") == report
   loaded = transport.EntropicMap.load(tmp_path / "map")
@@ -40,7 +40,7 @@ def test_writes_the_map_the_rows_and_the_diagnostics(tmp_path):
 
 
 def test_plan_figures_equal_the_dense_plan(tmp_path):
-  report = sinkhorn.debias(tmp_path, "hash", SOURCE, TARGET, HELD, **OPTIONS, threshold=1e-5)
+  report = job.debias(tmp_path, "hash", SOURCE, TARGET, HELD, **OPTIONS, threshold=1e-5)
   fitted = transport.EntropicMap.load(tmp_path / "map")
   x, y = (a.reshape(len(a), -1).astype(np.float64) for a in (SOURCE, TARGET))
   cost = ((x[:, None] - y[None]) ** 2).sum(-1)
@@ -55,35 +55,35 @@ def test_plan_figures_equal_the_dense_plan(tmp_path):
 
 
 def test_a_stopped_job_goes_on_to_the_same_map(tmp_path):
-  sinkhorn.debias(tmp_path / "whole", "hash", SOURCE, TARGET, HELD, **OPTIONS)
+  job.debias(tmp_path / "whole", "hash", SOURCE, TARGET, HELD, **OPTIONS)
   asked = iter([False] * 3)
   with pytest.raises(runs.Interrupted, match="stopped after 15 iterations"):
-    sinkhorn.debias(tmp_path / "cut", "hash", SOURCE, TARGET, HELD, **OPTIONS, stop=lambda: next(asked, True))
+    job.debias(tmp_path / "cut", "hash", SOURCE, TARGET, HELD, **OPTIONS, stop=lambda: next(asked, True))
   assert not (tmp_path / "cut" / "diagnostics.json").exists()
   for _ in range(2):  # the second run finds the fit done and writes over its own stores
-    sinkhorn.debias(tmp_path / "cut", "hash", SOURCE, TARGET, HELD, **OPTIONS)
+    job.debias(tmp_path / "cut", "hash", SOURCE, TARGET, HELD, **OPTIONS)
   whole, cut = (transport.EntropicMap.load(tmp_path / name / "map") for name in ("whole", "cut"))
   np.testing.assert_array_equal(cut.g, whole.g)
 
 
 def test_two_dimensions_and_channels(tmp_path):
   source, target, held = (np.concatenate([rows(n, s, 1.0, (4, 3))] * 2, -1) for n, s in ((40, 0), (50, 1), (11, 2)))
-  sinkhorn.debias(tmp_path, "hash", source, target, held, space=(4, 3), epsilon=0.1)
+  job.debias(tmp_path, "hash", source, target, held, space=(4, 3), epsilon=0.1)
   with xarray.open_zarr(tmp_path / "held_out.zarr", consolidated=False) as data:
     assert dict(data["ot"].sizes) == {"row": 11, "y": 4, "x": 3, "channel": 2}
 
 
 def test_not_converged_is_said(tmp_path, capfd):
-  report = sinkhorn.debias(tmp_path, "hash", SOURCE, TARGET, HELD, **OPTIONS, max_iterations=5)
+  report = job.debias(tmp_path, "hash", SOURCE, TARGET, HELD, **OPTIONS, max_iterations=5)
   assert report["converged"] is False
   assert "debias: not converged after 5 iterations, marginal error" in capfd.readouterr().err
 
 
 def test_wrong_arrays_are_refused_before_the_fit(tmp_path):
   with pytest.raises(ValueError, match=r"held_out is \(50, 5, 1\), need \[rows, 6, channels\]"):
-    sinkhorn.debias(tmp_path, "hash", SOURCE, TARGET, HELD[:, :5], **OPTIONS)
+    job.debias(tmp_path, "hash", SOURCE, TARGET, HELD[:, :5], **OPTIONS)
   held = HELD.copy()
   held[7] = np.nan
   with pytest.raises(ValueError, match=r"held-out rows hold NaN or infinities in 1 of 50 rows \(7\)"):
-    sinkhorn.debias(tmp_path, "hash", SOURCE, TARGET, held, **OPTIONS)
+    job.debias(tmp_path, "hash", SOURCE, TARGET, held, **OPTIONS)
   assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,201 @@
+"""Sinkhorn iterations on clouds whose rows lie on many devices. Three paths, one result up to rounding:
+
+  fused  looks at every pair once an iteration. Of a tile of rows E_ij = exp((f_i + g_j − |x_i − y_j|²)/ε) its row sums
+         r give the new f; and the columns of the plan *after* that step are Σ_i (a/r_i)^ω E_ij, of the same E. Solvers
+         that alternate a soft-min for f and one for g take every exponential twice. Only tiles are stored; every device
+         holds all of y.
+  dense  keeps E for a whole chunk and scales its rows and columns (the exponential once a chunk; Peyré & Cuturi 2019,
+         arXiv:1803.00567, section 4.2), absorbing the scalings into the potentials at its end (Schmitzer 2019,
+         arXiv:1610.06519). n × m/devices numbers.
+  ring   two soft-mins, the other cloud going around the devices, so that none ever holds all of it.
+
+ω is the over-relaxation. Sums of E are sums of the current plan, so they stay near the weights; where they leave SAFE
+(a rung of ε too steep, the first step), fused and dense do the iteration again by soft-mins with a running maximum.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from downscaling.common import mesh as meshes
+from downscaling.debias import geometry
+
+PATHS = ("dense", "fused", "ring")
+SAFE = geometry.SAFE
+SCALE = 1e15  # scalings of the dense path up to this: what underflowed in E, below 1e-38, then still weighs nothing
+DENSE_BYTES = 2**29  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
+TILE_NUMBERS = 2**21  # in a tile of `fused`: 8 MB in float32
+
+
+def choose(n: int, m: int, devices: int) -> str:
+  """The path for n × m points: dense while a device's part of the plan takes at most DENSE_BYTES, else fused.
+
+  Measured by `python benchmarks/sinkhorn.py --paths`, docs/results/sinkhorn.txt. `ring` is for clouds of which a device
+  cannot hold one whole; it does twice the work of fused.
+  """
+  return "dense" if 4 * n * m / devices <= DENSE_BYTES else "fused"
+
+
+@functools.cache
+def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Callable:
+  """The jitted (x, y, f, g, ε) -> (f, g, error): `iterations` steps at one ε.
+
+  x [n, d], y [m, d]: clouds, centred, rows over all devices of the mesh. f [n], g [m]: potentials, likewise; donated.
+  ε: scalar > 0, in units of the cost. error: the larger L1 error of the two marginals of the plan that f and g give.
+
+  Args: momentum: ω, 1 to < 2. path: one of PATHS.
+  """
+  body = {"dense": _dense, "fused": _fused, "ring": _ring}[path]
+
+  def chunk(x, y, f, g, epsilon):
+    run = jax.shard_map(
+      functools.partial(body, n=len(x), m=len(y), iterations=iterations, momentum=momentum, devices=mesh.size),
+      mesh=mesh,
+      in_specs=(*(meshes.ROWS,) * 4, PartitionSpec()),
+      out_specs=(meshes.ROWS, meshes.ROWS, PartitionSpec()),
+      check_vma=False,  # what is equal on all devices after a psum is known to us, not to the checker
+    )
+    f, g, error = run(x, y, f, g, epsilon)
+    drift = f.mean()  # f and −g wander off together, and lose digits
+    return f - drift, g + drift, error
+
+  rows = meshes.rows(mesh)
+  return jax.jit(chunk, out_shardings=(rows, rows, meshes.replicated(mesh)), donate_argnums=(2, 3))
+
+
+def _sum(value):
+  return lax.psum(value, meshes.AXES)
+
+
+def _whole(rows):
+  """All rows of what lies split over the devices."""
+  return lax.all_gather(rows, meshes.AXES, axis=0, tiled=True)
+
+
+def _own(whole, count):
+  """This device's rows of an array that all devices have."""
+  return lax.dynamic_slice_in_dim(whole, lax.axis_index(meshes.AXES) * count, count)
+
+
+def _outside(sums):
+  """Is any of them outside SAFE? NaN is."""
+  return ~jnp.all((sums > SAFE[0]) & (sums < SAFE[1]))
+
+
+def _row_tiles(x, f, eps, columns):
+  """x and f -> tiles (2x/ε, (f − |x|²)/ε, is it a row or padding), about TILE_NUMBERS exponents each."""
+  size = max(8, min(len(x), max(TILE_NUMBERS // columns, min(256, x.shape[1] // 4))))
+  bias = (f - jnp.sum(x**2, 1)) / eps
+  tiles = geometry.tiled(x * (2 / eps), size), geometry.tiled(bias, size), geometry.tiled(jnp.ones_like(f), size)
+  return tiles
+
+
+def _exponentials(rows, right):
+  return jnp.exp(geometry.exponents(rows[:2], right))
+
+
+def _fused(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
+  del devices
+  whole_y, whole_g = _whole(y), _whole(g)
+  step = functools.partial(_fused_step, x, whole_y, eps, n, m)
+  (f, g), _ = lax.scan(lambda fg, _: (step(*fg, momentum)[0], None), (f, whole_g), length=iterations)
+  error = step(f, g, 0.0)[1]
+  return f, _own(g, len(y)), error
+
+
+def _fused_step(x, y, eps, n, m, f, g, momentum):
+  """((f, g) one iteration later, marginal error of the plan of the f and g that came); g [m] is whole."""
+  right = y, (g - jnp.sum(y**2, 1)) / eps
+
+  def add(columns, rows):
+    e = _exponentials(rows, right)
+    r = e.sum(1)
+    ratio = jnp.where(rows[2] > 0, -jnp.log(n * r), 0.0)  # log a/r
+    scale = jnp.where(rows[2] > 0, jnp.exp(momentum * ratio), 0.0)
+    return columns + jnp.matmul(scale, e, precision="highest"), (r, ratio)
+
+  columns, (r, ratio) = lax.scan(add, jnp.zeros_like(g), _row_tiles(x, f, eps, len(y)))
+  r, ratio, columns = r.reshape(-1)[: len(x)], ratio.reshape(-1)[: len(x)], _sum(columns)
+  bad = (_sum(_outside(r * n).astype(jnp.int32)) > 0) | _outside(columns * m)
+
+  def plain():
+    error = jnp.maximum(_sum(jnp.abs(r - 1 / n).sum()), jnp.abs(columns - 1 / m).sum())
+    return (f + momentum * eps * ratio, g - momentum * eps * jnp.log(m * columns)), error
+
+  def careful():
+    new = f - momentum * eps * (_soft_rows(x, y, f, g, eps) + math.log(n))
+    lse = _soft_columns(x, y, new, g, eps)
+    rows = jnp.exp(_soft_rows(x, y, f, g, eps))
+    error = jnp.maximum(_sum(jnp.abs(rows - 1 / n).sum()), jnp.abs(jnp.exp(lse) - 1 / m).sum())
+    return (new, g - momentum * eps * (lse + math.log(m))), error
+
+  return lax.cond(bad, careful, plain)
+
+
+def _soft_rows(x, y, f, g, eps):
+  """log Σ_j of the plan, for this device's rows; y and g are whole."""
+  return geometry.log_sum_exp(x, y, f, g, eps)[0]
+
+
+def _soft_columns(x, y, f, g, eps):
+  """log Σ_i of the plan over all devices' rows, [m]; y and g are whole."""
+  mine = geometry.log_sum_exp(y, x, g, f, eps)[0]
+  top = lax.pmax(mine, meshes.AXES)
+  top = jnp.where(jnp.isfinite(top), top, 0.0)
+  return top + jnp.log(_sum(jnp.exp(mine - top)))
+
+
+def _dense(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
+  whole_y, whole_g = _whole(y), _whole(g)
+  right = whole_y, (whole_g - jnp.sum(whole_y**2, 1)) / eps
+  rows = _row_tiles(x, f, eps, m)
+  kernel = lax.map(lambda tile: _exponentials(tile, right), rows)
+  kernel = kernel.reshape(-1, m)[: len(x)]
+  dot = functools.partial(jnp.matmul, precision="highest")
+
+  def step(uv, _):
+    u, v = uv
+    u = u * (n * u * dot(kernel, v)) ** -momentum
+    v = v * (m * v * _sum(dot(u, kernel))) ** -momentum
+    return (u, v), None
+
+  (u, v), _ = lax.scan(step, (jnp.ones_like(f), jnp.ones_like(whole_g)), length=iterations)
+  rows_err = _sum(jnp.abs(u * dot(kernel, v) - 1 / n).sum())
+  error = jnp.maximum(rows_err, jnp.abs(v * _sum(dot(u, kernel)) - 1 / m).sum())
+  wild = lambda s: ~jnp.all((s > 1 / SCALE) & (s < SCALE))
+  bad = (_sum(wild(u).astype(jnp.int32)) > 0) | wild(v)
+  good = lambda: (f + eps * jnp.log(u), _own(whole_g + eps * jnp.log(v), len(y)), error)
+  again = lambda: _fused(x, y, f, g, eps, n=n, m=m, iterations=iterations, momentum=momentum, devices=devices)
+  return lax.cond(bad, again, good)
+
+
+def _ring(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
+  soft = functools.partial(_ring_soft, eps=eps, devices=devices)
+
+  def step(fg, _):
+    f, g = fg
+    f = f - momentum * eps * (soft(x, f, y, g) + math.log(n))
+    g = g - momentum * eps * (soft(y, g, x, f) + math.log(m))
+    return (f, g), None
+
+  (f, g), _ = lax.scan(step, (f, g), length=iterations)
+  error = lambda lse, count: _sum(jnp.abs(jnp.exp(lse) - 1 / count).sum())
+  return f, g, jnp.maximum(error(soft(x, f, y, g), n), error(soft(y, g, x, f), m))
+
+
+def _ring_soft(x, f, y, g, *, eps, devices):
+  """log Σ_j of the plan for this device's rows of x, while the parts of y go around: each is here once."""
+  onward = [(i, (i + 1) % devices) for i in range(devices)]
+
+  def visit(carry, _):
+    total, y, g = carry
+    total = jnp.logaddexp(total, geometry.log_sum_exp(x, y, f, g, eps)[0])
+    return (total, *lax.ppermute((y, g), meshes.AXES, onward)), None
+
+  start = jnp.full_like(f, geometry.PAD), y, g
+  return lax.scan(visit, start, length=devices)[0][0]
