@@ -51,6 +51,7 @@ def get_config(variant="quick"):
     epsilon=pick(0.0005, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
     threshold=pick(2e-3, 1e-3, 1e-3),  # L1 error of the marginals
     max_iterations=pick(1000, 2000, 100),
+    symmetric=False,  # transport between the orbits under the equation's group: an equivariant map
     check_every=10,  # iterations between two looks at the marginals
     path="auto",  # dense | fused | ring: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints

@@ -117,7 +117,8 @@ def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.
 
 def debias_options(config) -> dict[str, Any]:
   """Keywords of sinkhorn.fit from config.debias, less the sizes of the sets."""
-  return {k: v for k, v in config.debias.items() if k not in ("points", "held_out")}
+  options = {k: v for k, v in config.debias.items() if k not in ("points", "held_out", "symmetric")}
+  return options | {"group": group(config) if config.debias.symmetric else None}
 
 
 # ---------------------------------------------------------------- prior

@@ -55,15 +55,18 @@ def _generate(c, ctx) -> list[str]:
 def _debias(c, ctx) -> list[str]:
   n, d = c.debias.points, math.prod(build.operator(c).coarse)
   meshes.check_divides(n, ctx.mesh.size, "a cloud", "debias.points")
-  path = sinkhorn.path_of(c.debias.path, n, n, ctx.mesh.size)
+  group = build.group(c) if c.debias.symmetric else None
+  elements = len(group) if group else 1
+  path = sinkhorn.path_of(c.debias.path, n, n, ctx.mesh.size, elements)
   cloud, potential = _rows(ctx, n, d), _rows(ctx, n)
   chunk = iterations.make_chunk(iterations=c.debias.check_every, momentum=1.5, path=path, mesh=ctx.mesh)
-  program = chunk.lower(cloud, cloud, potential, potential, jax.ShapeDtypeStruct((), jnp.float32)).compile()
+  moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
+  program = chunk.lower(cloud, cloud, potential, potential, jax.ShapeDtypeStruct((), jnp.float32), moves).compile()
   memory = costs.memory(program)
   return [
     f"{n} × {n} points in {d} dimensions; ε {c.debias.epsilon:g} of the mean cost, annealed; at most "
     f"{c.debias.max_iterations} iterations to marginal error {c.debias.threshold:g}",
-    f"path {path}: {n * n * (2 if path == 'ring' else 1) / ctx.mesh.size:.3g} pairs a device an iteration"
+    f"path {path}: {n * n * elements * (2 if path == 'ring' else 1) / ctx.mesh.size:.3g} pairs a device an iteration"
     + (", their exponentials once in " + f"{c.debias.check_every}" if path == "dense" else ""),
     f"memory a device: {_size(memory['arguments'])} clouds and potentials, {_size(memory['temporaries'])} temporary "
     f"(compiled; the whole plan would be {_size(4 * n * n)})",

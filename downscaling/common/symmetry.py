@@ -27,6 +27,10 @@ class Group(NamedTuple):
     """g·y for one element; y is [..., n]."""
     return jnp.asarray(self.sign, y.dtype)[element] * jnp.take(y, jnp.asarray(self.index)[element], axis=-1)
 
+  def inverse(self) -> "Group":
+    """The group with every element replaced by its inverse."""
+    return Group(np.argsort(self.index, axis=1), self.sign)
+
   def average_covariance(self, cov: np.ndarray) -> np.ndarray:
     """Mean over the group of g Cov gᵀ, [n, n]: the covariance of a field whose law the group leaves alone."""
     total = np.zeros_like(cov)

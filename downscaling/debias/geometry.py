@@ -117,9 +117,12 @@ class Blockwise(geometry.Geometry):
     return cls(*children, **aux_data)
 
 
-def centre(target: np.ndarray) -> np.ndarray:
-  """The point both clouds are centred on, [d]: the target's mean, summed in float64."""
-  return np.asarray(target).mean(0, dtype=np.float64).astype(np.asarray(target).dtype)
+def centre(target: np.ndarray, group=None) -> np.ndarray:
+  """The point both clouds are centred on, [d]: the target's mean, summed in float64; of its orbit, with a Group."""
+  mean = np.asarray(target).mean(0, dtype=np.float64)
+  if group is not None:
+    mean = (group.sign[:, None] * mean[group.index]).mean(0)
+  return mean.astype(np.asarray(target).dtype)
 
 
 def tiled(a: jax.Array, size: int, value: float = 0.0) -> jax.Array:
@@ -184,11 +187,54 @@ def _by_running_max(rows, right, weights) -> tuple[jax.Array, jax.Array]:
   return top + jnp.log(jnp.abs(total)), jnp.sign(total)
 
 
+def moved(moves: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+  """One element of a group, as (index [d], sign []), on rows [n, d]."""
+  index, sign = moves
+  return sign * x[:, index]
+
+
+def orbit_log_sum_exp(x, y, f, g, eps, moves) -> jax.Array:
+  """log of the mean over a group of Σ_j exp((f_i + g_j − |m·x_i − y_j|²)/ε), [n]; moves: (index [G, d], sign [G])."""
+
+  def add(total, move):
+    return jnp.logaddexp(total, log_sum_exp(moved(move, x), y, f, g, eps)[0]), None
+
+  return lax.scan(add, jnp.full_like(f, PAD), moves)[0] - jnp.log(float(len(moves[1])))
+
+
+def orbit_average(x, y, g, eps, moves, tile=TILE) -> tuple[jax.Array, jax.Array]:
+  """Mean of all m·y_j of the targets' orbits under w ∝ exp((g_j − |x_i − m·y_j|²)/ε), and the entropy of w_i.
+
+  Args: as soft_average; moves: (index [G, d], sign [G]) of the elements m. Returns: [n, d]; [n], nats.
+  """
+  back = jnp.argsort(moves[0], axis=1), moves[1]
+
+  def add(carry, elements):
+    top, mean, entropy = carry
+    there, here = elements
+    its_mean, its_entropy, its_top = _soft_average(moved(here, x), y, g, eps, tile)
+    new = jnp.logaddexp(top, its_top)
+    old, its = top - new, its_top - new
+    share = lambda log: jnp.where(log > -80, jnp.exp(log), 0.0)
+    part = lambda log, entropy: share(log) * (entropy - jnp.maximum(log, -80.0))
+    mean = share(old)[:, None] * mean + share(its)[:, None] * moved(there, its_mean)
+    return (new, mean, part(old, entropy) + part(its, its_entropy)), None
+
+  zero = jnp.zeros_like(x[:, 0])
+  _, mean, entropy = lax.scan(add, (zero + PAD, jnp.zeros_like(x), zero), (moves, back))[0]
+  return mean, entropy
+
+
 def soft_average(x, y, g, eps, tile=TILE) -> tuple[jax.Array, jax.Array]:
   """Mean of the targets under w_ij ∝ exp((g_j − |x_i − y_j|²)/ε), and the entropy of w_i.
 
   Args: x [n, d]; y [m, d]; g [m]; eps: scalar. Returns: Σ_j w_ij y_j, [n, d]; −Σ_j w_ij log w_ij, [n], nats.
   """
+  return _soft_average(x, y, g, eps, tile)[:2]
+
+
+def _soft_average(x, y, g, eps, tile):
+  """The same, and log Σ_j exp((g_j − |x_i − y_j|²)/ε), [n]."""
   left, right = _operands(x, y, jnp.zeros_like(x[:, 0]), g, eps, tile)
 
   def one_tile(rows):
@@ -205,8 +251,8 @@ def soft_average(x, y, g, eps, tile=TILE) -> tuple[jax.Array, jax.Array]:
 
     zero = jnp.zeros_like(rows[1])
     start = zero + PAD, zero, jnp.zeros_like(rows[0]), zero
-    _, total, mean, energy = lax.scan(add, start, right)[0]
-    return mean / total[:, None], jnp.log(total) - energy / total
+    top, total, mean, energy = lax.scan(add, start, right)[0]
+    return mean / total[:, None], jnp.log(total) - energy / total, top + jnp.log(total)
 
-  mean, entropy = lax.map(one_tile, left)
-  return mean.reshape(-1, x.shape[1])[: len(x)], entropy.reshape(-1)[: len(x)]
+  mean, entropy, log_sum = lax.map(one_tile, left)
+  return mean.reshape(-1, x.shape[1])[: len(x)], entropy.reshape(-1)[: len(x)], log_sum.reshape(-1)[: len(x)]

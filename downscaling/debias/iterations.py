@@ -11,6 +11,10 @@
 
 ω is the over-relaxation. Sums of E are sums of the current plan, so they stay near the weights; where they leave SAFE
 (a rung of ε too steep, the first step), fused and dense do the iteration again by soft-mins with a running maximum.
+
+With a group of the law of both clouds, the kernel is its mean over the group, E_ij = mean_m exp((f_i + g_j −
+|m·x_i − y_j|²)/ε): the plan between the orbits, whose potentials are constant on them. `dense` pays for it once a
+chunk, the others in every iteration.
 """
 
 import functools
@@ -29,38 +33,42 @@ PATHS = ("dense", "fused", "ring")
 SAFE = geometry.SAFE
 SCALE = 1e15  # scalings of the dense path up to this: what underflowed in E, below 1e-38, then still weighs nothing
 DENSE_BYTES = 2**29  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
+ORBIT_BYTES = 2**31  # the same with a group, where the others take so many more exponentials
 TILE_NUMBERS = 2**21  # in a tile of `fused`: 8 MB in float32
 
 
-def choose(n: int, m: int, devices: int) -> str:
+def choose(n: int, m: int, devices: int, elements: int = 1) -> str:
   """The path for n × m points: dense while a device's part of the plan takes at most DENSE_BYTES, else fused.
+
+  elements: of the group; with more than one, up to ORBIT_BYTES.
 
   Measured by `python benchmarks/sinkhorn.py --paths`, docs/results/sinkhorn.txt. `ring` is for clouds of which a device
   cannot hold one whole; it does twice the work of fused.
   """
-  return "dense" if 4 * n * m / devices <= DENSE_BYTES else "fused"
+  return "dense" if 4 * n * m / devices <= (DENSE_BYTES if elements == 1 else ORBIT_BYTES) else "fused"
 
 
 @functools.cache
 def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Callable:
-  """The jitted (x, y, f, g, ε) -> (f, g, error): `iterations` steps at one ε.
+  """The jitted (x, y, f, g, ε, moves) -> (f, g, error): `iterations` steps at one ε.
 
   x [n, d], y [m, d]: clouds, centred, rows over all devices of the mesh. f [n], g [m]: potentials, likewise; donated.
-  ε: scalar > 0, in units of the cost. error: the larger L1 error of the two marginals of the plan that f and g give.
+  ε: scalar > 0, in units of the cost. moves: (index [G, d], sign [G]) of a group, or None. error: the larger L1 error
+  of the two marginals of the plan that f and g give.
 
   Args: momentum: ω, 1 to < 2. path: one of PATHS.
   """
   body = {"dense": _dense, "fused": _fused, "ring": _ring}[path]
 
-  def chunk(x, y, f, g, epsilon):
+  def chunk(x, y, f, g, epsilon, moves=None):
     run = jax.shard_map(
       functools.partial(body, n=len(x), m=len(y), iterations=iterations, momentum=momentum, devices=mesh.size),
       mesh=mesh,
-      in_specs=(*(meshes.ROWS,) * 4, PartitionSpec()),
+      in_specs=(*(meshes.ROWS,) * 4, PartitionSpec(), PartitionSpec()),
       out_specs=(meshes.ROWS, meshes.ROWS, PartitionSpec()),
       check_vma=False,  # what is equal on all devices after a psum is known to us, not to the checker
     )
-    f, g, error = run(x, y, f, g, epsilon)
+    f, g, error = run(x, y, f, g, epsilon, moves)
     drift = f.mean()  # f and −g wander off together, and lose digits
     return f - drift, g + drift, error
 
@@ -87,39 +95,44 @@ def _outside(sums):
   return ~jnp.all((sums > SAFE[0]) & (sums < SAFE[1]))
 
 
-def _row_tiles(x, f, eps, columns):
+def _row_tiles(x, f, eps, columns, moves):
   """x and f -> tiles (2x/ε, (f − |x|²)/ε, is it a row or padding), about TILE_NUMBERS exponents each."""
   size = max(8, min(len(x), max(TILE_NUMBERS // columns, min(256, x.shape[1] // 4))))
-  bias = (f - jnp.sum(x**2, 1)) / eps
+  bias = (f - jnp.sum(x**2, 1)) / eps - (0.0 if moves is None else math.log(len(moves[1])))
   tiles = geometry.tiled(x * (2 / eps), size), geometry.tiled(bias, size), geometry.tiled(jnp.ones_like(f), size)
   return tiles
 
 
-def _exponentials(rows, right):
-  return jnp.exp(geometry.exponents(rows[:2], right))
+def _exponentials(rows, right, moves):
+  """E of a tile, [rows, columns]."""
+  x, bias, _ = rows
+  if moves is None:
+    return jnp.exp(geometry.exponents((x, bias), right))
+  add = lambda e, move: (e + jnp.exp(geometry.exponents((geometry.moved(move, x), bias), right)), None)
+  return lax.scan(add, jnp.zeros((len(x), len(right[1])), x.dtype), moves)[0]
 
 
-def _fused(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
+def _fused(x, y, f, g, eps, moves, *, n, m, iterations, momentum, devices):
   del devices
   whole_y, whole_g = _whole(y), _whole(g)
-  step = functools.partial(_fused_step, x, whole_y, eps, n, m)
+  step = functools.partial(_fused_step, x, whole_y, eps, moves, n, m)
   (f, g), _ = lax.scan(lambda fg, _: (step(*fg, momentum)[0], None), (f, whole_g), length=iterations)
   error = step(f, g, 0.0)[1]
   return f, _own(g, len(y)), error
 
 
-def _fused_step(x, y, eps, n, m, f, g, momentum):
+def _fused_step(x, y, eps, moves, n, m, f, g, momentum):
   """((f, g) one iteration later, marginal error of the plan of the f and g that came); g [m] is whole."""
   right = y, (g - jnp.sum(y**2, 1)) / eps
 
   def add(columns, rows):
-    e = _exponentials(rows, right)
+    e = _exponentials(rows, right, moves)
     r = e.sum(1)
     ratio = jnp.where(rows[2] > 0, -jnp.log(n * r), 0.0)  # log a/r
     scale = jnp.where(rows[2] > 0, jnp.exp(momentum * ratio), 0.0)
     return columns + jnp.matmul(scale, e, precision="highest"), (r, ratio)
 
-  columns, (r, ratio) = lax.scan(add, jnp.zeros_like(g), _row_tiles(x, f, eps, len(y)))
+  columns, (r, ratio) = lax.scan(add, jnp.zeros_like(g), _row_tiles(x, f, eps, len(y), moves))
   r, ratio, columns = r.reshape(-1)[: len(x)], ratio.reshape(-1)[: len(x)], _sum(columns)
   bad = (_sum(_outside(r * n).astype(jnp.int32)) > 0) | _outside(columns * m)
 
@@ -128,33 +141,35 @@ def _fused_step(x, y, eps, n, m, f, g, momentum):
     return (f + momentum * eps * ratio, g - momentum * eps * jnp.log(m * columns)), error
 
   def careful():
-    new = f - momentum * eps * (_soft_rows(x, y, f, g, eps) + math.log(n))
-    lse = _soft_columns(x, y, new, g, eps)
-    rows = jnp.exp(_soft_rows(x, y, f, g, eps))
+    new = f - momentum * eps * (_soft(x, y, f, g, eps, moves) + math.log(n))
+    lse = _soft_columns(x, y, new, g, eps, moves)
+    rows = jnp.exp(_soft(x, y, f, g, eps, moves))
     error = jnp.maximum(_sum(jnp.abs(rows - 1 / n).sum()), jnp.abs(jnp.exp(lse) - 1 / m).sum())
     return (new, g - momentum * eps * (lse + math.log(m))), error
 
   return lax.cond(bad, careful, plain)
 
 
-def _soft_rows(x, y, f, g, eps):
-  """log Σ_j of the plan, for this device's rows; y and g are whole."""
-  return geometry.log_sum_exp(x, y, f, g, eps)[0]
+def _soft(x, y, f, g, eps, moves):
+  """log Σ_j of the plan, for this device's rows of x; y and g are as many as they are."""
+  if moves is None:
+    return geometry.log_sum_exp(x, y, f, g, eps)[0]
+  return geometry.orbit_log_sum_exp(x, y, f, g, eps, moves)
 
 
-def _soft_columns(x, y, f, g, eps):
+def _soft_columns(x, y, f, g, eps, moves):
   """log Σ_i of the plan over all devices' rows, [m]; y and g are whole."""
-  mine = geometry.log_sum_exp(y, x, g, f, eps)[0]
+  mine = _soft(y, x, g, f, eps, moves)  # to move y instead of x sums over the inverses: the same group
   top = lax.pmax(mine, meshes.AXES)
   top = jnp.where(jnp.isfinite(top), top, 0.0)
   return top + jnp.log(_sum(jnp.exp(mine - top)))
 
 
-def _dense(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
+def _dense(x, y, f, g, eps, moves, *, n, m, iterations, momentum, devices):
   whole_y, whole_g = _whole(y), _whole(g)
   right = whole_y, (whole_g - jnp.sum(whole_y**2, 1)) / eps
-  rows = _row_tiles(x, f, eps, m)
-  kernel = lax.map(lambda tile: _exponentials(tile, right), rows)
+  rows = _row_tiles(x, f, eps, m, moves)
+  kernel = lax.map(lambda tile: _exponentials(tile, right, moves), rows)
   kernel = kernel.reshape(-1, m)[: len(x)]
   dot = functools.partial(jnp.matmul, precision="highest")
 
@@ -170,12 +185,12 @@ def _dense(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
   wild = lambda s: ~jnp.all((s > 1 / SCALE) & (s < SCALE))
   bad = (_sum(wild(u).astype(jnp.int32)) > 0) | wild(v)
   good = lambda: (f + eps * jnp.log(u), _own(whole_g + eps * jnp.log(v), len(y)), error)
-  again = lambda: _fused(x, y, f, g, eps, n=n, m=m, iterations=iterations, momentum=momentum, devices=devices)
+  again = lambda: _fused(x, y, f, g, eps, moves, n=n, m=m, iterations=iterations, momentum=momentum, devices=devices)
   return lax.cond(bad, again, good)
 
 
-def _ring(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
-  soft = functools.partial(_ring_soft, eps=eps, devices=devices)
+def _ring(x, y, f, g, eps, moves, *, n, m, iterations, momentum, devices):
+  soft = functools.partial(_ring_soft, eps=eps, moves=moves, devices=devices)
 
   def step(fg, _):
     f, g = fg
@@ -188,13 +203,13 @@ def _ring(x, y, f, g, eps, *, n, m, iterations, momentum, devices):
   return f, g, jnp.maximum(error(soft(x, f, y, g), n), error(soft(y, g, x, f), m))
 
 
-def _ring_soft(x, f, y, g, *, eps, devices):
+def _ring_soft(x, f, y, g, *, eps, moves, devices):
   """log Σ_j of the plan for this device's rows of x, while the parts of y go around: each is here once."""
   onward = [(i, (i + 1) % devices) for i in range(devices)]
 
   def visit(carry, _):
     total, y, g = carry
-    total = jnp.logaddexp(total, geometry.log_sum_exp(x, y, f, g, eps)[0])
+    total = jnp.logaddexp(total, _soft(x, y, f, g, eps, moves))
     return (total, *lax.ppermute((y, g), meshes.AXES, onward)), None
 
   start = jnp.full_like(f, geometry.PAD), y, g

@@ -59,7 +59,7 @@ def debias(
       f"{result.epsilon:.3g}: raise --config.debias.max_iterations or epsilon."
     )
   if meshes.is_main():
-    fitted_map = transport.EntropicMap(y, result.g, result.epsilon, source.shape[1:])
+    fitted_map = transport.EntropicMap(y, result.g, result.epsilon, source.shape[1:], options.get("group"))
     fitted_map.save(folder / "map")
     some = np.linspace(0, len(source) - 1, min(len(source), IN_SAMPLE_ROWS)).astype(int)
     report = _plan(result, fitted_map, source) | {

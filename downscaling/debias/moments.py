@@ -242,8 +242,9 @@ class Pool(NamedTuple):
 
   def counts(self, v: np.ndarray, reach: np.ndarray) -> np.ndarray:
     """Histogram [O, bins] of v [S, n] over reach [2, O]: sums, also over hosts; odd orbits are made symmetric."""
-    low, width = reach[0], np.maximum(reach[1] - reach[0], np.finfo(float).tiny) / self.bins
-    cell = ((v - low[self.orbit]) * (1 / width)[self.orbit]).astype(np.int64)
+    low, width = reach[0], reach[1] - reach[0]
+    per = np.where(width > 0, self.bins / np.where(width > 0, width, 1.0), 0.0)
+    cell = ((v - low[self.orbit]) * per[self.orbit]).astype(np.int64)
     np.clip(cell, 0, self.bins - 1, out=cell)
     cell += self.orbit * self.bins
     out = np.bincount(cell.ravel(), minlength=len(self.odd) * self.bins).reshape(-1, self.bins)
@@ -283,7 +284,6 @@ def filters(group: symmetry.Group, space: tuple[int, ...]) -> list[tuple[np.ndar
 
 
 def draw(key: jax.Array, kinds: int, shells: int) -> tuple[int, np.ndarray]:
-  """One random filter: which of `kinds` angular factors, and a real weight for every shell, |weight| ≤ 1, [shells]."""
-  which, weight = jax.random.split(key)
-  weight = np.asarray(jax.random.normal(weight, (shells,)), np.float64)
-  return int(jax.random.randint(which, (), 0, kinds)), weight / np.abs(weight).max()
+  """One random filter: which of `kinds` angular factors, and +1 or −1 for every shell, [shells]."""
+  which, sign = jax.random.split(key)
+  return int(jax.random.randint(which, (), 0, kinds)), np.asarray(jax.random.rademacher(sign, (shells,)), np.float64)

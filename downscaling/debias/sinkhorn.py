@@ -17,7 +17,7 @@ import numpy as np
 
 from downscaling.common import checkpoints as checkpoints_lib
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
+from downscaling.common import runs, symmetry
 from downscaling.debias import geometry, iterations, transport
 
 PATIENCE = 50  # checks at the last ε without 1 % of gain: a stall
@@ -51,6 +51,7 @@ def fit(
   max_iterations: int = 2000,
   check_every: int = 10,
   momentum: float = 1.5,
+  group: symmetry.Group | None = None,
   path: str = "auto",
   mesh: jax.sharding.Mesh | None = None,
   checkpoints: checkpoints_lib.Checkpoints | None = None,
@@ -68,6 +69,7 @@ def fit(
     threshold: largest L1 error of either marginal, Σ|P1 − 1/n|, that counts as converged.
     max_iterations: give up here, `converged` false. check_every: iterations a chunk.
     momentum: over-relaxation of the potentials, 1 (none) to < 2 (Thibault et al. 2021, arXiv:1711.01851).
+    group: symmetry of both laws, acting on the d values of a row: the plan is that between all rows' orbits.
     path: "dense", "fused" or "ring", see iterations.py; "auto" is iterations.choose.
     mesh: n and m are split over all its devices; one device by default.
     checkpoints: saved every save_seconds, when stopped and at the end; resumed from if there are any, bit for bit on
@@ -78,11 +80,11 @@ def fit(
     FloatingPointError: the potentials diverged. runs.Interrupted: `stop` said so; the state is saved.
   """
   mesh = mesh or meshes.make(1)
-  x, y, mean_cost = _clouds(source, target, epsilon, threshold)
-  path = path_of(path, len(x), len(y), mesh.size)
+  x, y, mean_cost = _clouds(source, target, epsilon, threshold, group)
+  path = path_of(path, len(x), len(y), mesh.size, 1 if group is None else len(group))
   ladder = [epsilon * mean_cost * factor for factor in _factors(*anneal)]
   _check_counts(max_iterations, check_every, momentum)
-  run = _Run(x, y, ladder, check_every, momentum, path, mesh, checkpoints)
+  run = _Run(x, y, ladder, check_every, momentum, group, path, mesh, checkpoints)
   saved = time.monotonic()
   while not (verdict := _verdict(run.history, ladder[-1], threshold, max_iterations)):
     if stop():
@@ -107,15 +109,18 @@ def fit(
 class _Run:
   """A solve under way: two potentials and the history of its checks; begins at zero or at the last checkpoint."""
 
-  def __init__(self, x, y, ladder, check_every, momentum, path, mesh, checkpoints):
+  def __init__(self, x, y, ladder, check_every, momentum, group, path, mesh, checkpoints):
     self.ladder, self.checkpoints = ladder, checkpoints
     self.check_every, self.momentum = check_every, momentum
     self.chunk = iterations.make_chunk(iterations=check_every, momentum=momentum, path=path, mesh=mesh)
+    self.moves = (
+      None if group is None else tuple(map(jnp.asarray, (group.index.astype(np.int32), group.sign.astype(x.dtype))))
+    )
     spread = lambda rows: meshes.to_global(mesh, rows[meshes.host_rows(mesh, len(rows))], len(rows))
     self.x, self.y = spread(x), spread(y)
     self.f, self.g = spread(np.zeros(len(x), x.dtype)), spread(np.zeros(len(y), y.dtype))
     self.history: dict[str, list] = {"iteration": [], "epsilon": [], "error": []}
-    self.identity = _identity(x, y, ladder, check_every, momentum)
+    self.identity = _identity(x, y, ladder, check_every, momentum, group)
     if checkpoints is None:
       return
     if last := checkpoints.restore_last(checkpoints_lib.abstract({"f": self.f, "g": self.g}, meshes.rows(mesh))):
@@ -132,7 +137,7 @@ class _Run:
     """One chunk at the rung its number says -> (ε, marginal error)."""
     done = len(self.history["error"])
     epsilon = self.ladder[min(done, len(self.ladder) - 1)]
-    f, g, error = self.chunk(self.x, self.y, self.f, self.g, jnp.asarray(epsilon, self.x.dtype))
+    f, g, error = self.chunk(self.x, self.y, self.f, self.g, jnp.asarray(epsilon, self.x.dtype), self.moves)
     if not math.isfinite(error := float(error)):
       raise FloatingPointError(
         f"the potentials diverged after {self.last()}, at ε = {epsilon:.3g}: set momentum=1 (it is "
@@ -156,16 +161,16 @@ class _Run:
     return last_check(self.history)
 
 
-def path_of(path: str, n: int, m: int, devices: int) -> str:
+def path_of(path: str, n: int, m: int, devices: int, elements: int = 1) -> str:
   """The path that is meant, for clouds that the devices can hold in equal parts."""
   if path not in ("auto", *iterations.PATHS):
     raise ValueError(f"config.debias.path={path!r} is unknown; use one of {['auto', *iterations.PATHS]}.")
   for count, which in ((n, "a source"), (m, "a target")):
     meshes.check_divides(count, devices, f"{which} cloud", "debias.points")
-  return iterations.choose(n, m, devices) if path == "auto" else path
+  return iterations.choose(n, m, devices, elements) if path == "auto" else path
 
 
-def _clouds(source, target, epsilon, threshold) -> tuple[np.ndarray, np.ndarray, float]:
+def _clouds(source, target, epsilon, threshold, group) -> tuple[np.ndarray, np.ndarray, float]:
   """Both clouds centred, on the host, and the mean cost; the door."""
   source, target = np.asarray(source), np.asarray(target)
   if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
@@ -174,6 +179,11 @@ def _clouds(source, target, epsilon, threshold) -> tuple[np.ndarray, np.ndarray,
     )
   if min(len(source), len(target)) < 2:
     raise ValueError(f"{len(source)} source and {len(target)} target rows came, a fit needs at least 2 of each.")
+  if group is not None and group.index.shape[1] != source.shape[1]:
+    raise ValueError(
+      f"the group acts on {group.index.shape[1]} values, rows have {source.shape[1]}: use the group of this grid (one "
+      "channel only), or --config.debias.symmetric=False."
+    )
   for name, rows in (("source rows", source), ("target rows", target)):
     transport.check_finite(rows, name)
     if (rows == rows[0]).all():
@@ -182,9 +192,10 @@ def _clouds(source, target, epsilon, threshold) -> tuple[np.ndarray, np.ndarray,
     raise ValueError(f"epsilon={epsilon}, threshold={threshold}: both must be > 0 (epsilon: share of the mean cost).")
   dtype = jax.dtypes.canonicalize_dtype(np.result_type(source, target, np.float32))
   source, target = source.astype(dtype), target.astype(dtype)
-  x, y = (cloud - geometry.centre(target) for cloud in (source, target))
+  x, y = (cloud - geometry.centre(target, group) for cloud in (source, target))
   squares = sum(np.einsum("ij,ij->", c, c, dtype=np.float64) / len(c) for c in (x, y))
-  mean_cost = float(squares - 2 * x.mean(0, dtype=np.float64) @ y.mean(0, dtype=np.float64))
+  means = (geometry.centre(c, group).astype(np.float64) for c in (x, y))
+  mean_cost = float(squares - 2 * np.dot(*means))
   if (rounding := _rounding(x, y, epsilon * mean_cost)) > threshold:
     raise ValueError(
       f"epsilon={epsilon:g} of the mean cost is too small for {dtype}: rounding alone leaves a marginal error of "
@@ -218,11 +229,11 @@ def _check_counts(max_iterations, check_every, momentum) -> None:
     raise ValueError(f"momentum={momentum}: over-relaxation needs 1 <= momentum < 2; 1.5 is the measured choice.")
 
 
-def _identity(x, y, ladder, check_every, momentum) -> str:
+def _identity(x, y, ladder, check_every, momentum, group) -> str:
   """SHA-256 of all that decides the iterates."""
   digest = hashlib.sha256(repr((x.shape, y.shape, ladder, check_every, momentum)).encode())
-  for cloud in (x, y):
-    digest.update(np.asarray(cloud).tobytes())
+  for part in (x, y, *(group or ())):
+    digest.update(np.asarray(part).tobytes())
   return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
     T(y) = Σ_j w_j(y) y′_j,   w_j ∝ exp((g_j − |y − y′_j|²)/ε)
 
 (Pooladian & Niles-Weed 2021, arXiv:2109.12004, eq. 3). On the rows of the fit it is the plan's barycentric projection.
+With a group the mean goes over the orbits of all targets, so T(m·y) = m·T(y).
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common import runs
+from downscaling.common import runs, symmetry
 from downscaling.debias import geometry
 
 SCHEMA = 1
+ARRAYS = ("target", "g", "group_index", "group_sign")
 BLOCK = 1024  # rows mapped at a time; the last block is padded, so one program serves any number of rows
 
 
@@ -29,13 +31,14 @@ class EntropicMap:
   """T for snapshots of shape `grid`.
 
   target: cloud y′, [m, d] float32, d = Πgrid; g: potential, [m], units of the squared cost; epsilon: > 0, same units;
-  grid: (*space, C).
+  grid: (*space, C). group: that the potentials were fitted with, or None.
   """
 
   target: np.ndarray
   g: np.ndarray
   epsilon: float
   grid: tuple[int, ...]
+  group: symmetry.Group | None = None
 
   def __call__(self, y: np.ndarray) -> np.ndarray:
     """T(y), streamed in blocks from host memory: [S, *space, C] -> the same shape, float32.
@@ -69,24 +72,29 @@ class EntropicMap:
 
   def _blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(T [S', d], entropy [S']) block by block."""
-    centre, target, g, epsilon = self._on_device
+    centre, arguments = self._on_device
     for begin in range(0, len(rows), BLOCK):
       block = rows[begin : begin + BLOCK].astype(np.float32)
       padded = np.zeros((BLOCK, block.shape[1]), np.float32)
       padded[: len(block)] = block - centre
-      mapped, entropy = jax.device_get(_average(jnp.asarray(padded), target, g, epsilon))
+      mapped, entropy = jax.device_get(_average(jnp.asarray(padded), *arguments))
       yield mapped[: len(block)] + centre, entropy[: len(block)]
 
   @functools.cached_property
   def _on_device(self):
-    centre = geometry.centre(self.target)
-    return centre, jnp.asarray(self.target - centre), jnp.asarray(self.g), jnp.float32(self.epsilon)
+    centre = geometry.centre(self.target, self.group)
+    moves = None
+    if self.group is not None:
+      moves = jnp.asarray(self.group.index.astype(np.int32)), jnp.asarray(self.group.sign.astype(np.float32))
+    return centre, (jnp.asarray(self.target - centre), jnp.asarray(self.g), jnp.float32(self.epsilon), moves)
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes FOLDER/arrays.npz and then FOLDER/map.json, which holds the arrays' shapes and SHA-256."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {"target": self.target, "g": self.g}
+    if self.group is not None:
+      arrays |= {"group_index": self.group.index, "group_sign": self.group.sign}
     temporary = folder / f".arrays.{os.getpid()}.tmp"
     try:
       with open(temporary, "wb") as file:
@@ -120,17 +128,20 @@ class EntropicMap:
       damaged = [name for name, a in arrays.items() if _digest(a) != record["arrays"][name]["sha256"]]
     except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
       arrays, damaged = {}, [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"]
-    if damaged or set(arrays) != {"target", "g"}:
+    if damaged or not {"target", "g"} <= set(arrays) or set(arrays) - set(ARRAYS):
       raise ValueError(
         f"{folder}/arrays.npz is damaged or not map.json's ({', '.join(damaged) or sorted(arrays)}): move the folder "
         "away and run `downscaling debias` again, which goes on from its checkpoints."
       )
-    return cls(arrays["target"], arrays["g"], float(record["epsilon"]), tuple(record["grid"]))
+    group = symmetry.Group(arrays["group_index"], arrays["group_sign"]) if "group_index" in arrays else None
+    return cls(arrays["target"], arrays["g"], float(record["epsilon"]), tuple(record["grid"]), group)
 
 
 @jax.jit
-def _average(rows, target, g, epsilon):
-  return geometry.soft_average(rows, target, g, epsilon)
+def _average(rows, target, g, epsilon, moves):
+  if moves is None:
+    return geometry.soft_average(rows, target, g, epsilon)
+  return geometry.orbit_average(rows, target, g, epsilon, moves)
 
 
 def _digest(array: np.ndarray) -> str:

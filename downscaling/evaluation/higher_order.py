@@ -30,7 +30,7 @@ def higher_order(
   Returns:
     transfer: Re E[ŷ* N̂] summed over shell k = 1, 2, ..., [K] (of energy if y is a velocity, enstrophy if vorticity).
     energy_transfer, 2-D only: the same over k², of energy if y is vorticity.
-    bispectrum, 1-D only: E[ŷ_k ŷ_l ŷ*_{k+l}], 1 ≤ l ≤ k, k + l < N/2, complex; its real part is 0 where (x, y) ->
+    bispectrum, 1-D only: E[ŷ_j ŷ_k ŷ*_{j+k}], 1 ≤ k ≤ j, j + k < N/2, complex; its real part is 0 where (x, y) ->
       (−x, −y) is a symmetry.
     flatness: E y⁴ / (E y²)² over all points, about the mean of each point, []; 3 if Gaussian.
     square_covariance: of y² about the same mean, [n, n].
@@ -79,9 +79,8 @@ def _moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
       out["energy_transfer"] = np.bincount(shell, (flux / np.where(size > 0, size, np.inf) ** 2).ravel())[1:]
   if len(space) == 1:
     top = (space[0] - 1) // 2
-    k, l = (i.ravel() for i in np.meshgrid(*(np.arange(1, top + 1),) * 2, indexing="ij"))
-    k, l = k[keep := (l <= k) & (k + l <= top)], l[keep]
-    out["bispectrum"] = np.einsum("sk,sk,sk->k", waves[:, k], waves[:, l], waves[:, k + l].conj())
+    j, k = np.array([(j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top], int).reshape(-1, 2).T
+    out["bispectrum"] = np.einsum("sk,sk,sk->k", waves[:, j], waves[:, k], waves[:, j + k].conj())
   return out
 
 
