@@ -39,10 +39,11 @@ def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
   "line",
   [
     "convolution.py --rounds=1 --only=1",
-    "debias.py --points=512 --rounds=1",
+    "debias_sweep.py --points=256 --epsilons=0.01 --most=512",
     "gaussian.py --members=64",
     "ks_coarse.py --trajectories=64",
-    "training.py --rounds=1 --case=ks",
+    "sinkhorn.py --points=256 --rounds=1 --solvers=dense,fused,ring,ott,ott-online",
+    "training.py --rounds=1 --case=64x64",
   ],
 )
 def test_benchmark_runs(execute, line):
@@ -50,3 +51,4 @@ def test_benchmark_runs(execute, line):
   done = execute([sys.executable, str(ROOT / "benchmarks" / script), *flags])
   assert done.returncode == 0, done.stderr
   assert any(char.isdigit() for char in done.stdout)
+  assert "failed" not in done.stdout

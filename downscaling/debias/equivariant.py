@@ -33,6 +33,7 @@ SCHEMA = 1
 BLOCK = 2**20  # values of a block of rows, when mapping and when fitting
 LEVELS, TAIL = 257, 8  # entries of a quantile table; pooled values beyond its last
 SLOPE = 16  # entries at either end that give the slope beyond
+SAMPLE = 2**18  # values of the rows that give the direction of an A
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -350,9 +351,10 @@ class _Fit:
 
   def transfer(self) -> Transfer:
     now, goal = self.sums("current", self._transfer), self.once(self._transfer)
-    gap, power = goal.transfer / goal.count - now.transfer / now.count, now.power / now.count
-    held = power > moments.CUT * power.max()
-    return Transfer(np.where(held, self.damping * gap / np.where(held, power, 1.0), 0.0), self.quadratic)
+    few = self.current[:: max(1, self.current.size // SAMPLE)]  # a direction asks for less than the gap
+    gap = goal.transfer / goal.count - now.transfer / now.count
+    matrix = moments.response(np.asarray(few), moments.QUADRATIC[self.quadratic])
+    return Transfer(self.damping * moments.newton(gap, matrix, now.power / now.count), self.quadratic)
 
   def quantiles(self) -> Quantiles:
     return self._quantiles(self.pool, np.zeros(0, complex))

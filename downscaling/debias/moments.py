@@ -16,6 +16,7 @@ import numpy as np
 from downscaling.common import symmetry
 
 CUT = 1e-10  # of the largest variance of a mode: below it float32 rounding is seen, and the mode is left out
+RIDGE = 0.05
 BINS, MOST = 2**16, 2**21  # of one histogram; of all histograms together
 
 
@@ -46,7 +47,7 @@ class Frame:
       )
     table = group.index.reshape(len(group), -1, last)
     row, column = table // last, table % last
-    way = np.where((column[..., :1] + np.arange(last)) % last == column, 1, -1)[:, :1, :1]
+    way = np.where((column[:, :1, 1 % last] - column[:, :1, 0]) % last == 1, 1, -1)[..., None]
     plain = (row == row[..., :1]).all() and (column == (column[:, :1, :1] + way * np.arange(last)) % last).all()
     still = (row[..., 0] == np.arange(row.shape[1])).all(axis=1) & (way.ravel() == 1) & (group.sign > 0)
     if not plain or last < 2 or len(set(column[still, 0, 0])) < last:
@@ -198,6 +199,32 @@ class Transfer(NamedTuple):
     weight, shell = multiplicity(y.shape[1:]), shells(y.shape[1:]).ravel()
     sums = (weight * part.sum(axis=0) for part in ((z.conj() * term).real, np.abs(term) ** 2))
     return cls(np.float64(len(y)), *(np.bincount(shell, s.ravel()) for s in sums))
+
+
+def response(y: np.ndarray, quadratic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+  """d transfer_k / dτ_l at τ = 0 of y + Σ_l τ_l P_l N(y), mean over rows, [K, K].
+
+  N(y) = B(y, y) gives Re E[N̂_k* (P_l N)ˆ_k + ŷ_k* (2B(y, P_l N))ˆ_k], and 2B(y, d) = N(y + d) − N(y) − N(d).
+  """
+  space, term = y.shape[1:], quadratic(y)
+  z, waves_of_term, shell, weight = waves(y), waves(term), shells(space), multiplicity(space)
+  out = np.diag(np.bincount(shell.ravel(), (weight * (np.abs(waves_of_term) ** 2).mean(axis=0)).ravel()))
+  for part in range(len(out)):
+    d = fields(waves_of_term * (shell == part), space)
+    change = waves(quadratic(y + d) - term - quadratic(d))
+    out[:, part] += np.bincount(shell.ravel(), (weight * (z.conj() * change).real.mean(axis=0)).ravel())
+  return out
+
+
+def newton(gap: np.ndarray, matrix: np.ndarray, power: np.ndarray) -> np.ndarray:
+  """τ [K] with matrix τ ≈ gap, in units where every shell has power 1; shells without power are left out.
+
+  Directions weaker than RIDGE of the strongest are damped: N conserves energy, so that one direction hardly moves any.
+  """
+  unit = np.where(power > CUT * power.max(), 1 / np.sqrt(np.where(power > 0, power, 1.0)), 0.0)
+  matrix, gap = matrix * unit[:, None] * unit, gap * unit
+  ridge = (RIDGE * np.linalg.norm(matrix, 2)) ** 2
+  return np.linalg.solve(matrix.T @ matrix + ridge * np.eye(len(gap)), matrix.T @ gap) * unit
 
 
 # ---------------------------------------------------------------- one-point laws, pooled over orbits

@@ -32,7 +32,8 @@ def higher_order(
     energy_transfer, 2-D only: the same over k², of energy if y is vorticity.
     bispectrum, 1-D only: E[ŷ_j ŷ_k ŷ*_{j+k}], 1 ≤ k ≤ j, j + k < N/2, complex; its real part is 0 where (x, y) ->
       (−x, −y) is a symmetry.
-    flatness: E y⁴ / (E y²)² over all points, about the mean of each point, []; 3 if Gaussian.
+    flatness: E y⁴ / (E y²)² over all points, about the mean of each point, []; 3 if Gaussian. gradient_flatness: of the
+      differences between neighbours along every axis.
     square_covariance: of y² about the same mean, [n, n].
   Raises: ValueError for NaN, fewer than two rows, another grid, or a group that is no symmetry of a periodic line.
   """
@@ -53,6 +54,7 @@ def higher_order(
   spread = group.average_covariance(sums.pop("square_products"))
   squares = squares[group.index].mean(axis=0)
   sums["flatness"] = fourth / max(second**2, np.finfo(float).tiny)
+  sums["gradient_flatness"] = sums.pop("slope_fourth") / max(sums.pop("slope_second") ** 2, np.finfo(float).tiny)
   sums["square_covariance"] = spread - np.outer(squares, squares)
   if "bispectrum" in sums:
     sums["bispectrum"] = _average_bispectrum(sums["bispectrum"], group)
@@ -69,6 +71,10 @@ def _moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
     "square_products": square.T @ square,
   }
   y, axes = block.reshape(-1, *space), tuple(range(1, len(space) + 1))
+  slopes = np.stack([np.roll(y - mean.reshape(space), -1, axis) - (y - mean.reshape(space)) for axis in axes]) ** 2
+  out["slope_second"], out["slope_fourth"] = (
+    p.mean(axis=(0, *(a + 1 for a in axes))).sum() for p in (slopes, slopes**2)
+  )
   waves = np.fft.fftn(y, axes=axes, norm="forward")
   if quadratic is not None:
     size = np.sqrt(sum(k**2 for k in np.meshgrid(*(np.fft.fftfreq(n, 1 / n) for n in space), indexing="ij")))
