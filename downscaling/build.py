@@ -15,7 +15,7 @@ import optax
 from downscaling.common import checkpoints, operators, runs, symmetry
 from downscaling.common import mesh as meshes
 from downscaling.datasets import builders, generate, statistics
-from downscaling.debias import job
+from downscaling.debias import job, maps, moments, recipes
 from downscaling.diffusion import denoiser, schedules, steps, training, unet
 from downscaling.diffusion import state as states
 from downscaling.equations import kolmogorov, ks, rollouts
@@ -115,10 +115,27 @@ def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.
   )
 
 
-def debias_options(config) -> dict[str, Any]:
-  """Keywords of sinkhorn.fit from config.debias, less the sizes of the sets."""
-  options = {k: v for k, v in config.debias.items() if k not in ("points", "held_out", "symmetric")}
-  return options | {"group": group(config) if config.debias.symmetric else None}
+SINKHORN = ("epsilon", "threshold", "max_iterations", "check_every", "path", "save_seconds")
+
+
+def quadratic(config) -> str | None:
+  """The name of the equation's quadratic term in moments.QUADRATIC; None if it has none."""
+  return config.data.name if config.data.name in moments.QUADRATIC else None
+
+
+def debias_setting(config, **of_job) -> maps.Setting:
+  """What the fits of config.debias share. of_job: mesh, stop, agree."""
+  c = config.debias
+  return maps.Setting(
+    group=group(config),
+    quadratic=quadratic(config),
+    sinkhorn={key: c[key] for key in SINKHORN},
+    minibatch=dict(c.minibatch),
+    recipe=c.recipe if isinstance(c.recipe, str) else tuple(map(tuple, c.recipe)),
+    seed=config.seed,
+    config_hash=runs.config_hash(identity(config, "debias")),
+    **of_job,
+  )
 
 
 # ---------------------------------------------------------------- prior
@@ -352,6 +369,20 @@ def _check_sizes(config, mesh) -> None:
     )
 
 
+def _check_maps(config) -> None:
+  c = config.debias
+  if strangers := [name for name in c.maps if name not in maps.FITS]:
+    raise ValueError(f"config.debias.maps has {strangers[0]!r}, which is unknown; use some of {sorted(maps.FITS)}.")
+  if c.map not in c.maps:
+    raise ValueError(f"config.debias.map={c.map!r} is not among config.debias.maps={tuple(c.maps)}: add it there.")
+  recipes.letters(debias_setting(config).recipe, quadratic(config))
+  if min(c.minibatch.batch, c.minibatch.passes) <= 0 or ("minibatch" in c.maps and c.minibatch.batch > c.points // 2):
+    raise ValueError(
+      f"config.debias.minibatch={dict(c.minibatch)}: batch must lie in 1 … {c.points // 2} (half of debias.points), "
+      "passes above 0."
+    )
+
+
 def _check_batch(config, mesh) -> None:
   parts, one = mesh.size * config.memory.microbatches, config.memory.microbatches == 1
   what = "a batch" if one else f"a batch in {config.memory.microbatches} microbatches"
@@ -363,6 +394,7 @@ def _check_blocks(config) -> None:
   op, points = operator(config), space(config)
   for which in ("hfhr", "lflr"):
     rollouts.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
+  _check_maps(config)
   optimizer(config)
   ema_decays(config)
   training_plan(config)

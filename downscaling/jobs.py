@@ -21,6 +21,7 @@ from downscaling.common import mesh as meshes
 from downscaling.common import processes, runs, supervision
 from downscaling.datasets import builders, generate, pipeline, statistics
 from downscaling.debias import job as debias_room
+from downscaling.debias import moments
 from downscaling.diffusion import steps, training
 from downscaling.evaluation import evidence, report, tables
 from downscaling.sampling import ensemble
@@ -28,7 +29,7 @@ from downscaling.sampling import ensemble
 # Stage -> what later jobs read of it. Moved away because it is damaged, it is made again from what the stage still has.
 PRODUCTS = {
   "data": ("statistics.npz",),
-  "debias": ("map", "held_out.zarr", "in_sample.zarr", "diagnostics.json"),
+  "debias": ("held_out.zarr", "in_sample.zarr", "diagnostics.json"),
   "train": ("prior",),
   "samples": tuple(f"{name}.{kind}" for name in build.SOURCES for kind in ("zarr", "units")),
   "report": ("report.html", "metrics.json"),
@@ -57,7 +58,8 @@ class Context:
 
     Raises as open_stage does if there is one.
     """
-    files = (runs.MARKER, *PRODUCTS[name])
+    maps = [f"{each}/map.json" for each in self.config.debias.maps] if name == "debias" else []
+    files = (runs.MARKER, *PRODUCTS[name], *maps)
     there = [(self.folder(name) / file).exists() for file in files]
     marked, *products = processes.gather(f"done/{name}", there)[0]  # as process 0 sees it: all must answer alike
     return marked and self.stage(name).complete and all(products)
@@ -140,31 +142,37 @@ def train_job(ctx: Context) -> str:
 
 
 def debias_job(ctx: Context) -> str:
-  """Fits the map from the coarse biased world to the coarsened true one, and applies it to held-out rows."""
+  """Fits the maps from the coarse biased world to the coarsened true one, and applies them to held-out rows."""
   ctx.need("data", "generate")
   stage, c = ctx.stage("debias"), ctx.config
   op, group = build.operator(c), build.group(c)
   reference = np.asarray(op.apply(load_rows(ctx, "hfhr", "test", c.evaluate.reference)))[..., 0]
 
   def against_truth(rows, mapped):
-    return tables.measure(mapped[..., 0], reference, group=group, source=rows[..., 0])
+    return tables.measure(mapped[..., 0], reference, group=group, source=rows[..., 0], quadratic=quadratic_of(c))
 
   with stage.timed():
     report = debias_room.debias(
       stage.path,
-      runs.config_hash(stage.identity),
       load_rows(ctx, "lflr", "train", c.debias.points),
       np.asarray(op.apply(load_rows(ctx, "hfhr", "train", c.debias.points))),
       load_rows(ctx, "lflr", "test", c.debias.held_out),
       space=op.coarse,
+      maps=tuple(c.debias.maps),
+      chosen=c.debias.map,
+      setting=build.debias_setting(
+        c, mesh=ctx.mesh, stop=ctx.stop, agree=functools.partial(processes.gather, "debias")
+      ),
       evaluators={"metrics": against_truth},
-      mesh=ctx.mesh,
-      stop=ctx.stop,
-      agree=functools.partial(processes.gather, "debias"),
-      **build.debias_options(c),
     )
-  stage.finish(converged=report["converged"])
+  stage.finish(converged={name: facts["converged"] for name, facts in report["maps"].items() if "converged" in facts})
   return f"wrote {stage.path}; next: downscaling sample"
+
+
+def quadratic_of(config):
+  """The equation's quadratic term as a function, or None."""
+  name = build.quadratic(config)
+  return None if name is None else moments.QUADRATIC[name]
 
 
 def sample_job(ctx: Context) -> str:
@@ -206,7 +214,7 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
   count, op = ctx.config.sampling.conditions, build.operator(ctx.config)
   if source == "true":
     return np.asarray(op.apply(load_rows(ctx, "hfhr", "validation", count)))
-  rows = held_out(ctx)[{"ot": "ot", "raw": "lflr"}[source]]
+  rows = held_out(ctx)[{"ot": ctx.config.debias.map, "raw": "lflr"}[source]]
   if len(rows) < count:
     raise ValueError(
       f"{count} conditions, but {len(rows)} debiased held-out fields: set --config.sampling.conditions={len(rows)} or "
@@ -216,10 +224,10 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
 
 
 def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
-  """{"lflr", "ot"}: [S, *coarse, C] of the debias stage, before and after the map."""
+  """{"lflr", and every map's name}: [S, *coarse, C] of the debias stage, before and after the maps."""
   path, shape = ctx.folder("debias") / f"{name}.zarr", (-1, *build.operator(ctx.config).coarse, 1)
   with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
-    rows = {key: np.asarray(data[key]).reshape(shape) for key in ("lflr", "ot")}
+    rows = {key: np.asarray(data[key]).reshape(shape) for key in ("lflr", *ctx.config.debias.maps)}
     if not all(np.isfinite(x).all() for x in rows.values()):
       raise ValueError("it holds NaN, or a file of it is missing")
   return rows
@@ -253,7 +261,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   c, op = ctx.config, build.operator(ctx.config)
   count = c.sampling.conditions
   fine = load_rows(ctx, "hfhr", "test", c.evaluate.reference)[..., 0]
-  rows, fitted = held_out(ctx), held_out(ctx, "in_sample")
+  rows, fitted = (by_row(c, held_out(ctx, name)) for name in ("held_out", "in_sample"))
   most = max(count, len(rows["ot"]), len(fitted["ot"]), c.sampling.unconditional.fields)
   floor = load_rows(ctx, "hfhr", "validation", most)[..., 0]
   truth = load_rows(ctx, "hfhr", "validation", count)[..., 0]
@@ -269,10 +277,13 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   samples["ot+cubic"] = interpolation.cubic(conditions["ot+diffusion"][..., None], op)[:, None, ..., 0]
   conditions["ot+cubic"] = conditions["ot+diffusion"]
   diagnostics = runs.read_json(ctx.folder("debias") / "diagnostics.json")
+  solve = diagnostics["maps"].get("entropic") or {}
   return evidence.Evidence(
     experiment=c.experiment,
-    coarse={"lflr": rows["lflr"][..., 0], "ot": rows["ot"][..., 0], "ot in-sample": fitted["ot"][..., 0]},
-    sources={"ot in-sample": fitted["lflr"][..., 0]},
+    coarse=rows | {f"{name} in-sample": x for name, x in fitted.items() if name != "lflr"},
+    sources={f"{name} in-sample": fitted["lflr"] for name in fitted if name != "lflr"},
+    maps={"ot" if name == c.debias.map else name: name for name in c.debias.maps},
+    quadratic=quadratic_of(c),
     coarse_reference=coarsen(fine),
     coarse_floor=coarsen(floor),
     group=build.group(c),
@@ -282,9 +293,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     fine_reference=fine,
     fine_floor=floor,
     operator=op,
-    history=diagnostics["history"],
-    mean_cost=diagnostics["mean_cost"],
-    threshold=diagnostics["threshold"],
+    **{key: solve.get(key) for key in ("history", "mean_cost", "threshold")},
     loss=runs.read_scalars(ctx.folder("train"), "loss"),
     symbol=build.physics(c).SYMBOL,
     length=build.equation(c, "hfhr").length,
@@ -292,9 +301,16 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   )
 
 
+def by_row(config, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Rows of the report, without channels: lflr, ot (the map that samples are drawn behind), others by their names."""
+  names = dict(sorted(stored.items(), key=lambda item: (item[0] != "lflr", item[0] != config.debias.map)))
+  return {"ot" if name == config.debias.map else name: x[..., 0] for name, x in names.items()}
+
+
 def provenance(ctx: Context) -> dict:
   """Who made the report's numbers: command, config, versions, times, which rows were seen in a fit."""
   c = ctx.config
+  coarse = ["lflr", "ot", *(name for name in c.debias.maps if name != c.debias.map)]
   times = {}
   for name in ("data", "debias", "train", "samples"):
     times[name] = runs.read_json(ctx.folder(name) / runs.MARKER).get("seconds")
@@ -307,8 +323,8 @@ def provenance(ctx: Context) -> dict:
     "times": times,
     "seeds": {"config.seed": c.seed},
     "sizes": {"debias.points": c.debias.points},
-    "rows": {name: "in-sample" if name == "ot in-sample" else "held-out" for name in ("lflr", "ot", "ot in-sample")}
-    | dict.fromkeys((*build.SOURCES, "ot+cubic"), "held-out"),
+    "rows": dict.fromkeys((*coarse, *build.SOURCES, "ot+cubic"), "held-out")
+    | {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"},
   }
 
 

@@ -14,7 +14,8 @@ from downscaling import build
 from downscaling.common import costs
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
-from downscaling.debias import iterations, sinkhorn
+from downscaling.debias import iterations, recipes, sinkhorn
+from downscaling.debias import job as debias_room
 from downscaling.diffusion import state as states
 from downscaling.diffusion import training
 
@@ -54,8 +55,26 @@ def _generate(c, ctx) -> list[str]:
 
 def _debias(c, ctx) -> list[str]:
   n, d = c.debias.points, math.prod(build.operator(c).coarse)
+  lines = [f"maps {', '.join(c.debias.maps)} between {n} × {n} points in {d} dimensions; samples behind {c.debias.map}"]
+  for name in c.debias.maps:
+    if name in ("entropic", "symmetric", "rescaled"):
+      lines += [name, *(f"  {line}" for line in _sinkhorn(c, ctx, name))]
+    elif name == "minibatch":
+      lines.append(
+        f"minibatch: batches of {c.debias.minibatch.batch}, {c.debias.minibatch.passes:g} passes, one device"
+      )
+    else:
+      order = recipes.letters("G" if name == "gaussian" else build.debias_setting(c).recipe, build.quadratic(c))
+      rows = -(-n // jax.process_count())
+      lines.append(f"{name}: recipe {order}, {rows} rows a process, {_size(8 * rows * d)} of them in memory")
+  stored = (len(c.debias.maps) + 1) * 4 * d * (c.debias.held_out + debias_room.IN_SAMPLE_ROWS)
+  return [*lines, f"disk: {_size(stored)} of rows before and after the maps"]
+
+
+def _sinkhorn(c, ctx, name: str) -> list[str]:
+  n, d = c.debias.points, math.prod(build.operator(c).coarse)
   meshes.check_divides(n, ctx.mesh.size, "a cloud", "debias.points")
-  group = build.group(c) if c.debias.symmetric else None
+  group = build.group(c) if name == "symmetric" else None
   elements = len(group) if group else 1
   path = sinkhorn.path_of(c.debias.path, n, n, ctx.mesh.size, elements)
   cloud, potential = _rows(ctx, n, d), _rows(ctx, n)
@@ -64,14 +83,14 @@ def _debias(c, ctx) -> list[str]:
   program = chunk.lower(cloud, cloud, potential, potential, jax.ShapeDtypeStruct((), jnp.float32), moves).compile()
   memory = costs.memory(program)
   return [
-    f"{n} × {n} points in {d} dimensions; ε {c.debias.epsilon:g} of the mean cost, annealed; at most "
-    f"{c.debias.max_iterations} iterations to marginal error {c.debias.threshold:g}",
+    f"ε {c.debias.epsilon:g} of the mean cost, annealed; at most {c.debias.max_iterations} iterations to a marginal "
+    f"error of {c.debias.threshold:g}",
     f"path {path}: {n * n * elements * (2 if path == 'ring' else 1) / ctx.mesh.size:.3g} pairs a device an iteration"
     + (", their exponentials once in " + f"{c.debias.check_every}" if path == "dense" else ""),
     f"memory a device: {_size(memory['arguments'])} clouds and potentials, {_size(memory['temporaries'])} temporary "
     f"(compiled; the whole plan would be {_size(4 * n * n)})",
     *_communication(program),
-    f"disk: {_size(4 * n * (d + 1) + 8 * (c.debias.held_out + 4096) * d)} and three checkpoints of {_size(8 * n)}",
+    f"disk: {_size(4 * n * (d + 1))} and three checkpoints of {_size(8 * n)}",
   ]
 
 

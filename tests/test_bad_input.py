@@ -154,6 +154,10 @@ def test_help_is_no_error(execute):
     ({"sampling.conditions": 65}, ("config.sampling.conditions=65", "config.debias.held_out=64")),
     ({"train.batch": 1024}, ("config.train.batch asks for 1024", "512 can be had")),
     ({"debias.epsilon": 0.0}, ("epsilon=0 ", "must be > 0", "--config.debias.epsilon=0.001")),
+    ({"debias.recipe": "GX"}, ("recipe='GX' cannot be read", "need letters of G, Q, A, S and M")),
+    ({"debias.map": "gaussian"}, ("config.debias.map='gaussian' is not among config.debias.maps", "add it there")),
+    ({"debias.maps": ("optimal",)}, ("config.debias.maps has 'optimal'", "use some of ['entropic'")),
+    ({"debias.minibatch.batch": 0}, ("config.debias.minibatch=", "batch must lie in 1 … 128")),
     ({"debias.epsilon": -1.0}, ("epsilon=-1 ", "must be > 0")),
     ({"debias.epsilon": float("nan")}, ("epsilon=nan ", "must be > 0")),
     ({"sampling.guidance.name": "papper"}, ("guidance 'papper'", "paper, scaled, wiener")),
@@ -164,7 +168,7 @@ def test_help_is_no_error(execute):
     ({"model.strides": (2, 7)}, ("192 points cannot be coarsened 14 times", "config.model.strides")),
     ({"model.convolution": "fft"}, ("config.model.convolution='fft'", "im2col")),
     ({"optimizer.warmup_steps": 20}, ("config.optimizer.warmup_steps=20", "total_steps=20")),
-    ({"data.name": "era5"}, ("config.data.name='era5'", "['ks']")),
+    ({"data.name": "era5"}, ("config.data.name='era5'", "['kolmogorov', 'ks']")),
     ({"data.snapshots": 0}, ("config.data.snapshots must be at least 1",)),
     ({"mesh.data": 5}, ("config.mesh.data=5 × fsdp=1, but 4 devices", "host_platform_device_count=5")),
   ],
@@ -316,9 +320,9 @@ def test_damaged_debiased_fields(fitted, attempt, damage):
   workdir, data = fitted
   store = workdir / "debias" / "held_out.zarr"
   if damage == "truncated":
-    truncate(store / "ot" / "c")
+    truncate(store / "equivariant" / "c")
   else:
-    (store / "ot" / "c" if damage == "chunks missing" else store).rename(workdir / "aside")
+    (store / "equivariant" / "c" if damage == "chunks missing" else store).rename(workdir / "aside")
   said = attempt("sample", workdir, **data)
   if damage == "missing":
     assert "run `downscaling debias` first" in said

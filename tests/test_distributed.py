@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import xarray
 
 from downscaling.common import mesh as meshes
 from downscaling.common import runs
@@ -148,17 +149,20 @@ def test_a_job_for_one_process_says_so(command, tmp_path):
 
 @pytest.mark.parametrize("path", ["fused", pytest.param("ring", marks=pytest.mark.slow)])
 def test_two_processes_debias_as_one_does(command, data, tmp_path, path):
-  """1 process × 4 devices against 2 × 2: the same program on the same shards, so the map and rows agree to rounding."""
+  """1 process × 4 devices against 2 × 2: the same program on the same shards, so maps and rows agree to rounding."""
   keys = data | {"debias.path": path, "debias.points": 256}
   for name, count in (("one", 1), ("two", 2)):
     rehearse(count, 4 // count, command("debias", tmp_path / name, **keys))
   one, two = (tmp_path / name / "debias" for name in ("one", "two"))
-  maps = [transport.EntropicMap.load(folder / "map") for folder in (one, two)]
-  mean_cost = runs.read_json(one / "diagnostics.json")["mean_cost"]
+  maps = [transport.EntropicMap.load(folder / "entropic") for folder in (one, two)]
+  mean_cost = runs.read_json(one / "diagnostics.json")["maps"]["entropic"]["mean_cost"]
   assert np.abs(maps[0].g - maps[1].g).max() < 1e-5 * mean_cost  # reductions over gloo add in another order
   np.testing.assert_array_equal(maps[0].target, maps[1].target)
   rows = [runs.read_json(folder / "diagnostics.json")["held_out"]["rows"] for folder in (one, two)]
   assert rows[0] == rows[1] > 0
+  # each process adds up half of the rows: the same float64 sums in another order
+  held = [xarray.open_zarr(folder / "held_out.zarr", consolidated=False)["equivariant"].values for folder in (one, two)]
+  np.testing.assert_allclose(*held, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -175,7 +179,7 @@ def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(command, dat
   pids, dice = tmp_path / "pids", random.Random(1)
   for kill in range(8):
     process = start(2, 2, command("debias", tmp_path / "cut", **keys), pids, GRACE="0")
-    checkpoints = tmp_path / "cut" / "debias" / "checkpoints"
+    checkpoints = tmp_path / "cut" / "debias" / "entropic" / "checkpoints"
     before = max([int(p.name) for p in checkpoints.glob("[0-9]*") if p.name.isdigit()], default=0)
     going = lambda b=before, c=checkpoints: any(int(p.name) > b for p in c.glob("[0-9]*") if p.name.isdigit())
     while not going() and process.poll() is None:
@@ -186,10 +190,10 @@ def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(command, dat
         os.kill(numbers(pids)[kill % 2], signal.SIGTERM if kill in (2, 5) else signal.SIGKILL)
     process.communicate(timeout=120)
   rehearse(2, 2, command("debias", tmp_path / "cut", **keys))
-  maps = [transport.EntropicMap.load(tmp_path / name / "debias" / "map") for name in ("straight", "cut")]
+  maps = [transport.EntropicMap.load(tmp_path / name / "debias" / "entropic") for name in ("straight", "cut")]
   np.testing.assert_array_equal(maps[0].g, maps[1].g)
-  history = [runs.read_json(tmp_path / name / "debias" / "diagnostics.json")["history"] for name in ("straight", "cut")]
-  assert history[0] == history[1]
+  facts = [runs.read_json(tmp_path / name / "debias" / "entropic" / "facts.json") for name in ("straight", "cut")]
+  assert facts[0]["history"] == facts[1]["history"]
 
 
 # ---------------------------------------------------------------- SIGTERM to one of two

@@ -46,7 +46,8 @@ def test_every_stage_left_its_files(finished):
   assert len(list((workdir / "data" / "ks" / "lflr").rglob("*.array_record-*-of-*"))) == 12
   for path in (
     *("data/statistics.npz", "data/ks/hfhr/1.0.0/dataset_info.json", "data/ks/lflr/1.0.0/features.json"),
-    *("debias/map/map.json", "debias/map/arrays.npz", "debias/diagnostics.json"),
+    *(f"debias/{name}/{file}" for name in ("entropic", "equivariant") for file in ("map.json", "arrays.npz")),
+    "debias/diagnostics.json",
     *("debias/held_out.zarr/zarr.json", "debias/in_sample.zarr/zarr.json"),
     *("train/prior/0", "train/checkpoints/20", "train/metrics.csv"),
     *(f"samples/{name}.zarr/zarr.json" for name in SETS),
@@ -73,7 +74,8 @@ def test_metrics_follow_the_schema_and_the_samples_keep_their_constraint(finishe
   metrics = json.loads((finished[0] / "report" / "metrics.json").read_text())
   tables.check_schema(metrics)
   assert metrics["experiment"] == "ks-8x"
-  assert {"lflr", "ot", "ot in-sample", "floor"} <= {*metrics["debias"]}
+  assert {"lflr", "ot", "entropic", "ot in-sample", "entropic in-sample", "floor"} <= {*metrics["debias"]}
+  assert metrics["maps"] == {"ot": "equivariant", "entropic": "entropic"}
   assert {*SETS, "ot+cubic", "floor"} <= {*metrics["samples"]}
   for name in SETS[:3]:  # float32 fields of order one, 24 values a condition; a missing projection gives about 1
     assert metrics["samples"][name]["constraint_rmse"] < 1e-5
@@ -259,14 +261,16 @@ def test_sigterm_while_generating(finished, command, execute, tmp_path):
 def test_sigterm_while_debiasing(finished, command, execute, tmp_path):
   workdir, _ = finished
   argv = command("debias", tmp_path, **{"data.dir": workdir / "data"})
-  stopped_politely(argv, "debias", lambda: (tmp_path / "debias" / "checkpoints").exists())
-  assert not (tmp_path / "debias" / "map").exists()
+  stopped_politely(argv, "debias", lambda: (tmp_path / "debias" / "entropic" / "checkpoints").exists())
+  assert not (tmp_path / "debias" / "diagnostics.json").exists()
   goes_on(argv, execute)
-  with np.load(workdir / "debias/map/arrays.npz") as one, np.load(tmp_path / "debias/map/arrays.npz") as two:
-    same_tree(dict(one), dict(two))
+  for name in ("entropic", "equivariant"):
+    one, two = (folder / "debias" / name / "arrays.npz" for folder in (workdir, tmp_path))
+    with np.load(one) as one, np.load(two) as two:
+      same_tree(dict(one), dict(two))
   for name in ("held_out", "in_sample"):
     one, two = (xarray.open_zarr(w / "debias" / f"{name}.zarr", consolidated=False) for w in (workdir, tmp_path))
-    np.testing.assert_array_equal(one["ot"].values, two["ot"].values)
+    np.testing.assert_array_equal(one["entropic"].values, two["entropic"].values)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP = "data", "fsdp"
@@ -115,6 +116,21 @@ def to_host(mesh: Mesh) -> Callable[[Any], Any]:
   """Returns tree of global arrays -> tree of numpy arrays, whole on every process. For small results."""
   gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
   return lambda tree: jax.device_get(gather(tree))
+
+
+def each_process(tree: Any) -> list:
+  """Tree of arrays -> the trees of all processes, in their order, on every process; of the same shapes, any dtype."""
+  if jax.process_count() == 1:
+    return [tree]
+  leaves, form = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+  packed = np.frombuffer(b"".join(leaf.tobytes() for leaf in leaves), np.uint8)  # as bytes: jax would round float64
+  ends = np.cumsum([leaf.nbytes for leaf in leaves])[:-1]
+
+  def unpack(row):
+    parts = zip(np.split(row, ends), leaves, strict=True)
+    return jax.tree.unflatten(form, [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in parts])
+
+  return [unpack(row) for row in multihost_utils.process_allgather(packed)]
 
 
 def check_divides(count: int, devices: int, what: str, key: str) -> None:

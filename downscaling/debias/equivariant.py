@@ -7,33 +7,26 @@ An EquivariantMap is a sequence of steps, each of which commutes with the group 
     A  Transfer      y + Σ_k τ_k P_k N(y): the equation's quadratic term with one coefficient a shell k, until the
                      energy that N moves into each shell, Re E[ŷ* N̂], is the target's; a G follows each
     S  Quantiles     y + hᵀ∗(q(h∗y) − h∗y): Q on a random filter h that the group leaves alone up to a sign, |ĥ| ≤ 1
+    M  Matching      y + Σ_t λ_t ∇φ_t(y): statistics of second to fourth order matched by the least displacement
 
-`fit` builds one by a recipe from sums over blocks of rows (moments.py). Unlike the entropic map, none of them looks
-rows up, so they extrapolate: the Gaussian one linearly, the others linearly beyond the range of the fit.
+recipes.py fits one from sums over blocks of rows (moments.py, matching.py). Unlike the entropic map, none of
+them looks rows up, so they extrapolate: the Gaussian one linearly, quantiles linearly beyond the range of the fit,
+matching by at most the largest share of its size that a row of the fit was moved by.
 """
 
 import dataclasses
-import hashlib
 import math
 import os
-import pathlib
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
-import jax
 import numpy as np
-import scipy.special
 
-from downscaling.common import runs, symmetry
-from downscaling.debias import moments
+from downscaling.debias import matching, moments, storage
 from downscaling.debias.transport import check_finite
 
-SCHEMA = 1
 BLOCK = 2**20  # values of a block of rows, when mapping and when fitting
-LEVELS, TAIL = 257, 8  # entries of a quantile table; pooled values beyond its last
 SLOPE = 16  # entries at either end that give the slope beyond
-SAMPLE = 2**18  # values of the rows that give the direction of an A
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,14 +109,15 @@ class Transfer:
     return np.zeros(len(y), bool)
 
 
-Step = Gaussian | Quantiles | Transfer
-KINDS = {step.kind: step for step in (Gaussian, Quantiles, Transfer)}
+Step = Gaussian | Quantiles | Transfer | matching.Matching
+KINDS = {step.kind: step for step in (Gaussian, Quantiles, Transfer, matching.Matching)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EquivariantMap:
   """The steps one after the other. grid: (*space, 1)."""
 
+  kind: ClassVar[str] = "equivariant"
   steps: tuple[Step, ...]
   grid: tuple[int, ...]
 
@@ -133,7 +127,7 @@ class EquivariantMap:
     Raises: ValueError for another grid, or naming the rows that hold NaN or infinities.
     """
     out = np.empty(np.shape(y), np.float32)
-    for rows, block in _blocks(self._rows(y)):
+    for rows, block in blocks(self._rows(y)):
       for step in self.steps:
         block = step(block)
       out[rows] = block[..., None]
@@ -142,7 +136,7 @@ class EquivariantMap:
   def outside(self, y: np.ndarray) -> np.ndarray:
     """Which rows a quantile step had to extrapolate: a value, there, beyond all of the fit's; [S] bool."""
     out = np.zeros(len(y), bool)
-    for rows, block in _blocks(self._rows(y)):
+    for rows, block in blocks(self._rows(y)):
       for step in self.steps:
         out[rows] |= step.outside(block)
         block = step(block)
@@ -158,54 +152,22 @@ class EquivariantMap:
     return np.asarray(y)[..., 0]
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes FOLDER/arrays.npz and then FOLDER/map.json, which holds the steps and the arrays' shapes and SHA-256."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """See storage.save; map.json holds the steps."""
     arrays, steps = {}, []
     for i, step in enumerate(self.steps):
       values = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
       arrays |= {f"{i}.{name}": a for name, a in values.items() if isinstance(a, np.ndarray)}
       steps.append({"kind": step.kind} | {name: v for name, v in values.items() if not isinstance(v, np.ndarray)})
-    temporary = folder / f".arrays.{os.getpid()}.tmp"
-    try:
-      with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, folder / "arrays.npz")
-    finally:
-      temporary.unlink(missing_ok=True)
-    record = {name: {"shape": a.shape, "dtype": str(a.dtype), "sha256": _digest(a)} for name, a in arrays.items()}
-    runs.write_json(
-      folder / "map.json",
-      {"schema": SCHEMA, "kind": "equivariant", "grid": self.grid, "steps": steps, "arrays": record},
-    )
+    storage.save(folder, self.kind, {"grid": self.grid, "steps": steps}, arrays)
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> "EquivariantMap":
-    """Reads what `save` wrote.
-
-    Raises: FileNotFoundError if there is no map; ValueError if it is damaged or of another schema.
-    """
-    folder = pathlib.Path(folder)
-    if not (folder / "map.json").exists():
-      raise FileNotFoundError(f"no debiasing map in {folder} (map.json is missing): run `downscaling debias` first.")
-    record = runs.read_json(folder / "map.json")
-    if (found := (record.get("schema"), record.get("kind"))) != (SCHEMA, "equivariant"):
-      raise ValueError(f"{folder}/map.json has schema and kind {found}, this version reads {(SCHEMA, 'equivariant')}.")
+    """Reads what `save` wrote. Raises: see storage.load."""
+    record, arrays = storage.load(folder, cls.kind)
     try:
-      with open(folder / "arrays.npz", "rb") as file, np.load(file, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in record["arrays"]}
-        wrong = sorted(set(stored.files) ^ set(arrays))
-      wrong += [name for name, a in arrays.items() if _digest(a) != record["arrays"][name]["sha256"]]
-      steps = tuple(_step(i, said, arrays) for i, said in enumerate(record["steps"])) if not wrong else ()
-    except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
-      wrong = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"]
-    if wrong:
-      raise ValueError(
-        f"{folder}/arrays.npz is damaged or not map.json's ({', '.join(wrong)}): move the folder away and run "
-        "`downscaling debias` again."
-      )
+      steps = tuple(_step(i, said, arrays) for i, said in enumerate(record["steps"]))
+    except (KeyError, TypeError, AttributeError) as error:
+      raise storage.damaged(folder, f"{type(error).__name__}: {error}") from error
     return cls(steps, tuple(record["grid"]))
 
 
@@ -214,174 +176,8 @@ def _step(i: int, said: dict, arrays: dict[str, np.ndarray]) -> Step:
   return KINDS[said["kind"]](**own, **{name: value for name, value in said.items() if name != "kind"})
 
 
-def _digest(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _blocks(rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def blocks(rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
   """(place, block in float64) of rows [S, *space]."""
   step = max(1, BLOCK // math.prod(rows.shape[1:]))
   for first in range(0, len(rows), step):
     yield slice(first, first + step), np.asarray(rows[first : first + step], np.float64)
-
-
-# ---------------------------------------------------------------- the fit
-
-
-def fit(
-  source: np.ndarray,
-  target: np.ndarray,
-  *,
-  group: symmetry.Group,
-  recipe: str | tuple[str | tuple[str, int], ...] = "G",
-  quadratic: str | None = None,
-  seed: int = 0,
-  damping: float = 1.0,
-  scratch: str | os.PathLike | None = None,
-) -> EquivariantMap:
-  """The equivariant map of unpaired clouds by a recipe.
-
-  Each step is fitted on source rows as the steps before it left them. In memory are one block of either cloud, the
-  sums, and a float64 copy of the source, which `scratch` puts on disk instead.
-
-  Args:
-    source, target: [S, *space, 1], [R, *space, 1], finite; memory maps serve.
-    group: symmetry of the grid; symmetry.trivial(n) if there is none.
-    recipe: letters of the steps in order, "GQG", or with counts, ("G", ("A", 12), ("S", 60)). An A is followed by a G.
-    quadratic: the equation's name in moments.QUADRATIC, for A.
-    seed: of the filters: that of the j-th S is drawn from fold_in(PRNGKey(seed), j).
-    damping: share of a Newton step that an A takes, in (0, 1].
-    scratch: a folder, or None.
-  Raises: ValueError, saying what to type, for clouds that cannot be fitted and recipes that cannot be read.
-  """
-  letters = _letters(recipe, quadratic, damping)
-  source, target = _cloud(source, "source"), _cloud(target, "target")
-  if source.shape[1:] != target.shape[1:]:
-    raise ValueError(f"source rows are {source.shape[1:]}, target rows {target.shape[1:]}: bring both to one grid.")
-  fitting = _Fit(source, target, group, quadratic, seed, damping, scratch)
-  steps = []
-  for letter in letters:
-    for make in (fitting.transfer, fitting.gaussian) if letter == "A" else (fitting.makers[letter],):
-      steps.append(make())
-      fitting.advance(steps[-1])
-  return EquivariantMap(tuple(steps), (*source.shape[1:], 1))
-
-
-def _letters(recipe, quadratic, damping) -> str:
-  try:
-    parts = [(part, 1) if isinstance(part, str) else (part[0], int(part[1])) for part in recipe]
-    letters = "".join(name * count for name, count in parts)
-    good = bool(letters) and set("".join(name for name, _ in parts)) <= set("GQAS") and min(c for _, c in parts) >= 0
-  except (TypeError, ValueError, IndexError):
-    good = False
-  if not good:
-    raise ValueError(
-      f"recipe={recipe!r} cannot be read: need letters of G, Q, A and S, as 'GQG', or with counts, as "
-      "('G', ('A', 12), ('S', 60))."
-    )
-  if "A" in letters and quadratic not in moments.QUADRATIC:
-    raise ValueError(
-      f"recipe={recipe!r} has an A and quadratic={quadratic!r}: A needs the equation's quadratic term; known: "
-      f"{sorted(moments.QUADRATIC)}. For other data leave A out, e.g. recipe='GQG'."
-    )
-  if not 0 < damping <= 1:
-    raise ValueError(f"damping={damping}: a share of a Newton step, in (0, 1]; 1 unless A does not settle.")
-  return letters
-
-
-def _cloud(rows: np.ndarray, name: str) -> np.ndarray:
-  if np.ndim(rows) < 3 or np.shape(rows)[-1] != 1 or len(rows) < 2:
-    raise ValueError(
-      f"the {name} rows are {np.shape(rows)}: need [S, *space, 1], 2 rows or more, one channel. Fit a map for each "
-      "channel, rows[..., c : c + 1]; give fields without a channel axis one, rows[..., None]."
-    )
-  check_finite(rows, f"the {name} rows")
-  rows = np.asarray(rows)[..., 0]
-  if all((block == rows[0]).all() for _, block in _blocks(rows)):
-    raise ValueError(f"all {len(rows)} {name} rows are the same: there is nothing to fit. Hand in more snapshots.")
-  return rows
-
-
-class _Fit:
-  """What the makers of steps share: `current` are the source rows as the steps so far left them."""
-
-  def __init__(self, source, target, group, quadratic, seed, damping, scratch):
-    self.target, self.group, self.space = target, group, source.shape[1:]
-    self.quadratic, self.damping, self.key, self.slices = quadratic, damping, jax.random.PRNGKey(seed), 0
-    self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
-    self.makers = {"G": self.gaussian, "Q": self.quantiles, "A": self.transfer, "S": self.sliced}
-    if scratch is None:
-      self.current = np.array(source, np.float64)
-    else:
-      with tempfile.TemporaryFile(dir=scratch) as file:
-        self.current = np.memmap(file, np.float64, "w+", shape=source.shape)
-      for place, block in _blocks(source):
-        self.current[place] = block
-    self.known, self.kinds = {}, None
-
-  def advance(self, step: Step) -> None:
-    for place, block in _blocks(self.current):
-      self.current[place] = step(block)
-
-  def sums(self, which: str, of: Callable, join: Callable = lambda a, b: a + b):
-    """Σ over blocks of `of(block)` for "current" or "target"."""
-    total = None
-    for _, block in _blocks(getattr(self, which)):
-      part = of(block)
-      total = part if total is None else join(total, part)
-    return total
-
-  def once(self, of: Callable):
-    """The same for the target, kept: it does not change."""
-    if of not in self.known:
-      self.known[of] = self.sums("target", of)
-    return self.known[of]
-
-  def _moments(self, block):
-    return moments.Moments.of(block, self.frame)
-
-  def _transfer(self, block):
-    return moments.Transfer.of(block, moments.QUADRATIC[self.quadratic])
-
-  def gaussian(self) -> Gaussian:
-    (a, cov), (b, goal) = (
-      m.averaged(self.group, self.frame) for m in (self.sums("current", self._moments), self.once(self._moments))
-    )
-    return Gaussian(a, b, self.frame.average(moments.optimal(cov, goal)))
-
-  def transfer(self) -> Transfer:
-    now, goal = self.sums("current", self._transfer), self.once(self._transfer)
-    few = self.current[:: max(1, self.current.size // SAMPLE)]  # a direction asks for less than the gap
-    gap = goal.transfer / goal.count - now.transfer / now.count
-    matrix = moments.response(np.asarray(few), moments.QUADRATIC[self.quadratic])
-    return Transfer(self.damping * moments.newton(gap, matrix, now.power / now.count), self.quadratic)
-
-  def quantiles(self) -> Quantiles:
-    return self._quantiles(self.pool, np.zeros(0, complex))
-
-  def sliced(self) -> Quantiles:
-    self.kinds = self.kinds or moments.filters(self.group, self.space)
-    shells = moments.shells(self.space)
-    kind, weight = moments.draw(jax.random.fold_in(self.key, self.slices), len(self.kinds), shells.max() + 1)
-    self.slices += 1
-    factor, character = self.kinds[kind]
-    return self._quantiles(moments.Pool.of(self.group, character), factor * weight[shells])
-
-  def _quantiles(self, pool: moments.Pool, h: np.ndarray) -> Quantiles:
-    blank = np.zeros((len(pool.odd), 2))
-    step = Quantiles(blank, blank, blank, pool.orbit.astype(np.int32), pool.sign.astype(np.int8), h)
-    tables = []
-    for which in ("current", "target"):
-      reach = self.sums(
-        which,
-        lambda block: pool.range(step.filtered(block)),
-        lambda a, b: np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])]),
-      )
-      counts = self.sums(which, lambda block, reach=reach: pool.counts(step.filtered(block), reach))
-      tables.append((reach, counts))
-    fewest = min(counts.sum(axis=1).min() for _, counts in tables)
-    end = scipy.special.ndtri(min(TAIL / fewest, 0.25))  # even in the normal deviate: most levels in the tails
-    levels = scipy.special.ndtr(np.linspace(end, -end, LEVELS))
-    x, y = (moments.quantiles(counts, reach, levels) for reach, counts in tables)
-    x, y = (np.where(pool.odd[:, None], (t - t[:, ::-1]) / 2, t) for t in (x, y))
-    return dataclasses.replace(step, x=x, y=y, reach=tables[0][0])

@@ -137,23 +137,23 @@ def optimal(a: np.ndarray, b: np.ndarray, cut: float = CUT) -> np.ndarray:
 # ---------------------------------------------------------------- quadratic terms and the energy they transfer
 
 
-def burgers(u: np.ndarray) -> np.ndarray:
-  """−½ ∂ₓ u² of u [S, N], on a box of length 2π; no dealiasing."""
+def burgers(u: np.ndarray, xp=np) -> np.ndarray:
+  """−½ ∂ₓ u² of u [S, N], on a box of length 2π; no dealiasing. xp: numpy, or jax.numpy for arrays of its own."""
   n = u.shape[-1]
   k = np.arange(n // 2 + 1.0)
   k[2 * np.arange(n // 2 + 1) == n] = 0  # the derivative of Nyquist's wave is zero on its own points
-  return np.fft.irfft(-0.5j * k * np.fft.rfft(u**2), n=n)
+  return xp.fft.irfft(-0.5j * k[None] * xp.fft.rfft(u**2), n=n)
 
 
-def advection(vorticity: np.ndarray) -> np.ndarray:
-  """−u·∇ω of ω [S, N, N] with rows y, columns x, on (2π)²; u = ψ_y, v = −ψ_x, −Δψ = ω; no dealiasing."""
+def advection(vorticity: np.ndarray, xp=np) -> np.ndarray:
+  """−u·∇ω of ω [S, N, N] with rows y, columns x, on (2π)²; u = ψ_y, v = −ψ_x, −Δψ = ω; no dealiasing. xp: as above."""
   space = vorticity.shape[1:]
   ky, kx = np.fft.fftfreq(space[0], 1 / space[0])[:, None], np.arange(space[1] // 2 + 1.0)[None]
   k2 = kx**2 + ky**2
   k2[0, 0] = np.inf
   kx, ky = (np.where(2 * np.abs(k) == n, 0.0, k) for k, n in ((kx, space[1]), (ky, space[0])))
-  waves = np.fft.rfft2(vorticity)
-  u, v, along, up = (np.fft.irfft2(1j * m * waves, s=space) for m in (ky / k2, -kx / k2, kx, ky))
+  waves = xp.fft.rfft2(vorticity)
+  u, v, along, up = (xp.fft.irfft2(1j * m[None] * waves, s=space) for m in (ky / k2, -kx / k2, kx, ky))
   return -u * along - v * up
 
 

@@ -8,20 +8,18 @@ With a group the mean goes over the orbits of all targets, so T(m·y) = m·T(y).
 
 import dataclasses
 import functools
-import hashlib
 import math
 import os
-import pathlib
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common import runs, symmetry
-from downscaling.debias import geometry
+from downscaling.common import symmetry
+from downscaling.debias import geometry, storage
 
-SCHEMA = 1
 ARRAYS = ("target", "g", "group_index", "group_sign")
 BLOCK = 1024  # rows mapped at a time; the last block is padded, so one program serves any number of rows
 
@@ -34,6 +32,7 @@ class EntropicMap:
   grid: (*space, C). group: that the potentials were fitted with, or None.
   """
 
+  kind: ClassVar[str] = "entropic"
   target: np.ndarray
   g: np.ndarray
   epsilon: float
@@ -89,50 +88,18 @@ class EntropicMap:
     return centre, (jnp.asarray(self.target - centre), jnp.asarray(self.g), jnp.float32(self.epsilon), moves)
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes FOLDER/arrays.npz and then FOLDER/map.json, which holds the arrays' shapes and SHA-256."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """See storage.save."""
     arrays = {"target": self.target, "g": self.g}
     if self.group is not None:
       arrays |= {"group_index": self.group.index, "group_sign": self.group.sign}
-    temporary = folder / f".arrays.{os.getpid()}.tmp"
-    try:
-      with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(temporary, folder / "arrays.npz")
-    finally:
-      temporary.unlink(missing_ok=True)
-    record = {name: {"shape": a.shape, "dtype": str(a.dtype), "sha256": _digest(a)} for name, a in arrays.items()}
-    runs.write_json(
-      folder / "map.json",
-      {"schema": SCHEMA, "kind": "entropic", "epsilon": self.epsilon, "grid": self.grid, "arrays": record},
-    )
+    storage.save(folder, self.kind, {"epsilon": self.epsilon, "grid": self.grid}, arrays)
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> "EntropicMap":
-    """Reads what `save` wrote.
-
-    Raises: FileNotFoundError if there is no map; ValueError if it is damaged or of another schema.
-    """
-    folder = pathlib.Path(folder)
-    if not (folder / "map.json").exists():
-      raise FileNotFoundError(f"no debiasing map in {folder} (map.json is missing): run `downscaling debias` first.")
-    record = runs.read_json(folder / "map.json")
-    if (found := (record.get("schema"), record.get("kind"))) != (SCHEMA, "entropic"):
-      raise ValueError(f"{folder}/map.json has schema and kind {found}, this version reads {(SCHEMA, 'entropic')}.")
-    try:
-      with open(folder / "arrays.npz", "rb") as file, np.load(file, allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in record["arrays"]}
-      damaged = [name for name, a in arrays.items() if _digest(a) != record["arrays"][name]["sha256"]]
-    except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
-      arrays, damaged = {}, [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"]
-    if damaged or not {"target", "g"} <= set(arrays) or set(arrays) - set(ARRAYS):
-      raise ValueError(
-        f"{folder}/arrays.npz is damaged or not map.json's ({', '.join(damaged) or sorted(arrays)}): move the folder "
-        "away and run `downscaling debias` again, which goes on from its checkpoints."
-      )
+    """Reads what `save` wrote. Raises: see storage.load."""
+    record, arrays = storage.load(folder, cls.kind)
+    if not {"target", "g"} <= set(arrays) or set(arrays) - set(ARRAYS):
+      raise storage.damaged(folder, ", ".join(sorted(arrays)))
     group = symmetry.Group(arrays["group_index"], arrays["group_sign"]) if "group_index" in arrays else None
     return cls(arrays["target"], arrays["g"], float(record["epsilon"]), tuple(record["grid"]), group)
 
@@ -142,10 +109,6 @@ def _average(rows, target, g, epsilon, moves):
   if moves is None:
     return geometry.soft_average(rows, target, g, epsilon)
   return geometry.orbit_average(rows, target, g, epsilon, moves)
-
-
-def _digest(array: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def check_finite(rows: np.ndarray, what: str) -> None:

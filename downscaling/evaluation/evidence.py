@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ class Evidence:
     coarse: {"lflr": y, "ot": T y, ...}, [S, *coarse] each.
     sources: {row: y [S, *coarse]} for rows not made from coarse["lflr"].
     coarse_reference, coarse_floor: [R, *coarse] and [≥ S, *coarse], independent held-out C′x.
-    group: symmetry of the coarse grid.
+    group: symmetry of the coarse grid. quadratic: N of the equation, see higher_order, or None.
+    maps: {row of coarse: the map it was made by}, e.g. {"ot": "equivariant", "entropic": "entropic"}.
     samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
     conditions: {row: y′ [K, *coarse]}.
     truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
@@ -50,6 +52,8 @@ class Evidence:
   coarse_reference: np.ndarray | None = None
   coarse_floor: np.ndarray | None = None
   group: symmetry.Group | None = None
+  quadratic: Callable[[np.ndarray], np.ndarray] | None = None
+  maps: dict[str, str] = dataclasses.field(default_factory=dict)
   samples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -100,13 +104,16 @@ class Evidence:
     given = self.provenance
     debias, samples = {}, {}
     if self.coarse:
-      debias = tables.debias_rows(self.coarse, self.sources, self.coarse_reference, self.coarse_floor, self.group)
+      debias = tables.debias_rows(
+        self.coarse, self.sources, self.coarse_reference, self.coarse_floor, self.group, self.quadratic
+      )
     if self.samples:
       samples = tables.sample_rows(self.samples, self.conditions, self.fine_reference, self.fine_floor, self.operator)
     metrics = {
       "experiment": self.experiment,
       "debias": debias,
       "samples": samples,
+      "maps": dict(self.maps),
       "calibration": {name: c.as_json() for name, c in self.calibrations.items()},
       "rows": dict(given.get("rows", {})),
       "sizes": self.sizes() | dict(given.get("sizes", {})),

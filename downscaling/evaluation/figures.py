@@ -271,3 +271,27 @@ def spread_error(rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Draw:
     return figure
 
   return draw
+
+
+def front(rows: Mapping[str, tuple[float, float]], more: Mapping[str, str]) -> Draw:
+  """Maps by (excess displacement, distance of their statistics from the truth in floors). more: words behind a name."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(3.3)
+    axes = figure.subplots()
+    axes.axhline(1, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.annotate("floor", (1, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=theme.muted)
+    for name, (moved, distance) in rows.items():
+      axes.plot(moved, distance, "o", color=theme.line(name)["color"], markersize=6)
+      axes.annotate(label(name) + more.get(name, ""), (moved, distance), xytext=(6, 5), textcoords="offset points")
+    axes.set_xscale("symlog", linthresh=1e-3, linscale=0.5)
+    axes.set_yscale("log")
+    axes.set_xlim(-2e-4, 2)
+    axes.set_ylim(0.9, 1.6 * max(distance for _, distance in rows.values()))
+    ticks = [t for t in (1, 2, 3, 5, 10, 20, 50) if t <= axes.get_ylim()[1]]
+    axes.set_yticks(ticks, [f"{t} ×" for t in ticks])
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="moved beyond need (share of the field's variance)", ylabel="error over its floor")
+    return figure
+
+  return draw

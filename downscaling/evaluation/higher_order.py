@@ -86,7 +86,8 @@ def _moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
   if len(space) == 1:
     top = (space[0] - 1) // 2
     j, k = np.array([(j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top], int).reshape(-1, 2).T
-    out["bispectrum"] = np.einsum("sk,sk,sk->k", waves[:, j], waves[:, k], waves[:, j + k].conj())
+    if j.size:  # four points or fewer have none
+      out["bispectrum"] = np.einsum("sk,sk,sk->k", waves[:, j], waves[:, k], waves[:, j + k].conj())
   return out
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from downscaling.evaluation import calibration, distances, figures, page, spectra, tables
+from downscaling.evaluation import calibration, distances, figures, fronts, page, spectra, tables
 from downscaling.evaluation.canvas import label
 from downscaling.evaluation.evidence import Evidence
 
@@ -77,6 +77,8 @@ def scores(e: Evidence) -> Section:
       '<p class="note">symcov: covRMSE after averaging over the equation’s symmetries. corr: correlation of T y with '
       "its input y, 1 where the input’s weather is kept. displ.: ‖T y − y‖ / ‖y‖.</p>"
     )
+    body += "<h3>Coarse fields: higher orders, and what a map moves</h3>" + _table(e, "debias", tables.HIGHER_COLUMNS)
+    body += fronts.note(e)
   else:
     body += _job("debias", "No debiased fields yet:")
   if m["samples"]:
@@ -106,13 +108,11 @@ def _table(e: Evidence, part: str, columns: dict[str, str]) -> str:
       rows.append(page.row("Floor" + name[5:], cells, "true fields, independent", "floor"))
       continue
     rows.append(page.row(label(name), cells, kinds.get(name, "")))
-    published = tables.PAPER.get(e.experiment, {}) if part == "debias" else {}
-    if name in published:
-      cells = [
-        ("", "", False),
-        *((tables.shown(published[name][k]) if k in published[name] else "", "", False) for k in columns),
-      ]
-      rows.append(page.row(f"{label(name).split(',')[0]}, the paper’s", cells, kind="paper"))
+    published = tables.published(e.experiment, table, name) if columns is tables.DEBIAS_COLUMNS else None
+    if published:
+      cells = [(tables.shown(published[k]) if k in published else "", "", False) for k in columns]
+      paper = "LFLR" if name == "lflr" else "OT"
+      rows.append(page.row(f"{paper}, the paper’s", [("", "", False), *cells], kind="paper"))
   return page.table(["", "n", *columns.values()], rows)
 
 
@@ -303,6 +303,12 @@ def _by_phase(x: np.ndarray) -> np.ndarray:
 
 def fits(e: Evidence) -> Section:
   panels, text = [], ""
+  if e.coarse and (draw := fronts.draw(e)):
+    caption = (
+      "Debiasing maps on held-out fields: how far they move them beyond need, and the geometric mean of the errors of "
+      "their statistics over the floors. Best is bottom left."
+    )
+    panels.append(Panel("front", draw, "Statistics against displacement", caption))
   if record := e.convergence():
     unit = "of mean cost" if e.mean_cost else "absolute"
     steps, epsilon, error = (values[-1] for values in record)
@@ -318,7 +324,7 @@ def fits(e: Evidence) -> Section:
     panels.append(Panel("loss", figures.loss(steps, values), "Training loss by step", caption))
   else:
     text += _job("train", "No record of the training loss:")
-  return Section("fits", "Sinkhorn convergence and training loss", "", text, panels)
+  return Section("fits", "Debiasing maps, Sinkhorn convergence, training loss", "", text, panels)
 
 
 def truth(e: Evidence) -> Section:

@@ -6,21 +6,25 @@ A number at its floor cannot be improved; one below it is noise or a leak.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from downscaling.common import symmetry
 from downscaling.common.operators import Operator
-from downscaling.evaluation import distances, spectra
+from downscaling.evaluation import distances, higher_order, spectra
 
 KEYS = (
   "cov_rmse", "melr_unweighted", "melr_weighted", "melr_energy", "kld_sum", "kld_mean", "wass1", "mmd", "variability",
   "constraint_rmse", "n",
 )  # fmt: skip
-DEBIAS_KEYS = ("sym_cov_rmse", "corr_input", "displacement")
-COMPARED = (*KEYS[:8], "sym_cov_rmse")  # what has a floor
-MAY_BE_NULL = ("variability", "constraint_rmse", "corr_input", "displacement")  # not every row has members or an input
+HIGHER = ("bispectrum", "transfer", "flatness", "gradient_flatness", "square_covariance")  # see higher_order.py
+DEBIAS_KEYS = ("sym_cov_rmse", "corr_input", "displacement", "excess", *HIGHER)
+COMPARED = (*KEYS[:8], "sym_cov_rmse", *HIGHER)  # what has a floor
+# Not every row has members or an input, nor every equation a quadratic term, and only lines have a bispectrum.
+MAY_BE_NULL = (
+  "variability", "constraint_rmse", "corr_input", "displacement", "excess", "bispectrum", "transfer",
+)  # fmt: skip
 AT_FLOOR = 1.25
 
 # Wan et al. 2023, Table 1: the only published numbers. Its sample sizes are not known, so neither are its floors.
@@ -44,7 +48,7 @@ class Reference:
   """A reference set [R, *space] and what many comparisons with it share. Raises ValueError for NaN or < 2 rows."""
 
   def __init__(self, fields: np.ndarray):
-    self.fields = np.asarray(fields)
+    self.fields, self._higher = np.asarray(fields), None
     distances.rows(self.fields, "the reference")
 
   @functools.cached_property
@@ -54,6 +58,12 @@ class Reference:
   @functools.cached_property
   def kernel_term(self) -> float:
     return distances.kernel_ref_term(self.fields)
+
+  def higher(self, quadratic, group: symmetry.Group) -> dict[str, np.ndarray]:
+    """Its statistics of higher order, computed once."""
+    if self._higher is None or self._higher[:2] != (quadratic, group):
+      self._higher = (quadratic, group, higher_order.higher_order(self.fields, quadratic, group))
+    return self._higher[2]
 
 
 def measure(
@@ -65,6 +75,7 @@ def measure(
   ensemble: np.ndarray | None = None,
   conditions: np.ndarray | None = None,
   operator: Operator | None = None,
+  quadratic: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, float | int | None]:
   """All metrics of one set: KEYS, and DEBIAS_KEYS if a group is given. What a set cannot have is None.
 
@@ -75,6 +86,7 @@ def measure(
     source: y for pred = T y, row by row.
     ensemble: [K, M, *space], all members, for variability and constraint.
     conditions, operator: y′ [K, *coarse] and C′, for the constraint.
+    quadratic: N of the equation, for the transfer of a debias row; see higher_order.
   Raises: ValueError for NaN (naming the set), too few rows, or grids that differ.
   """
   ref = ref if isinstance(ref, Reference) else Reference(ref)
@@ -98,17 +110,23 @@ def measure(
     row["sym_cov_rmse"] = distances.sym_cov_rmse(pred, ref.fields, group)
     row["corr_input"] = None if source is None else distances.corr_input(source, pred)
     row["displacement"] = None if source is None else distances.displacement(source, pred)
+    moved = None if source is None else higher_order.displacement(source, pred, ref.fields, group)
+    row["excess"] = moved and moved["excess"]
+    theirs = {k: v for k, v in ref.higher(quadratic, group).items() if np.any(v)}  # a symmetry may forbid some
+    found = higher_order.higher_order(pred, quadratic, group)
+    found = higher_order.errors({k: found[k] for k in theirs}, theirs)
+    row |= {key: found.get(key) for key in HIGHER}
   return row
 
 
-def debias_rows(coarse, sources, reference, floor, group=None) -> dict[str, dict]:
+def debias_rows(coarse, sources, reference, floor, group=None, quadratic=None) -> dict[str, dict]:
   """Metrics of coarse sets, with their floors.
 
   Args:
     coarse: {"lflr": [S, *coarse], "ot": [S, *coarse], ...}.
     sources: {row: y [S, *coarse]}; a row without one is taken as made from coarse["lflr"] if that has as many rows.
     reference: [R, *coarse], held-out C′x. floor: [≥ S, *coarse], as many more, independent of it.
-    group: symmetry of the coarse grid, or None.
+    group: symmetry of the coarse grid, or None. quadratic: see measure.
   """
   reference = Reference(reference)
   group = group or symmetry.trivial(math.prod(reference.fields.shape[1:]))
@@ -116,8 +134,8 @@ def debias_rows(coarse, sources, reference, floor, group=None) -> dict[str, dict
   for name, x in coarse.items():
     source = sources.get(name, coarse.get("lflr"))
     source = None if source is None or len(source) != len(x) else source
-    table[name] = _named(name, measure, x, reference, group=group, source=source)
-  return table | _floors(table, floor, reference, group=group)
+    table[name] = _named(name, measure, x, reference, group=group, source=source, quadratic=quadratic)
+  return table | _floors(table, floor, reference, group=group, quadratic=quadratic)
 
 
 def sample_rows(samples, conditions, reference, floor, operator=None) -> dict[str, dict]:
@@ -210,6 +228,10 @@ DEBIAS_COLUMNS = {
   "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu", "melr_weighted": "MELRw",
   "kld_sum": "KLD sum", "wass1": "Wass1", "mmd": "MMD", "corr_input": "corr", "displacement": "displ.",
 }  # fmt: skip
+HIGHER_COLUMNS = {
+  "corr_input": "corr", "excess": "excess", "bispectrum": "bispec.", "transfer": "transf.", "flatness": "flatn.",
+  "gradient_flatness": "gr.fl.", "square_covariance": "sq.cov.",
+}  # fmt: skip
 SAMPLE_COLUMNS = {
   "cov_rmse": "covRMSE", "melr_unweighted": "MELRu", "melr_energy": "MELRe", "melr_weighted": "MELRw",
   "kld_sum": "KLD sum", "wass1": "Wass1", "mmd": "MMD", "variability": "var.", "constraint_rmse": "constr.",
@@ -227,10 +249,20 @@ def shown(value: float | None) -> str:
   return f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.0e}"
 
 
+def published(experiment: str, table: Mapping[str, dict], row: str) -> dict[str, float] | None:
+  """The paper's numbers to be shown under a row: its OT under the row of its own kind of map, if there."""
+  rows = {"lflr": "lflr", "entropic" if "entropic" in table else "ot": "ot"}
+  return PAPER.get(experiment, {}).get(rows.get(row, ""))
+
+
 def summary_table(metrics: Mapping) -> str:
   """Both tables as plain text, at most 100 columns; a star marks values at the floor."""
   lines = []
-  parts = (("debias", DEBIAS_COLUMNS, "Coarse fields"), ("samples", SAMPLE_COLUMNS, "Fine samples"))
+  parts = (
+    ("debias", DEBIAS_COLUMNS, "Coarse fields"),
+    ("debias", HIGHER_COLUMNS, "  of higher order"),
+    ("samples", SAMPLE_COLUMNS, "Fine samples"),
+  )
   for part, columns, title in parts:
     if not (table := metrics.get(part)):
       continue
@@ -239,10 +271,10 @@ def summary_table(metrics: Mapping) -> str:
       floor = floor_of(table, name) or {}
       cells = [shown(row[k]) + ("*" if k in COMPARED and at_floor(row[k], floor.get(k)) else " ") for k in columns]
       lines.append(f"{name[:19]:<20}{row['n']:>7}" + "".join(f"{c:>8}" for c in cells))
-      for key, label in (("lflr", "  paper, LFLR"), ("ot", "  paper, OT")):
-        if part == "debias" and name == key and (published := PAPER.get(metrics["experiment"])):
-          cells = [shown(published[key][k]) if k in published[key] else "" for k in columns]
-          lines.append(f"{label:<20}{'':>7}" + "".join(f"{c + ' ':>8}" for c in cells))
+      if columns is DEBIAS_COLUMNS and (paper := published(metrics["experiment"], table, name)):
+        cells = [shown(paper[k]) if k in paper else "" for k in columns]
+        title = "  paper, LFLR" if name == "lflr" else "  paper, OT"
+        lines.append(f"{title:<20}{'':>7}" + "".join(f"{c + ' ':>8}" for c in cells))
     lines.append("")
   lines.append(f"* at most {AT_FLOOR} x the floor: the same metric between two independent sets of true fields.")
   return "\n".join(lines)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from downscaling.common import symmetry
-from downscaling.debias import equivariant, moments
+from downscaling.debias import equivariant, moments, recipes
 from downscaling.equations import kolmogorov, ks
 
 EVERY = ("G", "Q", ("A", 2), ("S", 3), "G")
@@ -29,7 +29,7 @@ def fitted(request):
   """(group, map of every kind of step, source) in one and in two dimensions."""
   group, space = GRIDS[request.param]
   source, target = rows(space, 0, skew=0.05), rows(space, 1, slope=1.2)
-  return group, equivariant.fit(source, target, group=group, recipe=EVERY, quadratic=request.param), source
+  return group, recipes.fit(source, target, group=group, recipe=EVERY, quadratic=request.param), source
 
 
 def covariance(y):
@@ -61,7 +61,7 @@ def test_modes_without_variance_are_left_out():
 
 def test_with_shifts_the_gaussian_map_is_a_gain_for_each_wave():
   source, target = rows((24,), 0), rows((24,), 1, slope=1.0)
-  found = equivariant.fit(source, target, group=ks.group(24))
+  found = recipes.fit(source, target, group=ks.group(24))
   assert found.steps[0].matrix.shape == (13, 1, 1)
   z, goal = (np.fft.rfft(x[..., 0].astype(np.float64)) for x in (source, target))
   # x -> −x, u -> −u makes the mean 0, so that energies are about 0
@@ -74,10 +74,10 @@ def test_blocks_are_the_dense_map(name, monkeypatch):
   """The waves of the last axis decouple: block by block or as one matrix of n², the same map."""
   group, space = GRIDS.get(name, (symmetry.trivial(24), (24,)))
   source, target = rows(space, 0), rows(space, 1, slope=1.2) + 0.3
-  blocks = equivariant.fit(source, target, group=group)
+  blocks = recipes.fit(source, target, group=group)
   dense = moments.Frame(space, 1, tuple((index, 1) for index in group.index))
   monkeypatch.setattr(moments.Frame, "of", lambda *_: dense)
-  other = equivariant.fit(source, target, group=group)
+  other = recipes.fit(source, target, group=group)
   assert len(other.steps[0].matrix) == 1
   assert (len(blocks.steps[0].matrix) > 1) == (name != "none")
   np.testing.assert_allclose(blocks(source), other(source), atol=3e-6)  # float32 of values to 10
@@ -106,7 +106,7 @@ def test_quantiles_are_the_sorted_ones():
   """Pooled over the line, the mapped values have the target's quantiles; an increasing function is found again."""
   source = rows((24,), 0, size=4000)
   target = source + 0.1 * source**3
-  found = equivariant.fit(source, target, group=ks.group(24), recipe="Q")
+  found = recipes.fit(source, target, group=ks.group(24), recipe="Q")
   mapped = found(source)
   # 256 chords in the normal deviate, .036 wide: they leave a cubic's curvature q″ ≈ 2 by q″ .036²/8 = 3e-4, and bins
   # 2e-4 wide add as much. Equally spaced levels leave .02 in the tails.
@@ -121,8 +121,8 @@ def test_quantiles_of_points_that_no_symmetry_joins():
   """Without a group every point has a table of its own; a law that is not symmetric stays so."""
   source = rows((4,), 0, size=5000)
   target = np.exp(source * np.array([0.2, 0.4, 0.6, 0.8])[:, None])
-  found = equivariant.fit(source, target, group=symmetry.trivial(4), recipe="Q")
-  assert found.steps[0].x.shape == (4, equivariant.LEVELS)
+  found = recipes.fit(source, target, group=symmetry.trivial(4), recipe="Q")
+  assert found.steps[0].x.shape == (4, recipes.LEVELS)
   inner = np.abs(source) < 2.5
   # bins of 1/65536 of ranges up to e³; 5000 values end the table at 3.0, so only its chords are left: .04² e²/8
   np.testing.assert_allclose(found(source)[inner], target[inner], atol=5e-3)
@@ -141,7 +141,7 @@ def test_orbits():
 
 def test_beyond_the_fit_it_goes_on_straight_and_says_so():
   source = rows((24,), 0, size=4000)
-  found = equivariant.fit(source, 2 * source, group=ks.group(24), recipe="Q")
+  found = recipes.fit(source, 2 * source, group=ks.group(24), recipe="Q")
   far = np.linspace(-30, 30, 24, dtype=np.float32).reshape(1, 24, 1)
   # Twice as much, also far out: the slope of the tail is 2 up to bins of 2e-4 over its width of .6
   np.testing.assert_allclose(found(far), 2 * far, rtol=2e-3)
@@ -160,7 +160,7 @@ def test_filters_commute_up_to_a_sign():
 
 def test_one_slice_sets_the_law_of_its_filtered_field():
   source, target = rows((24,), 0, size=3000, skew=0.1), rows((24,), 1, size=3000)
-  found = equivariant.fit(source, target, group=ks.group(24), recipe="S", seed=3)
+  found = recipes.fit(source, target, group=ks.group(24), recipe="S", seed=3)
   step = found.steps[0]
   assert np.allclose(np.abs(step.filter[1:-1]), 1)
   levels = np.linspace(0.01, 0.99, 50)
@@ -173,7 +173,7 @@ def test_one_slice_sets_the_law_of_its_filtered_field():
 
 def test_filters_follow_the_seed_and_their_number():
   source, target = rows((24,), 0), rows((24,), 1)
-  make = lambda count, seed: equivariant.fit(source, target, group=ks.group(24), recipe=(("S", count),), seed=seed)
+  make = lambda count, seed: recipes.fit(source, target, group=ks.group(24), recipe=(("S", count),), seed=seed)
   three, five, other = make(3, 7), make(5, 7), make(3, 8)
   for a, b in zip(three.steps, five.steps[:3], strict=True):
     np.testing.assert_array_equal(a.filter, b.filter)
@@ -199,7 +199,7 @@ def test_transfer_becomes_the_targets(name):
     return np.linalg.norm(a.transfer - b.transfer) / np.linalg.norm(b.transfer)
 
   plain, with_a = (
-    equivariant.fit(source, target, group=group, recipe=recipe, quadratic=name) for recipe in ("G", ("G", ("A", 8)))
+    recipes.fit(source, target, group=group, recipe=recipe, quadratic=name) for recipe in ("G", ("G", ("A", 8)))
   )
   assert gap(plain(source)) > 0.5
   # Damped Newton steps with a G between them; measured .062 and .003. The line's rest lies in its last waves, where the
@@ -245,7 +245,7 @@ def test_every_element_of_the_group_commutes(fitted):
 def test_nothing_to_correct_nothing_done(name):
   group, space = GRIDS[name]
   source = rows(space, 0, skew=0.05)
-  found = equivariant.fit(source, source, group=group, recipe=EVERY, quadratic=name)
+  found = recipes.fit(source, source, group=group, recipe=EVERY, quadratic=name)
   # G: roots of covariances, 1e-8 in the weakest modes. Q, S: the same table twice. A: 0 less 0.
   np.testing.assert_allclose(found(source), source, atol=1e-5)
 
@@ -257,7 +257,7 @@ def test_blocks_and_scratch_change_nothing(fitted, monkeypatch, tmp_path):
   np.testing.assert_allclose(found(source), whole, atol=1e-6)
   name = "ks" if source.ndim == 3 else "kolmogorov"
   target = rows(source.shape[1:-1], 1, slope=1.2)
-  again = equivariant.fit(source, target, group=group, recipe=EVERY, quadratic=name, scratch=tmp_path)
+  again = recipes.fit(source, target, group=group, recipe=EVERY, quadratic=name, scratch=tmp_path)
   # sums in another order, 1e-12, but a value on the edge of two bins may change its bin
   np.testing.assert_allclose(again(source), whole, atol=1e-4)
   assert not [*tmp_path.iterdir()]
@@ -328,19 +328,19 @@ def test_clouds_that_cannot_be_fitted():
     (good[:, ::2], good[:, ::2], r"the group moves 24 points, the rows have 12 \[12\]: build it for this grid"),
   ):
     with pytest.raises(ValueError, match=message):
-      equivariant.fit(source, target, group=group)
+      recipes.fit(source, target, group=group)
 
 
 @pytest.mark.parametrize("recipe", ["", "GX", ("G", ("S", -1)), (("GQ",),), 3, ("G", ("A", "many"))])
 def test_recipes_that_cannot_be_read(recipe):
   y = rows((24,), 0, size=20)
-  with pytest.raises(ValueError, match=r"recipe=.* cannot be read: need letters of G, Q, A and S, as 'GQG'"):
-    equivariant.fit(y, y, group=ks.group(24), recipe=recipe, quadratic="ks")
+  with pytest.raises(ValueError, match=r"recipe=.* cannot be read: need letters of G, Q, A, S and M, as 'GQG'"):
+    recipes.fit(y, y, group=ks.group(24), recipe=recipe, quadratic="ks")
 
 
 def test_transfer_needs_the_equation():
   y = rows((24,), 0, size=20)
   with pytest.raises(ValueError, match=r"quadratic=None: A needs the equation's .*\['kolmogorov', 'ks'\]"):
-    equivariant.fit(y, y, group=ks.group(24), recipe="GA")
+    recipes.fit(y, y, group=ks.group(24), recipe="GA")
   with pytest.raises(ValueError, match=r"damping=2: a share of a Newton step, in \(0, 1\]"):
-    equivariant.fit(y, y, group=ks.group(24), recipe="GA", quadratic="ks", damping=2)
+    recipes.fit(y, y, group=ks.group(24), recipe="GA", quadratic="ks", damping=2)

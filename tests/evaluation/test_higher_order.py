@@ -42,7 +42,7 @@ def test_shells_only_pass_on_what_others_lose():
   found = higher_order.higher_order(y - y.mean(axis=(1, 2), keepdims=True), moments.advection, group)
   assert set(found) == ALL_1D - {"bispectrum"} | {"energy_transfer"}
   for name in ("transfer", "energy_transfer"):
-    assert np.abs(found[name][:4]).max() > 1e-4
+    assert np.abs(found[name][:4]).max() > 1e-6  # noise of 80 of 256 waves: chance leaves 1e-5, rounding 1e-19
     assert abs(found[name].sum()) < 1e-12 * np.abs(found[name]).sum() + 1e-15
 
 
@@ -88,7 +88,7 @@ def test_bures_closed_forms():
   a, b = np.array([4.0, 1.0, 0.5, 0.0, 9.0]), np.array([1.0, 1.0, 2.0, 3.0, 0.0])
   exact = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum() + 5 * 0.25  # one basis, also where a mode is empty
   found = higher_order.bures_squared(np.zeros(5), q * a @ q.T, np.full(5, 0.5), q * b @ q.T)
-  assert found == pytest.approx(exact, rel=1e-12)
+  assert found == pytest.approx(exact, abs=1e-7)  # the rounding of an empty mode, 1e-16, has a root of 1e-8
   c, d = (x @ x.T for x in rng.normal(size=(2, 5, 5)))
   # a sum of traces of 1e1 rounds to 1e-14, its roots to 1e-12
   assert higher_order.bures_squared(np.zeros(5), c, np.zeros(5), c) < 1e-10
@@ -118,9 +118,9 @@ def test_what_cannot_be_compared():
     higher_order.higher_order(bad, None, group)
   with pytest.raises(ValueError, match=r"rows of \[24, 1\] and a group that moves 12 points"):
     higher_order.higher_order(y[..., None], None, ks.group(12))
-  swap = symmetry.Group(np.array([[0, 1, 2, 3], [1, 0, 2, 3]]), np.ones(2))
+  swap = symmetry.Group(np.array([[0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]]), np.ones(2))
   with pytest.raises(ValueError, match="neither a shift nor a reflection of the line"):
-    higher_order.higher_order(noise((4,)), None, swap)
+    higher_order.higher_order(noise((6,)), None, swap)
   one = higher_order.higher_order(y, None, group)
   with pytest.raises(ValueError, match="compute both by higher_order, with the same quadratic term"):
     higher_order.errors(higher_order.higher_order(y, moments.burgers, group), one)

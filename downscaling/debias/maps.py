@@ -1,0 +1,215 @@
+"""The debiasing maps by name: how each is fitted, what is said of the fit, and how any of them is loaded.
+
+| name | map | keeps the input's weather |
+|---|---|---|
+| entropic | the paper's: entropic optimal transport, out of sample | hardly, at small ε |
+| symmetric | the same between orbits under the equation's group: equivariant | somewhat |
+| rescaled | entropic, then spectral gains fitted on rows outside its fit: against barycentric shrinkage | hardly |
+| minibatch | entropic, its potential fitted on a stream of batches: for more rows than a full solve takes | hardly |
+| gaussian | optimal transport between group-averaged Gaussians | nearly all |
+| equivariant | steps by config.debias.recipe (recipes.py) | nearly all |
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from downscaling.common import checkpoints as checkpoints_lib
+from downscaling.common import mesh as meshes
+from downscaling.common import runs, symmetry
+from downscaling.debias import equivariant, minibatch, recipes, sinkhorn, storage, transport
+
+SPARE = 8  # one row of so many is kept out of a fit that needs rows of its own
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chain:
+  """One map after the other."""
+
+  kind: ClassVar[str] = "chain"
+  maps: tuple
+
+  def __call__(self, y: np.ndarray) -> np.ndarray:
+    for each in self.maps:
+      y = each(y)
+    return y
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """The maps as FOLDER/0, FOLDER/1, ..., then map.json."""
+    for i, each in enumerate(self.maps):
+      each.save(pathlib.Path(folder) / str(i))
+    storage.save(folder, self.kind, {"length": len(self.maps)}, {})
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike) -> "Chain":
+    record, _ = storage.load(folder, cls.kind)
+    return cls(tuple(load(pathlib.Path(folder) / str(i)) for i in range(int(record["length"]))))
+
+
+def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
+  """The map in a folder, of whatever kind: [S, *space, C] -> the same shape.
+
+  Raises: FileNotFoundError if there is none; ValueError if it is damaged or of a kind that this version does not know.
+  """
+  kinds = {each.kind: each for each in (transport.EntropicMap, equivariant.EquivariantMap, Chain)}
+  if (kind := storage.kind_of(folder)) not in kinds:
+    raise ValueError(f"{folder}/map.json holds a map of kind {kind!r}, this version reads {sorted(kinds)}.")
+  return kinds[kind].load(folder)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting:
+  """What all fits of a job share.
+
+  group: of the equation on the coarse grid. quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn:
+  keywords of sinkhorn.fit. minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash:
+  of the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints. alone: is this the only process?
+  """
+
+  group: symmetry.Group
+  quadratic: str | None = None
+  sinkhorn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  minibatch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  recipe: str | tuple = "G"
+  seed: int = 0
+  config_hash: str = ""
+  mesh: jax.sharding.Mesh | None = None
+  stop: Callable[[], bool] = lambda: False
+  agree: Callable[[Any], list] = lambda value: [value]
+
+
+def fit(name: str, folder: pathlib.Path, source: np.ndarray, target: np.ndarray, setting: Setting):
+  """Fits (or goes on fitting) a map by name.
+
+  Args:
+    folder: of this map; a fit that can go on leaves its checkpoints there.
+    source, target: [S, *space, C] float32, whole on every process.
+  Returns: (map, facts about the fit as plain values), on every process.
+  Raises: ValueError for an unknown name; what the fits raise; runs.Interrupted.
+  """
+  if name not in FITS:
+    raise ValueError(f"config.debias.maps has {name!r}, which is unknown; use some of {sorted(FITS)}.")
+  return FITS[name](folder, source, target, setting)
+
+
+def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | None = None):
+  x, y = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (source, target))
+  saver = checkpoints_lib.Checkpoints(folder / "checkpoints", setting.config_hash, agree=setting.agree)
+  try:
+    with runs.Progress(folder.name, setting.sinkhorn.get("max_iterations", 2000), "iterations at most") as bar:
+      advance = lambda count, eps, error: bar.advance(count, error=error, epsilon=eps)
+      shared = {"mesh": setting.mesh, "stop": setting.stop, "agree": setting.agree, "progress": advance}
+      result = sinkhorn.fit(x, y, checkpoints=saver, group=group, **shared, **setting.sinkhorn)
+  finally:
+    saver.close()
+  if not result.converged and meshes.is_main():
+    runs.say(
+      f"debias: {folder.name} not converged after {sinkhorn.last_check(result.history)}; wanted "
+      f"{result.threshold:g} at ε = {result.epsilon:.3g}: raise --config.debias.max_iterations or epsilon."
+    )
+  made = transport.EntropicMap(y, result.g, result.epsilon, source.shape[1:], group)
+  return made, plan(result, made, source)
+
+
+def plan(result: sinkhorn.Fit, made: transport.EntropicMap, source: np.ndarray) -> dict[str, Any]:
+  """What the plan looks like; Σ P log P = −entropy and ⟨P, C⟩ = ⟨f⟩ + ⟨g⟩ + ε·entropy, with marginals as converged."""
+  effective = np.asarray(made.effective_targets(source), np.float64)
+  entropy = math.log(len(source)) + float(np.log(effective).mean())
+  duals = sum(float(np.asarray(p).mean(dtype=np.float64)) for p in (result.f, result.g))
+  return {
+    "converged": result.converged,
+    "threshold": result.threshold,
+    "path": result.path,
+    "history": result.history,
+    "epsilon": result.epsilon,
+    "epsilon_relative": result.epsilon / result.mean_cost,
+    "mean_cost": result.mean_cost,
+    "transport_cost": duals + result.epsilon * entropy,
+    "plan_entropy": entropy,
+    "effective_targets": {f"{q:g}": float(np.quantile(effective, q)) for q in QUANTILES},
+  }
+
+
+def _symmetric(folder, source, target, setting: Setting):
+  return _entropic(folder, source, target, setting, setting.group)
+
+
+def _rescaled(folder, source, target, setting: Setting):
+  """Rows of the fit are shrunk more than others, and would mislead: the gains see others."""
+  devices = setting.mesh.size if setting.mesh else 1
+  kept = (len(source) - max(2, len(source) // SPARE)) // devices * devices
+  made, facts = _entropic(folder, source[:kept], target, setting)
+  gains = recipes.fit(made(source[kept:]), target, group=setting.group, recipe="G")
+  return Chain((made, gains)), facts | {"spare_rows": len(source) - kept}
+
+
+def _minibatch(folder, source, target, setting: Setting):
+  """One device's work: process 0 does it and the others read what it wrote."""
+  batch, passes = setting.minibatch["batch"], setting.minibatch["passes"]
+  x, y = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (source, target))
+  spare = max(2, len(x) // SPARE)
+  if meshes.is_main():
+    saver = checkpoints_lib.Checkpoints(folder / "checkpoints", setting.config_hash)
+    steps = max(1, round(passes * ((len(x) - spare) // batch)))
+    try:
+      with runs.Progress(folder.name, steps, "steps") as bar:
+        result = minibatch.fit(
+          minibatch.shuffled(x[:-spare], batch, setting.seed),
+          y,
+          held_out=x[-spare:],
+          epsilon=setting.sinkhorn["epsilon"],
+          steps=steps,
+          checkpoints=saver,
+          stop=setting.stop,
+          progress=lambda count, eps, error: bar.advance(count, error=error, epsilon=eps),
+        )
+    finally:
+      saver.close()
+    made = transport.EntropicMap(y, np.asarray(result.g), result.epsilon, source.shape[1:])
+    facts = {key: getattr(result, key) for key in ("epsilon", "mean_cost", "history", "rows")}
+    made.save(folder)
+    runs.write_json(folder / "facts.json", facts)
+  setting.agree("minibatch")
+  return load(folder), runs.read_json(folder / "facts.json")
+
+
+def _recipe(folder, source, target, setting: Setting, recipe: str | tuple):
+  count, mine = jax.process_count(), jax.process_index()
+  with runs.Progress(folder.name, len(recipes.letters(recipe, setting.quadratic)), "steps") as bar:
+    made = recipes.fit(
+      source[mine::count],
+      target[mine::count],
+      group=setting.group,
+      recipe=recipe,
+      quadratic=setting.quadratic,
+      seed=setting.seed,
+      stop=setting.stop,
+      together=meshes.each_process,
+      progress=bar.advance,
+    )
+  return made, {"recipe": recipe, "steps": [step.kind for step in made.steps]}
+
+
+def _gaussian(folder, source, target, setting: Setting):
+  return _recipe(folder, source, target, setting, "G")
+
+
+def _equivariant(folder, source, target, setting: Setting):
+  return _recipe(folder, source, target, setting, setting.recipe)
+
+
+FITS = {
+  "entropic": _entropic,
+  "symmetric": _symmetric,
+  "rescaled": _rescaled,
+  "minibatch": _minibatch,
+  "gaussian": _gaussian,
+  "equivariant": _equivariant,
+}

@@ -1,0 +1,221 @@
+"""Equivariant maps fitted by a recipe, from sums over blocks of rows that all processes add up.
+
+Letters are the steps of equivariant.py. A recipe is tried by eye of the columns that it is to mend: G the covariance, Q
+the one-point law, A the energy transfer, S what random filters see, M spectra, triads, transfer and fourth moments at
+once. docs/method.md has what each gives.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import scipy.special
+
+from downscaling.common import runs, symmetry
+from downscaling.debias import matching, moments
+from downscaling.debias.equivariant import EquivariantMap, Gaussian, Quantiles, Step, Transfer, blocks
+from downscaling.debias.transport import check_finite
+
+LEVELS, TAIL = 257, 8  # entries of a quantile table; pooled values beyond its last
+SAMPLE = 2**18  # values of the rows that give the direction of an A
+GRAM = 2**14  # rows that give the direction of an M
+
+
+def fit(
+  source: np.ndarray,
+  target: np.ndarray,
+  *,
+  group: symmetry.Group,
+  recipe: str | tuple[str | tuple[str, int], ...] = "G",
+  quadratic: str | None = None,
+  seed: int = 0,
+  damping: float = 1.0,
+  scratch: str | os.PathLike | None = None,
+  stop: Callable[[], bool] = lambda: False,
+  together: Callable[[Any], list] = lambda tree: [tree],
+  progress: Callable[[int], None] = lambda steps: None,
+) -> EquivariantMap:
+  """The equivariant map of unpaired clouds by a recipe.
+
+  Each step is fitted on source rows as the steps before it left them. In memory are one block of either cloud, the
+  sums, and a float64 copy of the source, which `scratch` puts on disk instead.
+
+  Args:
+    source, target: [S, *space, 1], [R, *space, 1], finite; memory maps serve.
+    group: symmetry of the grid; symmetry.trivial(n) if there is none.
+    recipe: letters of the steps in order, "GQG", or with counts, ("G", ("A", 12), ("S", 60)). An A is followed by a G.
+    quadratic: the equation's name in moments.QUADRATIC, for A.
+    seed: of the filters: that of the j-th S is drawn from fold_in(PRNGKey(seed), j).
+    damping: share of a Newton step that an A takes, in (0, 1].
+    scratch: a folder, or None.
+    stop: asked between steps. progress: called with 1 after each.
+    together: tree of arrays -> those of all processes, in their order (mesh.each_process), if each has rows of its own;
+      all end with the same map.
+  Raises:
+    ValueError, saying what to type, for clouds that cannot be fitted and recipes that cannot be read.
+    runs.Interrupted: `stop` said so; a fit is begun anew.
+  """
+  order = letters(recipe, quadratic, damping)
+  source, target = _cloud(source, "source"), _cloud(target, "target")
+  if source.shape[1:] != target.shape[1:]:
+    raise ValueError(f"source rows are {source.shape[1:]}, target rows {target.shape[1:]}: bring both to one grid.")
+  fitting = _Fit(source, target, group, quadratic, seed, damping, scratch, together)
+  steps = []
+  for done, letter in enumerate(order):
+    if stop():
+      raise runs.Interrupted(f"debias stopped after {done} of {len(order)} steps of the recipe, to be begun anew.")
+    for make in (fitting.transfer, fitting.gaussian) if letter == "A" else (fitting.makers[letter],):
+      steps.append(make())
+      fitting.advance(steps[-1])
+    progress(1)
+  return EquivariantMap(tuple(steps), (*source.shape[1:], 1))
+
+
+def letters(recipe, quadratic: str | None, damping: float = 1.0) -> str:
+  """The letters of a recipe, one a step, in order. Raises ValueError for one that cannot be read or fitted."""
+  try:
+    read = [(part, 1) if isinstance(part, str) else (part[0], int(part[1])) for part in recipe]
+    found = "".join(name * count for name, count in read)
+    good = bool(found) and set("".join(name for name, _ in read)) <= set("GQASM") and min(c for _, c in read) >= 0
+  except (TypeError, ValueError, IndexError):
+    good = False
+  if not good:
+    raise ValueError(
+      f"recipe={recipe!r} cannot be read: need letters of G, Q, A, S and M, as 'GQG', or with counts, as "
+      "('G', ('A', 12), ('S', 60))."
+    )
+  if "A" in found and quadratic not in moments.QUADRATIC:
+    raise ValueError(
+      f"recipe={recipe!r} has an A and quadratic={quadratic!r}: A needs the equation's quadratic term; known: "
+      f"{sorted(moments.QUADRATIC)}. For other data leave A out, e.g. recipe='GQG'."
+    )
+  if not 0 < damping <= 1:
+    raise ValueError(f"damping={damping}: a share of a Newton step, in (0, 1]; 1 unless A does not settle.")
+  return found
+
+
+def _cloud(rows: np.ndarray, name: str) -> np.ndarray:
+  if np.ndim(rows) < 3 or np.shape(rows)[-1] != 1 or len(rows) < 2:
+    raise ValueError(
+      f"the {name} rows are {np.shape(rows)}: need [S, *space, 1], 2 rows or more, one channel. Fit a map for each "
+      "channel, rows[..., c : c + 1]; give fields without a channel axis one, rows[..., None]."
+    )
+  check_finite(rows, f"the {name} rows")
+  rows = np.asarray(rows)[..., 0]
+  if all((block == rows[0]).all() for _, block in blocks(rows)):
+    raise ValueError(f"all {len(rows)} {name} rows are the same: there is nothing to fit. Hand in more snapshots.")
+  return rows
+
+
+class _Fit:
+  """What the makers of steps share: `current` are the source rows as the steps so far left them."""
+
+  def __init__(self, source, target, group, quadratic, seed, damping, scratch, together):
+    self.together = together
+    self.target, self.group, self.space = target, group, source.shape[1:]
+    self.quadratic, self.damping, self.key, self.slices = quadratic, damping, jax.random.PRNGKey(seed), 0
+    self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
+    self.makers = {"G": self.gaussian, "Q": self.quantiles, "A": self.transfer, "S": self.sliced, "M": self.matching}
+    if scratch is None:
+      self.current = np.array(source, np.float64)
+    else:
+      with tempfile.TemporaryFile(dir=scratch) as file:
+        self.current = np.memmap(file, np.float64, "w+", shape=source.shape)
+      for place, block in blocks(source):
+        self.current[place] = block
+    self.known, self.kinds, self.kept = {}, None, None
+
+  def advance(self, step: Step) -> None:
+    for place, block in blocks(self.current):
+      self.current[place] = step(block)
+
+  def sums(self, which: str, of: Callable, join: Callable = lambda a, b: a + b):
+    """Σ over blocks, and processes, of `of(block)` for "current" or "target"."""
+    total = None
+    for _, block in blocks(getattr(self, which)):
+      part = of(block)
+      total = part if total is None else join(total, part)
+    return functools.reduce(join, self.together(total))
+
+  def once(self, of: Callable):
+    """The same for the target, kept: it does not change."""
+    if of not in self.known:
+      self.known[of] = self.sums("target", of)
+    return self.known[of]
+
+  def _moments(self, block):
+    return moments.Moments.of(block, self.frame)
+
+  def _transfer(self, block):
+    return moments.Transfer.of(block, moments.QUADRATIC[self.quadratic])
+
+  def _matching(self, block):
+    return matching.Sums.of(block - self.centre, self.quadratic)
+
+  def gaussian(self) -> Gaussian:
+    (a, cov), (b, goal) = (
+      m.averaged(self.group, self.frame) for m in (self.sums("current", self._moments), self.once(self._moments))
+    )
+    return Gaussian(a, b, self.frame.average(moments.optimal(cov, goal)))
+
+  def transfer(self) -> Transfer:
+    now, goal = self.sums("current", self._transfer), self.once(self._transfer)
+    gap = goal.transfer / goal.count - now.transfer / now.count
+    quadratic = moments.QUADRATIC[self.quadratic]
+    # a direction asks for less than the gap
+    matrix = self.mean(SAMPLE // math.prod(self.space), lambda rows: len(rows) * moments.response(rows, quadratic))
+    return Transfer(self.damping * moments.newton(gap, matrix, now.power / now.count), self.quadratic)
+
+  def matching(self) -> matching.Matching:
+    mean, _ = self.once(self._moments).averaged(self.group, self.frame)
+    if self.kept is None:
+      self.kept = matching.invariant(self.group, self.space, self.quadratic)
+    self.centre = mean
+    now, goal = self.sums("current", self._matching), self.once(self._matching)
+    products = self.mean(GRAM, lambda rows: matching.gram(rows - mean, self.quadratic, self.kept))
+    step = matching.Matching(matching.solve(now, goal, products, self.kept), mean, math.inf, self.quadratic)
+    most = self.sums("current", lambda block: step.shares(block).max(), max)
+    return dataclasses.replace(step, most=float(most))
+
+  def mean(self, count: int, of: Callable):
+    """Mean over so many rows of the source as they are now, at random: every n-th may be those of one time."""
+    chosen = np.random.default_rng(0).permutation(len(self.current))[: max(2, count)]
+    rows = np.asarray(self.current[np.sort(chosen)])
+    parts = self.together((np.float64(len(rows)), of(rows)))
+    return sum(part for _, part in parts) / sum(number for number, _ in parts)
+
+  def quantiles(self) -> Quantiles:
+    return self._quantiles(self.pool, np.zeros(0, complex))
+
+  def sliced(self) -> Quantiles:
+    self.kinds = self.kinds or moments.filters(self.group, self.space)
+    shells = moments.shells(self.space)
+    kind, weight = moments.draw(jax.random.fold_in(self.key, self.slices), len(self.kinds), shells.max() + 1)
+    self.slices += 1
+    factor, character = self.kinds[kind]
+    return self._quantiles(moments.Pool.of(self.group, character), factor * weight[shells])
+
+  def _quantiles(self, pool: moments.Pool, h: np.ndarray) -> Quantiles:
+    blank = np.zeros((len(pool.odd), 2))
+    step = Quantiles(blank, blank, blank, pool.orbit.astype(np.int32), pool.sign.astype(np.int8), h)
+    tables = []
+    for which in ("current", "target"):
+      reach = self.sums(
+        which,
+        lambda block: pool.range(step.filtered(block)),
+        lambda a, b: np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])]),
+      )
+      counts = self.sums(which, lambda block, reach=reach: pool.counts(step.filtered(block), reach))
+      tables.append((reach, counts))
+    fewest = min(counts.sum(axis=1).min() for _, counts in tables)
+    end = scipy.special.ndtri(min(TAIL / fewest, 0.25))  # even in the normal deviate: most levels in the tails
+    levels = scipy.special.ndtr(np.linspace(end, -end, LEVELS))
+    x, y = (moments.quantiles(counts, reach, levels) for reach, counts in tables)
+    x, y = (np.where(pool.odd[:, None], (t - t[:, ::-1]) / 2, t) for t in (x, y))
+    return dataclasses.replace(step, x=x, y=y, reach=tables[0][0])
