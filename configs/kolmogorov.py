@@ -53,7 +53,7 @@ def get_config(variant="cpu"):
 
   c.debias = dict(
     # Which maps are fitted and shown (downscaling/debias/maps.py), and behind which one of them samples are drawn.
-    maps=("entropic", "equivariant"),
+    maps=("entropic", "gaussian", "equivariant"),
     map="equivariant",
     points=pick(65536, 12288, 64),  # snapshots a side in the fit
     epsilon=pick(0.0003, 0.0003, 0.01),  # entropic regularisation relative to the mean cost
@@ -63,7 +63,7 @@ def get_config(variant="cpu"):
     path="auto",  # dense | fused | ring: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints
     recipe="GQG",  # of equivariant, letter by letter: see downscaling/debias/equivariant.py
-    minibatch=dict(batch=pick(1024, 1024, 32), passes=2.0),  # of minibatch: rows a step, passes over the source
+    minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source
     held_out=pick(4096, 4096, 16),  # LFLR test snapshots that are debiased, in this order
   )
 

@@ -48,7 +48,7 @@ def get_config(variant="quick"):
 
   c.debias = dict(
     # Which maps are fitted and shown (downscaling/debias/maps.py), and behind which one of them samples are drawn.
-    maps=("entropic", "equivariant"),
+    maps=("entropic", "gaussian", "equivariant"),
     map="equivariant",
     points=pick(16384, 32768, 256),  # snapshots a side in the fit
     epsilon=pick(0.0005, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
@@ -58,7 +58,7 @@ def get_config(variant="quick"):
     path="auto",  # dense | fused | ring: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints
     recipe="GMQM",  # of equivariant, letter by letter: see downscaling/debias/equivariant.py
-    minibatch=dict(batch=pick(1024, 1024, 32), passes=2.0),  # of minibatch: rows a step, passes over the source
+    minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source
     held_out=pick(4096, 4096, 64),  # LFLR test snapshots that are debiased, in this order
   )
 

@@ -46,7 +46,7 @@ def test_every_stage_left_its_files(finished):
   assert len(list((workdir / "data" / "ks" / "lflr").rglob("*.array_record-*-of-*"))) == 12
   for path in (
     *("data/statistics.npz", "data/ks/hfhr/1.0.0/dataset_info.json", "data/ks/lflr/1.0.0/features.json"),
-    *(f"debias/{name}/{file}" for name in ("entropic", "equivariant") for file in ("map.json", "arrays.npz")),
+    *(f"debias/{name}/{file}" for name in ("entropic", "gaussian", "equivariant") for file in ("map.json", "arrays.npz")),
     "debias/diagnostics.json",
     *("debias/held_out.zarr/zarr.json", "debias/in_sample.zarr/zarr.json"),
     *("train/prior/0", "train/checkpoints/20", "train/metrics.csv"),
@@ -75,7 +75,7 @@ def test_metrics_follow_the_schema_and_the_samples_keep_their_constraint(finishe
   tables.check_schema(metrics)
   assert metrics["experiment"] == "ks-8x"
   assert {"lflr", "ot", "entropic", "ot in-sample", "entropic in-sample", "floor"} <= {*metrics["debias"]}
-  assert metrics["maps"] == {"ot": "equivariant", "entropic": "entropic"}
+  assert metrics["maps"] == {"ot": "equivariant", "entropic": "entropic", "gaussian": "gaussian"}
   assert {*SETS, "ot+cubic", "floor"} <= {*metrics["samples"]}
   for name in SETS[:3]:  # float32 fields of order one, 24 values a condition; a missing projection gives about 1
     assert metrics["samples"][name]["constraint_rmse"] < 1e-5
