@@ -1,13 +1,14 @@
 """Entropic transport between two clouds: our paths against ott (dense, online), POT (plain, log), on the same points.
 
   python benchmarks/sinkhorn.py [--points=2048,4096] [--dimensions=24] [--epsilon=0.003] [--rounds=3] [--limit=150]
-                                [--solvers=...]      all: dense, fused, ring, ott, ott-online, pot, pot-log
+                                [--once] [--solvers=...]      all: dense, fused, ring, ott, ott-online, pot, pot-log
 
 d = 24: Kuramoto–Sivashinsky snapshots, biased against coarsened true ones; else Gaussian clouds of a falling spectrum.
 ε is a share of the mean cost. Every solver starts cold and runs to a marginal error of 1e-3; ours anneals and over-
 relaxes as the `debias` job does, the others run with their defaults. Each measurement is a process of its own:
 
-  seconds     of the second call (the first compiles); the least over rounds in which the solvers take turns
+  seconds     of the second call (the first compiles), with --once of the first; the least over rounds in which the
+              solvers take turns
   iterations  to the end (of all rungs together, ours)
   error       the larger L1 error of the two marginals, measured afterwards for all by one float64 routine
   memory      growth of the process's peak above what it held before solving
@@ -116,7 +117,7 @@ def pot(method):
   return solve
 
 
-def worker(solver, n, d, share):
+def worker(solver, n, d, share, once_only):
   """Prints one measurement as JSON."""
   import warnings
 
@@ -130,15 +131,16 @@ def worker(solver, n, d, share):
   f, g, count = solve(x, y, epsilon)
   once = time.perf_counter() - once
   memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024
-  began = time.perf_counter()
-  f, g, count = solve(x, y, epsilon)
-  seconds = time.perf_counter() - began
+  began, seconds = time.perf_counter(), once
+  if not once_only:
+    f, g, count = solve(x, y, epsilon)
+    seconds = time.perf_counter() - began
   error = marginal_error(x, y, f, g, epsilon)
   print(json.dumps({"seconds": seconds, "first": once, "iterations": int(count), "error": error, "memory": memory}))
 
 
-def measure(solver, n, d, share, limit):
-  argv = [sys.executable, __file__, "--worker", solver, str(n), str(d), str(share)]
+def measure(solver, n, d, share, limit, once):
+  argv = [sys.executable, __file__, "--worker", solver, str(n), str(d), str(share), str(int(once))]
   try:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=limit)
   except subprocess.TimeoutExpired:
@@ -155,7 +157,7 @@ def table(n, d, args):
   for _ in range(args.rounds):
     for solver, rows in runs.items():
       if not rows or (rows[-1] and "failed" not in rows[-1]):  # what failed or was too slow is not tried again
-        rows.append(measure(solver, n, d, args.epsilon, args.limit))
+        rows.append(measure(solver, n, d, args.epsilon, args.limit, args.once))
   best = None
   for solver, rows in runs.items():
     good = [r for r in rows if r and "failed" not in r]
@@ -174,8 +176,8 @@ def table(n, d, args):
 
 def main():
   if sys.argv[1:2] == ["--worker"]:
-    solver, n, d, share = sys.argv[2:]
-    worker(solver, int(n), int(d), float(share))
+    solver, n, d, share, once = sys.argv[2:]
+    worker(solver, int(n), int(d), float(share), once == "1")
     return
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--points", default="2048,4096")
@@ -183,6 +185,7 @@ def main():
   parser.add_argument("--epsilon", type=float, default=0.003)
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--limit", type=float, default=150.0)
+  parser.add_argument("--once", action="store_true")
   parser.add_argument("--solvers", default=",".join(SOLVERS))
   args = parser.parse_args()
   for d in map(int, args.dimensions.split(",")):
