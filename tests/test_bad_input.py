@@ -164,7 +164,7 @@ def test_help_is_no_error(execute):
     ({"model.strides": (2, 7)}, ("192 points cannot be coarsened 14 times", "config.model.strides")),
     ({"model.convolution": "fft"}, ("config.model.convolution='fft'", "im2col")),
     ({"optimizer.warmup_steps": 20}, ("config.optimizer.warmup_steps=20", "total_steps=20")),
-    ({"data.name": "era5"}, ("config.data.name='era5'", "['ks']")),
+    ({"data.name": "era5"}, ("config.data.name='era5'", "'ks'")),
     ({"data.snapshots": 0}, ("config.data.snapshots must be at least 1",)),
     ({"mesh.data": 5}, ("config.mesh.data=5 × fsdp=1, but 4 devices", "host_platform_device_count=5")),
   ],

@@ -1,0 +1,148 @@
+"""One ensemble drawn by real processes: any topology, killed and told to stop at any moment, moved, grown, locked."""
+
+import contextlib
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from downscaling.common import runs
+from downscaling.sampling import ensemble
+from tests.sampling import worker
+from tests.test_distributed import numbers, rehearse, start, wait_for
+
+never = lambda: False
+
+
+def argv(path, conditions=24, members=6, seconds=0.0):
+  return [sys.executable, "-W", "ignore", worker.__file__, path, conditions, members, seconds]
+
+
+def files(path):
+  """{file: bytes} of the arrays and their metadata; the root says when it was made."""
+  return {p.relative_to(path): p.read_bytes() for p in sorted(path.glob("*/**/*")) if p.is_file()}
+
+
+def markers(path):
+  return {p.name: p.stat().st_mtime_ns for p in path.with_suffix(".units").glob("c*-m*.json")}
+
+
+def same(one, two):
+  """To the rounding of float32 sums of order one, whose order depends on the rows that a device holds."""
+  a, b = ensemble.read(one), ensemble.read(two)
+  assert {*a.variables} == {*b.variables}
+  for name in a.variables:
+    np.testing.assert_allclose(a[name].values, b[name].values, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """24 × 6 in 18 units, drawn by this process on four devices."""
+  path = tmp_path_factory.mktemp("whole") / "a.zarr"
+  assert worker.draw(path, 24, 6, never)["drawn"] == 18
+  return path
+
+
+def test_two_processes_draw_what_one_draws(whole, tmp_path):
+  """2 × 2 devices against 1 × 4; both processes take part, and each unit is drawn once."""
+  path = tmp_path / "a.zarr"
+  said = rehearse(2, 2, argv(path, seconds=0.05))
+  assert "[0] drawn 18 of 18" in said
+  same(path, whole)
+  assert set(markers(path)) == set(markers(whole))
+  assert not (tmp_path / "a.units" / "lock.json").exists()
+
+
+def test_sigterm_to_one_of_two_and_on_with_other_devices(whole, tmp_path):
+  path, pids = tmp_path / "a.zarr", tmp_path / "pids"
+  process = start(2, 1, argv(path, seconds=0.3), pids)
+  wait_for(lambda: len(markers(path)) >= 2, process)
+  os.kill(numbers(pids)[1], signal.SIGTERM)
+  said, _ = process.communicate(timeout=60)
+  assert process.returncode == 143, said
+  first = markers(path)
+  assert 2 <= len(first) < 18
+  assert f"[0] sample stopped after {len(first)} of 18 units, which are on disk" in said
+  assert worker.draw(path, 24, 6, never)["drawn"] == 18 - len(first)
+  assert {name: markers(path)[name] for name in first} == first
+  same(path, whole)
+
+
+def test_a_store_that_another_job_writes_is_refused(whole, tmp_path):
+  """With who and since when; the other goes on undisturbed. Killed, it leaves a lock that the next job takes over."""
+  path, pids = tmp_path / "a.zarr", tmp_path / "pids"
+  process = start(1, 4, argv(path, seconds=0.2), pids)
+  wait_for(lambda: markers(path), process)
+  with pytest.raises(OSError, match=rf"a.zarr is being written by another job: host .*, pid {numbers(pids)[0]}, since"):
+    worker.draw(path, 24, 6, never)
+  os.kill(numbers(pids)[0], signal.SIGKILL)
+  process.communicate(timeout=60)
+  done = markers(path)
+  assert 1 <= len(done) < 18
+  assert worker.draw(path, 24, 6, never)["drawn"] == 18 - len(done)
+  same(path, whole)
+  assert files(path) == files(whole)  # the same devices
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_on_any_topology(tmp_path):
+  """1 × 2 devices -> 2 × 1 -> 1 × 4, kill -9 to one process at ten moments and SIGTERM at two: each unit is finished
+  once, none is missing, and the end is what an undisturbed run leaves, to rounding; on one topology byte for byte."""
+  dice, size = random.Random(0), {"conditions": 96, "members": 8}  # 96 units
+  rehearse(1, 2, argv(tmp_path / "straight.zarr", **size))
+  for name, topologies in (("moved", ((1, 2), (2, 1), (1, 4))), ("same", ((1, 2),))):
+    path, pids = tmp_path / f"{name}.zarr", tmp_path / "pids"
+    for life in range(12):
+      before = markers(path)
+      process = start(*topologies[life % len(topologies)], argv(path, **size, seconds=0.15), pids, GRACE="2")
+      if dice.random() < 0.8:  # else in its imports, its start, its compilation
+        wait_for(lambda b=before, p=path: len(markers(p)) > len(b), process)
+      time.sleep(dice.uniform(0, 0.6))
+      with contextlib.suppress(ProcessLookupError):
+        sent = signal.SIGTERM if life in (4, 9) else signal.SIGKILL
+        os.kill(dice.choice([*numbers(pids).values()]), sent)
+      process.communicate(timeout=120)
+      assert {k: markers(path)[k] for k in before} == before, "a finished unit was done again"
+    left = 96 - len(markers(path))
+    assert left > 0, "it was done too soon"
+    said = rehearse(*topologies[-1], argv(path, **size))
+    assert f"drawn {left} of 96" in said
+    same(path, tmp_path / "straight.zarr")
+  assert files(tmp_path / "same.zarr") == files(tmp_path / "straight.zarr")
+
+
+@pytest.mark.slow
+def test_memory_is_flat(tmp_path):
+  """Peak of a process that draws 1, 4 and 16 times as much, of fields large enough to be seen: 64 × 64 in units of
+  32 MB. To a tenth: the allocator's own mood; a whole ensemble in memory would add .5 GB to the last."""
+  code = """
+import resource, sys
+import numpy as np
+from downscaling.common import mesh as meshes
+from downscaling.sampling import ensemble, solvers
+count = int(sys.argv[2])
+ensemble.write_ensemble(
+  sys.argv[1], conditions=np.zeros((64 * count, 4, 4, 1), np.float32), members=32, space=(64, 64), unit=(64, 32),
+  sampler=lambda keys, y: solvers.noise(keys, 0, (64, 64, 1)), mesh=meshes.make(), seed=0, identity={},
+  attrs={}, stop=lambda: False)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+  peaks = []
+  for count in (4, 16):
+    said = rehearse(1, 1, [sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{count}.zarr", count])
+    peaks.append(float(said.split("peak")[1].split()[0]))
+  assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_a_worker_ends_like_the_program(tmp_path):
+  """So that these tests test something: an error is one line and code 1."""
+  (tmp_path / "a.zarr").mkdir()
+  assert "worker: " in rehearse(1, 1, argv(tmp_path / "a.zarr"), code=1)
+  assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+  assert pathlib.Path(worker.__file__).exists()
+  assert not (tmp_path / "a.units" / runs.MARKER).exists()
