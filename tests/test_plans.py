@@ -30,7 +30,8 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
   assert "256 × 256 points in 24 dimensions" in text
   assert "20 steps of batch 16 (4 a device, in 1 part(s)) = 320 samples" in text
   assert "112 fields (192,)" in text  # 3 sets × 16 conditions × 2 members + 16
-  assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\)", text)) == 1
+  assert "7 units of 8 conditions × 2 members, 7 a process, 4 fields a device at a time\n" in text
+  assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 24.6 kB fields", text)) == 1
 
 
 def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):

@@ -32,7 +32,7 @@ from downscaling.common import mesh as meshes
 from downscaling.sampling import store
 from downscaling.sampling.store import Coordinates, Layout, Unit, read
 
-__all__ = ["Layout", "Unit", "block", "keys", "program", "read", "write_ensemble"]
+__all__ = ["Layout", "Unit", "block", "keys", "layout_of", "program", "read", "write_ensemble"]
 
 Sampler = Callable[..., Any]  # (keys [B], conditions or None[, weights]) -> fields, or (fields, misfit [B])
 
@@ -94,42 +94,51 @@ def write_ensemble(
   ids = _ids(condition_ids, layout.conditions)
   layout = layout._replace(misfit=_has_misfit(sampler, layout, weights))
   about = {"sample": {"long_name": "sampled field"} | dict(sample_attrs or {}), "misfit": MISFIT}
-  if layout.misfit:
-    about["sample"] |= {"ancillary_variables": "misfit"}
+  about["sample"] |= {"ancillary_variables": "misfit"} if layout.misfit else {}
   variables = store.variables(layout, ids, conditions, coordinates or {}, about["sample"].get("units", "1"))
   processes.same_everywhere({f"conditions of {path.name}": store.digest(ids, conditions)})
-
+  total, drawn = len(layout.units()), 0
   with contextlib.ExitStack() as held:
-    guard = {}  # the lock, on process 0
 
-    def prepare():
-      """On process 0: everything of the store but its units; what is missing, in a form that fits into a message."""
+    def prepare() -> tuple[store.Found, locks.Lock]:
       stage = store.open_stage(path, layout, seed, identity)
-      guard["lock"] = held.enter_context(locks.hold(stage.path / "lock.json", str(path)))
+      lock = held.enter_context(locks.hold(stage.path / "lock.json", str(path)))
       store.grow(path, stage, layout, ids, conditions)
       store.create(path, layout, variables, attrs, about)
-      found = store.find(path, layout)
-      if found.missing:
-        store.say_done(path, 1 - len(found.missing) / len(layout.units()))
-      places = {u: i for i, u in enumerate(layout.units())}
-      missing = np.zeros(len(places), bool)
-      missing[[places[u] for u in found.missing]] = True
-      return [np.packbits(missing).tobytes().hex(), {str(i): list(u) for i, u in found.parts.items()}]
+      return store.find(path, layout), lock
 
-    with runs.full_disk_in_words(path, "its finished units are whole"):
-      bits, parts = processes.main_only("ensemble", prepare)
-    units = layout.units()
-    missing = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=len(units)).astype(bool)
-    todo = [u for u, absent in zip(units, missing, strict=True) if absent]
-    drawn = 0
-    if todo:
-      found = store.Found(todo, {int(i): Unit(*u) for i, u in parts.items()})
+    found, lock = _agree(path, layout, prepare)
+    if found.missing:
       extra = () if weights is None else (jax.device_put(weights, meshes.replicated(mesh)),)
       jitted, rows = program(sampler, mesh, seed, layout), math.prod(layout.unit)
       draw = lambda unit: jitted(*meshes.to_global(mesh, block(layout, unit, ids, conditions), rows), *extra)
-      drawn = _draw(store.Writer(path, layout), found, draw, stop, guard.get("lock"))
+      drawn = _draw(store.Writer(path, layout), found, draw, stop, lock)
     drawn = sum(processes.gather("ensemble/drawn", drawn, processes.LONG))
-    return _conclude(path, layout, len(units) - len(todo), drawn, began)
+    return _conclude(path, layout, total - len(found.missing), drawn, began)
+
+
+def _agree(path, layout: Layout, prepare: Callable) -> tuple[store.Found, locks.Lock | None]:
+  """What is missing, as process 0 finds it once it has prepared everything of the store but its units; the lock there.
+
+  Told as one bit a unit, in hexadecimal: a million of them are 250 kB.
+  """
+  units, locked = layout.units(), []
+
+  def work():
+    found, lock = prepare()
+    locked.append(lock)
+    absent = {*found.missing}
+    if absent:
+      store.say_done(path, 1 - len(absent) / len(units))
+    bits = np.packbits([u in absent for u in units]).tobytes().hex()
+    return [bits, {str(place): list(part) for place, part in found.parts.items()}]
+
+  with runs.full_disk_in_words(path, "its finished units are whole"):
+    bits, parts = processes.main_only("ensemble", work)
+  absent = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=len(units))
+  missing = [u for u, is_absent in zip(units, absent, strict=True) if is_absent]
+  found = store.Found(missing, {int(place): Unit(*part) for place, part in parts.items()})
+  return found, locked[0] if locked else None
 
 
 def _conclude(path, layout: Layout, before: int, drawn: int, began: float) -> dict:
@@ -173,6 +182,12 @@ def block(layout: Layout, unit: Unit, ids: np.ndarray, conditions: np.ndarray | 
   m = np.tile(np.arange(unit.m0, unit.m0 + km), kc)
   y = None if conditions is None else np.asarray(conditions[unit.c0 : unit.c1], np.float32)[c - unit.c0]
   return ids[c].astype(np.uint32), m.astype(np.uint32), y
+
+
+def layout_of(sampler: Sampler, weights, *, conditions, members, space, coarse, unit, channels=1) -> Layout:
+  """The layout of a store from sizes alone, as write_ensemble has it. coarse: shape of a condition, or None."""
+  layout = Layout(conditions, members, space, channels, coarse, unit)
+  return layout._replace(misfit=_has_misfit(sampler, layout, weights))
 
 
 def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
