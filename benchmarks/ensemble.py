@@ -147,9 +147,10 @@ def main():
     print("2. share of wall time")
     for points, unit in cases.items():
       share(folder, points, args.units, unit, args.milliseconds * (points / 64) ** 2, speeds[points])
-    points, unit = next(iter(cases.items()))
-    print(f"3. peak memory, fields of {points}²")
-    peaks = [peak(folder, points, n * max(2, args.units // 4), unit) for n in (1, 4, 16)]
+    points, (conditions, members) = next(iter(cases.items()))
+    unit = max(1, conditions // 4), members
+    print(f"3. peak memory, fields of {points}², {args.units} units of {args.megabytes / 4:g} MB and more")
+    peaks = [peak(folder, points, n * args.units, unit) for n in (1, 4, 16)]
     print("  ".join(f"{n:2}× {p:.0f} MB ({p / peaks[0]:.2f})" for n, p in zip((1, 4, 16), peaks, strict=True)))
 
 

@@ -319,6 +319,9 @@ def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
     ({"conditions": CONDITIONS[..., 0]}, r"\[conditions, \*coarse, channels\]"),
     ({"condition_ids": np.zeros(5, int)}, "5 different numbers"),
     ({"coordinates": {"x": (np.arange(23), {})}}, "coordinate x"),
+    ({"conditions": CONDITIONS[:, :5]}, "is the coarse grid the one the prior was trained for"),
+    ({"space": (48,)}, r"draws \[\(8, 24, 1\)\] of a unit of 8, the store takes fields \(8, 48, 1\)"),
+    ({"channels": 2}, "channels must be those that the prior was trained on"),
   ],
 )
 def test_refusals_before_anything_is_written(tmp_path, sampler, change, words):

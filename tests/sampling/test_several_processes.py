@@ -99,7 +99,9 @@ def test_killed_at_ten_random_moments_on_any_topology(tmp_path):
     path, pids = tmp_path / f"{name}.zarr", tmp_path / "pids"
     for life in range(lives):
       before = markers(path)
+      pids.unlink(missing_ok=True)
       process = start(*topologies[life % len(topologies)], argv(path, **size, seconds=0.15), pids, GRACE="2")
+      wait_for(pids.exists, process)
       if dice.random() < 0.8:  # else in its imports, its start, its compilation
         wait_for(lambda b=before, p=path: len(markers(p)) > len(b), process)
       time.sleep(dice.uniform(0, 0.6))
