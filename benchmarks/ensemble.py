@@ -46,19 +46,21 @@ class Drawn:
     return self.block
 
 
-def device(points, unit, seconds):
-  """In the place of ensemble.program: units one after the other, `seconds` each, while the host is free."""
-  table, free = noise(points), [0.0]
+class Device:
+  """In the place of what ensemble.program compiles: units one after the other, `seconds` each; the host is free."""
 
-  def program(*_):
-    def draw(condition_ids, *_):
-      free[0] = max(free[0], time.monotonic()) + seconds
-      first = int(condition_ids[0])
-      return {"sample": Drawn(table[(np.arange(unit[0] * unit[1]) + first) % len(table)], free[0])}
+  def __init__(self, points, rows, seconds):
+    self.table, self.rows, self.seconds, self.free = noise(points), np.arange(rows), seconds, 0.0
 
-    return draw
+  def lower(self, *_):
+    return self
 
-  return program
+  compile = lower
+
+  def __call__(self, condition_ids, *_):
+    self.free = max(self.free, time.monotonic()) + self.seconds
+    first = int(condition_ids[0])
+    return {"sample": Drawn(self.table[(self.rows + first) % len(self.table)], self.free)}
 
 
 def draw(path, points, conditions, unit, seconds=0.0):
@@ -69,7 +71,7 @@ def draw(path, points, conditions, unit, seconds=0.0):
     began.append(time.monotonic())
     return False
 
-  ensemble.program = device(points, unit, seconds)
+  ensemble.program = lambda *_: Device(points, unit[0] * unit[1], seconds)
   ensemble.write_ensemble(
     path, conditions=np.zeros((conditions, 4, 4, 1), np.float32), members=unit[1], space=(points, points), unit=unit,
     sampler=lambda keys, y: jnp.zeros((len(keys), points, points, 1)), mesh=meshes.make(1), seed=0, identity={},

@@ -185,7 +185,8 @@ def sample_job(ctx: Context) -> str:
   stage, stats = ctx.stage("samples"), stage_statistics(ctx)
   network = build.denoising_network(c, stats)
   space, channels = build.space(c), len(stats.mean)
-  params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
+  with ctx.stop.interruptible("restoring the prior"):
+    params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
   params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)  # as whole here as anywhere
   draw = build.sampler(c, stats, network)
   with stage.timed():
@@ -212,6 +213,7 @@ def sample_job(ctx: Context) -> str:
         coordinates=build.coordinates(c),
         sample_attrs={"units": "1"},
         stop=ctx.stop.told,
+        interruptible=ctx.stop.interruptible,
       )
   stage.finish(sets=sorted(build.SOURCES), extent=build.extent(c))
   return f"wrote {stage.path}; next: downscaling evaluate"

@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from downscaling.common import runs
 
 BEAT = 15.0  # seconds between two signs of life
-PATIENCE = 120.0  # seconds that another host's lock is watched; file systems may show changes a minute late
+# Seconds that another host's lock is watched: file systems may show changes a minute late, and of a job whose process 0
+# died, the other processes have ended by then (processes.start: after 100 s of silence).
+PATIENCE = 120.0
 STALE = 600.0  # seconds after which it need not be watched
 
 

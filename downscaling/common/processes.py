@@ -311,12 +311,25 @@ def main_only(name: str, work: Callable[[], Any], timeout: float = LONG) -> Any:
 
 
 def counter(name: str) -> Callable[[], int]:
-  """take() -> 0, 1, 2, ...: each number goes to one process, whichever asks first. Each must call this as often."""
+  """take() -> 0, 1, 2, ...: each number goes to one process, whichever asks first. Each must call this as often.
+
+  Raises: ConnectionError, by take, if process 0 is gone.
+  """
   if (store := client()) is None:
     return itertools.count().__next__
   _calls[f"counter/{name}"] += 1
   key = f"downscaling/counter/{name}/{_calls[f'counter/{name}']}"
-  return lambda: store.key_value_increment(key, 1) - 1
+
+  def take() -> int:
+    try:
+      return store.key_value_increment(key, 1) - 1
+    except jax.errors.JaxRuntimeError as error:
+      said = str(error).splitlines()[0][:200]
+      raise ConnectionError(
+        f"process 0, which deals out the work, is gone ({name}: {said}): start all again."
+      ) from error
+
+  return take
 
 
 def same_everywhere(facts: dict[str, Any]) -> None:

@@ -58,6 +58,7 @@ def write_ensemble(
   coordinates: Coordinates | None = None,
   sample_attrs: Mapping[str, str] | None = None,
   weights: Any = None,
+  interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict:
   """Draws what is missing of the ensemble and returns its summary (units, fields, seconds; drawn: units, by all).
 
@@ -81,6 +82,7 @@ def write_ensemble(
     coordinates: name (x, y, x_coarse, y_coarse) -> (values, attributes); point numbers by default.
     sample_attrs: units, long_name, ... of the variable `sample`.
     weights: tree of arrays for the sampler's third argument, kept out of the compiled program; None: it has but two.
+    interruptible: what is done -> a block in which this process may be ended, as nothing could be lost (supervision).
   Raises:
     ValueError: impossible sizes, NaN in a condition, a store of another identity (keys are named), fewer conditions or
       members than it holds.
@@ -110,8 +112,11 @@ def write_ensemble(
     found, lock = _agree(path, layout, prepare)
     if found.missing:
       extra = () if weights is None else (jax.device_put(weights, meshes.replicated(mesh)),)
-      jitted, rows = program(sampler, mesh, seed, layout), math.prod(layout.unit)
-      draw = lambda unit: jitted(*meshes.to_global(mesh, block(layout, unit, ids, conditions), rows), *extra)
+      rows = math.prod(layout.unit)
+      inputs = lambda unit: (*meshes.to_global(mesh, block(layout, unit, ids, conditions), rows), *extra)
+      with interruptible("compiling the sampler"):
+        compiled = program(sampler, mesh, seed, layout).lower(*inputs(found.missing[0])).compile()
+      draw = lambda unit: compiled(*inputs(unit))
       drawn = _draw(store.Writer(path, layout), found, draw, stop, lock)
     drawn = sum(processes.gather("ensemble/drawn", drawn, processes.LONG))
     return _conclude(path, layout, total - len(found.missing), drawn, began)

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import xarray
 
 from downscaling.common import runs
 from downscaling.sampling import ensemble
@@ -78,6 +79,10 @@ def test_a_store_that_another_job_writes_is_refused(whole, tmp_path):
   path, pids = tmp_path / "a.zarr", tmp_path / "pids"
   process = start(1, 4, argv(path, seconds=0.2), pids)
   wait_for(lambda: markers(path), process)
+  with xarray.open_zarr(path) as data:  # while it grows; warnings are errors here
+    assert data.sample.shape == (24, 6, 24)
+    assert 0 <= data.attrs["done_fraction"] < 1
+    assert 0 < np.isfinite(data.sample).all("x").sum() < 24 * 6
   with pytest.raises(OSError, match=rf"a.zarr is being written by another job: host .*, pid {numbers(pids)[0]}, since"):
     worker.draw(path, 24, 6, never)
   os.kill(numbers(pids)[0], signal.SIGKILL)
