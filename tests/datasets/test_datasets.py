@@ -195,3 +195,11 @@ def test_rows_do_not_depend_on_processes_or_on_where_the_stream_began():
     np.testing.assert_array_equal(a["x"], b["x"])
   assert late[0]["x"].sharding == meshes.rows(mesh)
   assert isinstance(late[0]["x"], jax.Array)
+
+
+def test_any_beginning_of_the_rows_is_spread_out():
+  """An ensemble that grows keeps its first conditions; few of them come from as many trajectories, at all times."""
+  order = builders.spread(6, 4)
+  assert sorted(order) == [*range(24)]
+  assert sorted(order[:6] // 4) == [*range(6)]
+  assert {*(order[:6] % 4)} == {0, 1, 2, 3}
