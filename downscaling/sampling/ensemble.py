@@ -37,7 +37,7 @@ __all__ = ["Layout", "Unit", "block", "keys", "layout_of", "program", "read", "w
 Sampler = Callable[..., Any]  # (keys [B], conditions or None[, weights]) -> fields, or (fields, misfit [B])
 
 _SAY_DONE_SECONDS = 20.0  # between rewrites of the attribute done_fraction
-MISFIT = {"long_name": "chi-squared of the misfit to the condition, relative to what the prior expects", "units": "1"}
+MISFIT = {"long_name": "chi-squared of the misfit to the condition; 1 is what the prior expects", "units": "1"}
 
 
 def write_ensemble(

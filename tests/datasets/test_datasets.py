@@ -134,7 +134,7 @@ def test_plain_tfds_download_says_which_job(tmp_path):
 
 def test_another_grid_is_another_data_set(tmp_path):
   assert builders.make("ks", "hfhr", tmp_path, (192,)).data_dir != builders.make("ks", "hfhr", tmp_path, (96,)).data_dir
-  with pytest.raises(ValueError, match=r"known: \['ks'\]"):
+  with pytest.raises(ValueError, match=r"known: \[.*'ks'\]"):
     builders.make("era5", "hfhr", tmp_path, (192,))
 
 
