@@ -59,6 +59,20 @@ def test_two_processes_draw_what_one_draws(whole, tmp_path):
   assert not (tmp_path / "a.units" / "lock.json").exists()
 
 
+def test_two_processes_make_an_ensemble_larger(whole, tmp_path):
+  """22 × 5, every edge unit incomplete, to 24 × 6: each process keeps what is there of the units that it completes."""
+  path = tmp_path / "a.zarr"
+  worker.draw(path, 22, 5, never)
+  before = ensemble.read(path).load()
+  said = rehearse(2, 2, argv(path, seconds=0.05))
+  assert "[0] drawn 8 of 18" in said  # five of the last members, two of the last conditions, one of both
+  after = ensemble.read(path)
+  for name in ("sample", "misfit"):
+    np.testing.assert_array_equal(after[name][:22, :5], before[name])
+  same(path, whole)
+  assert set(markers(path)) == set(markers(whole))
+
+
 def test_sigterm_to_one_of_two_and_on_with_other_devices(whole, tmp_path):
   path, pids = tmp_path / "a.zarr", tmp_path / "pids"
   process = start(2, 1, argv(path, seconds=0.3), pids)
