@@ -43,9 +43,19 @@ def identity(config, stage: str) -> dict[str, Any]:
   blocks = {key: runs.plain(config[key]) for key in IDENTITY[stage]}
   unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
   blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
+  if "sampling" in blocks:  # counts decide how much there is, not what: an ensemble grows
+    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members")}
+    few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
+    blocks["sampling"] = sampling | {"unconditional": few}
   if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
     blocks["debias"] = {k: v for k, v in blocks["debias"].items() if k not in ("path", "save_seconds")}
   return blocks
+
+
+def extent(config) -> dict[str, int]:
+  """How much is to be drawn; grows from one call to the next, and what depends on it is made anew."""
+  s = config.sampling
+  return {"conditions": s.conditions, "members": s.members, "unconditional.fields": s.unconditional.fields}
 
 
 def data_dir(config, workdir: pathlib.Path) -> pathlib.Path:
@@ -362,10 +372,11 @@ def _check_sizes(config, mesh) -> None:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
     )
-  if (fields := math.prod(c.sampling.unit)) % mesh.size:
+  devices = meshes.local(mesh).size
+  if (fields := math.prod(c.sampling.unit)) % devices:
     raise ValueError(
-      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {mesh.size} devices: each draws as many "
-      f"fields. Make conditions × members a multiple of {mesh.size}."
+      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {devices} devices of a process: each "
+      f"draws as many fields. Make conditions × members a multiple of {devices}."
     )
 
 

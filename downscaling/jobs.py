@@ -26,6 +26,12 @@ from downscaling.diffusion import steps, training
 from downscaling.evaluation import evidence, report, tables
 from downscaling.sampling import ensemble
 
+# What a series of members is not, in the attributes of the store.
+INDEPENDENT = (
+  "Members are independent in time: the prior knows single fields, so member m of one condition does not go on in "
+  "member m of the next"
+)
+
 # Stage -> what later jobs read of it. Moved away because it is damaged, it is made again from what the stage still has.
 PRODUCTS = {
   "data": ("statistics.npz",),
@@ -62,7 +68,11 @@ class Context:
     files = (runs.MARKER, *PRODUCTS[name], *maps)
     there = [(self.folder(name) / file).exists() for file in files]
     marked, *products = processes.gather(f"done/{name}", there)[0]  # as process 0 sees it: all must answer alike
-    return marked and self.stage(name).complete and all(products)
+    if not marked:
+      return False
+    stage = self.stage(name)
+    grown = name in ("samples", "report") and stage.summary.get("extent") != build.extent(self.config)
+    return stage.complete and all(products) and not grown
 
   def need(self, name: str, job: str) -> runs.Stage:
     """A finished stage; raises FileNotFoundError naming the job that makes it."""
@@ -183,7 +193,9 @@ def sample_job(ctx: Context) -> str:
   stage, stats = ctx.stage("samples"), stage_statistics(ctx)
   network = build.denoising_network(c, stats)
   space, channels = build.space(c), len(stats.mean)
-  params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
+  with ctx.stop.interruptible("restoring the prior"):
+    params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
+  params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)  # as whole here as anywhere
   draw = build.sampler(c, stats, network)
   with stage.timed():
     for name, source in build.SOURCES.items():
@@ -197,15 +209,21 @@ def sample_job(ctx: Context) -> str:
         space=space,
         channels=channels,
         unit=tuple(c.sampling.unit) if source else (1, c.sampling.unit[0] * c.sampling.unit[1]),
-        mesh=ctx.mesh,
+        mesh=meshes.local(ctx.mesh),
         seed=c.seed,
         identity={"config": stage.identity, "source": source or "none"},
-        attrs={"title": f"{c.experiment}: {name}", "config_hash": runs.config_hash(stage.identity)},
+        attrs={
+          "title": f"{c.experiment}: {name}",
+          "comment": f"{INDEPENDENT}. NaN: not yet drawn, see done_fraction.",
+          "references": "Wan et al. 2023, https://arxiv.org/abs/2305.15618",
+          "config_hash": runs.config_hash(stage.identity),
+        },
         coordinates=build.coordinates(c),
         sample_attrs={"units": "1"},
-        stop=ctx.stop,
+        stop=ctx.stop.told,
+        interruptible=ctx.stop.interruptible,
       )
-  stage.finish(sets=sorted(build.SOURCES))
+  stage.finish(sets=sorted(build.SOURCES), extent=build.extent(c))
   return f"wrote {stage.path}; next: downscaling evaluate"
 
 
@@ -213,7 +231,7 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
   """Coarse fields [K, *coarse, C]: "ot" debiased, "raw" as simulated, "true" of held-out fine fields."""
   count, op = ctx.config.sampling.conditions, build.operator(ctx.config)
   if source == "true":
-    return np.asarray(op.apply(load_rows(ctx, "hfhr", "validation", count)))
+    return np.asarray(op.apply(true_rows(ctx, count)))
   rows = held_out(ctx)[{"ot": ctx.config.debias.map, "raw": "lflr"}[source]]
   if len(rows) < count:
     raise ValueError(
@@ -221,6 +239,13 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
       f"fewer, or --config.debias.held_out={count} in another --workdir."
     )
   return rows[:count]
+
+
+def true_rows(ctx: Context, count: int) -> np.ndarray:
+  """The held-out fine fields [K, *space, C] behind the conditions "true"; of a larger count, these are the first."""
+  c = ctx.config
+  order = builders.spread(c.data.hfhr.validation, c.data.snapshots)
+  return builders.load(build.dataset(c, ctx.workdir, "hfhr"), "validation", index=order[:count])["u"]
 
 
 def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
@@ -246,13 +271,16 @@ def readable(path: pathlib.Path, job: str) -> Iterator[None]:
 
 
 def evaluate_job(ctx: Context) -> str:
-  """Measures everything against held-out truth and writes metrics.json, the figures and report.html."""
+  """Measures everything against held-out truth and writes metrics.json, the figures and report.html: process 0 does."""
   ctx.need("samples", "sample")
   stage, c = ctx.stage("report"), ctx.config
-  with stage.timed():
-    metrics = report.write(stage.path, evidence_of(ctx))
-  stage.finish(html=str(stage.path / "report.html"))
-  print(tables.summary_table(metrics))
+
+  def measure():
+    print(tables.summary_table(report.write(stage.path, evidence_of(ctx))))
+
+  with stage.timed(), contextlib.nullcontext() if meshes.is_main() else ctx.stop.waiting():
+    processes.main_only("evaluate", measure)
+  stage.finish(html=str(stage.path / "report.html"), extent=build.extent(c))
   return f"wrote {stage.path / 'report.html'} ({c.experiment}); open it in a browser"
 
 
@@ -264,7 +292,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   rows, fitted = (by_row(c, held_out(ctx, name)) for name in ("held_out", "in_sample"))
   most = max(count, len(rows["ot"]), len(fitted["ot"]), c.sampling.unconditional.fields)
   floor = load_rows(ctx, "hfhr", "validation", most)[..., 0]
-  truth = load_rows(ctx, "hfhr", "validation", count)[..., 0]
+  truth = true_rows(ctx, count)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
   samples, conditions = {}, {}
   for name, source in build.SOURCES.items():
@@ -333,7 +361,7 @@ def pipeline_job(ctx: Context) -> str:
   done = ctx.done("report")
   for name in ("generate", "debias", "train", "sample", "evaluate"):
     runs.say(f"{name}: {run(name, ctx)}")
-  if done:  # else evaluate has just printed it
+  if done and meshes.is_main():  # else evaluate has just printed it
     print(tables.summary_table(runs.read_json(ctx.folder("report") / "metrics.json")))
   return f"report: {ctx.folder('report') / 'report.html'}"
 
@@ -348,7 +376,6 @@ JOBS = {
   "pipeline": (None, pipeline_job),
 }
 NAMES = tuple(JOBS)
-DISTRIBUTED = ("generate", "debias", "train")  # the jobs that several processes may do together
 
 
 def run(name: str, ctx: Context) -> str:

@@ -34,7 +34,7 @@ flags.DEFINE_enum(
 flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
-EXPECTED = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, OSError)
+EXPECTED = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, OSError, supervision.PeerFailed)
 
 
 def run() -> None:
@@ -142,8 +142,6 @@ def main(argv: list[str], stop: supervision.Stop) -> None:
 
 def work(job: str, stop: supervision.Stop) -> str:
   """Does the job, or plans it; returns what to say of it."""
-  import jax
-
   from downscaling import build, jobs, plans
   from downscaling.common import mesh as meshes
   from downscaling.common import processes, runs
@@ -160,11 +158,6 @@ def work(job: str, stop: supervision.Stop) -> str:
     build.check(context.config, context.mesh)
     if FLAGS.dry_run:
       return plans.describe(job, context)
-    if jax.process_count() > 1 and job not in jobs.DISTRIBUTED:
-      raise ValueError(
-        f"{jax.process_count()} processes have joined; {job} runs in one in this version, on all its local devices "
-        f"({' and '.join(jobs.DISTRIBUTED)} in any number). Start one process, or add --distributed=off."
-      )
   stop.silence = context.config.supervision.silence
   with runs.full_disk_in_words(context.workdir, "what is finished is whole"):
     return jobs.run(job, context)

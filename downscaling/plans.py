@@ -4,6 +4,7 @@ Memory of the jitted jobs is the compiler's own account of the very program that
 """
 
 import math
+import os
 import time
 
 import jax
@@ -18,6 +19,7 @@ from downscaling.debias import iterations, recipes, sinkhorn
 from downscaling.debias import job as debias_room
 from downscaling.diffusion import state as states
 from downscaling.diffusion import training
+from downscaling.sampling import ensemble
 
 
 def describe(name: str, ctx) -> str:
@@ -158,26 +160,56 @@ def _bytes(tree) -> int:
 
 
 def _sample(c, ctx) -> list[str]:
-  s, stats = c.sampling, _statistics(c, ctx)
-  rows = s.unit[0] * s.unit[1]
-  meshes.check_divides(rows, ctx.mesh.size, "a unit (conditions × members)", "sampling.unit")
-  network = build.denoising_network(c, stats)
-  state, _ = _abstract_state(c, ctx, network)
-  everywhere = meshes.replicated(ctx.mesh)
-  params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), state.params)
-  keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=meshes.rows(ctx.mesh))
-  y = _rows(ctx, rows, *build.operator(c).coarse, 1)
-  memory = jax.jit(build.sampler(c, stats, network)).lower(keys, y, params).compile().memory_analysis()
+  s, mine = c.sampling, meshes.local(ctx.mesh)
+  rows, (k, m) = math.prod(s.unit), s.unit
+  meshes.check_divides(rows, mine.size, "a unit (conditions × members)", "sampling.unit")
+  program, params = _sampling_program(c, ctx, mine)
   field = math.prod(build.space(c)) * 4
   conditional = sum(source is not None for source in build.SOURCES.values())
   fields = conditional * s.conditions * s.members + s.unconditional.fields
+  units = conditional * -(-s.conditions // k) * -(-s.members // m) + -(-s.unconditional.fields // rows)
+  per = rows // mine.size
+  memory = costs.memory(program)
+  once = memory["temporaries"] + memory["arguments"] - params + 2 * memory["outputs"]  # of a unit, on a device
+  limit, whose = _device_memory(mine)
+  most = int(max(0.9 * limit - params, 0) / (once / per) / m) * mine.size  # a tenth for what XLA itself needs
+  fits = f"{-(-k // mine.size) * mine.size},{m}"
+  advice = "" if per % m == 0 else f"; faster with whole conditions on each: --config.sampling.unit=({fits})"
   return [
     f"{conditional} sets of {s.conditions} conditions × {s.members} members, {s.unconditional.fields} unconditional: "
     f"{fields} fields {build.space(c)}, {s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
-    f"units of {s.unit[0]} conditions × {s.unit[1]} members, {rows // ctx.mesh.size} fields a device at a time",
-    f"memory a device: {_size(memory.temp_size_in_bytes)} temporary (compiled)",
+    f"{units} units of {k} conditions × {m} members, {-(-units // jax.process_count())} a process, {per} fields a "
+    f"device at a time{advice}",
+    f"memory a device: {_size(memory['temporaries'])} temporary (compiled), {_size(params)} parameters, "
+    f"{_size(2 * memory['outputs'])} fields of two units",
+    f"there is room for about {most} conditions × {m} members in a unit: {_size(limit)} {whose}",
     f"disk: {_size(fields * field)} before compression in {ctx.folder('samples')}",
   ]
+
+
+def _sampling_program(c, ctx, mesh):
+  """The compiled program that draws a unit of conditions, and bytes of its parameters, on a device each."""
+  s, stats = c.sampling, _statistics(c, ctx)
+  network = build.denoising_network(c, stats)
+  state, _ = _abstract_state(c, ctx, network)
+  everywhere, rows = meshes.replicated(mesh), math.prod(s.unit)
+  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params)
+  sampler, coarse = build.sampler(c, stats, network), (*build.operator(c).coarse, 1)
+  row = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=meshes.rows(mesh))
+  layout = ensemble.layout_of(
+    sampler, params, conditions=s.conditions, members=s.members, space=build.space(c), coarse=coarse, unit=tuple(s.unit)
+  )
+  inputs = row(jnp.uint32), row(jnp.uint32), row(jnp.float32, *coarse)
+  return ensemble.program(sampler, mesh, c.seed, layout).lower(*inputs, params).compile(), _bytes(params)
+
+
+def _device_memory(mesh) -> tuple[int, str]:
+  """Bytes that one device of this process may use, and in words whose they are."""
+  stats = next(iter(mesh.devices.flat)).memory_stats() or {}
+  if "bytes_limit" in stats:
+    return stats["bytes_limit"], "a device"
+  host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return host // mesh.size, f"a device, its share of the host's {_size(host)}"
 
 
 def _evaluate(c, ctx) -> list[str]:

@@ -18,6 +18,7 @@ from downscaling import main as program
 from downscaling.common import mesh as meshes
 from downscaling.common import runs, supervision
 from downscaling.datasets import builders
+from downscaling.sampling import ensemble
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -355,6 +356,33 @@ def test_damaged_samples_do_not_reach_the_report(finished, attempt, tmp_path):
   assert f"{store} cannot be read" in said
   assert "run `downscaling sample` again" in said
   assert not (workdir / "report" / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, config):
+  """More conditions and members in the same folder: what there was stays, and the report is made of all of it."""
+  workdir, data = fitted
+  few = data | {"sampling.conditions": 4, "sampling.unconditional.fields": 4}
+
+  def run(job, **overrides):
+    return do(job, jobs.Context(config(**overrides), workdir, meshes.make(), supervision.Stop(), "test"))
+
+  assert run("sample", **few).startswith("wrote")
+  assert run("evaluate", **few).startswith("wrote")
+  assert run("evaluate", **few).startswith("evaluate is done already")
+  store = workdir / "samples" / "ot+diffusion.zarr"
+  before = tree(store / "sample" / "c")
+  more = few | {"sampling.conditions": 6, "sampling.members": 4}
+  assert "run `downscaling sample` first" in attempt("evaluate", workdir, **more)
+  assert run("sample", **more).startswith("wrote")
+  assert before.items() <= tree(store / "sample" / "c").items()
+  assert ensemble.read(store).sample.shape == (6, 4, 192)
+  assert run("evaluate", **more).startswith("wrote")
+  metrics = runs.read_json(workdir / "report" / "metrics.json")
+  assert metrics["samples"]["ot+diffusion"]["n"] == 6  # conditions
+  said = attempt("sample", workdir, **few)
+  assert "holds 6 conditions, 4 were asked for: an ensemble grows, but nothing is taken from it" in said
+  assert run("sample", **more).startswith("sample is done already")
 
 
 # ---------------------------------------------------------------- NaN in the data

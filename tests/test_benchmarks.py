@@ -40,6 +40,7 @@ def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
   [
     "convolution.py --rounds=1 --only=1",
     "debias_sweep.py --points=256 --epsilons=0.01 --most=512",
+    "ensemble.py --units=3 --megabytes=1 --points=32",
     "gaussian.py --members=64",
     "ks_coarse.py --trajectories=64",
     "sinkhorn.py --points=256 --rounds=1 --solvers=dense,fused,ring,ott,ott-online",

@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 import xarray
 
+from downscaling import build
 from downscaling.common import mesh as meshes
 from downscaling.common import runs
 from downscaling.datasets import pipeline, statistics
 from downscaling.debias import transport
+from downscaling.sampling import ensemble
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -142,9 +145,31 @@ def test_processes_that_differ_are_told_so(command, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_a_job_for_one_process_says_so(command, tmp_path):
-  said = rehearse(2, 1, command("sample", tmp_path / "run"), code=1)
-  assert "2 processes have joined; sample runs in one in this version" in said
+def test_two_processes_sample_and_evaluate_as_one_does(finished, command, data, tmp_path):
+  """The end of a pipeline on 2 × 2 devices against 1 × 4: samples to 1e-4 of fields of order one, the rounding of
+  float32 sums through the network's steps; one report, written by process 0 while the other waits."""
+  for stage in ("debias", "train"):
+    shutil.copytree(finished[0] / stage, tmp_path / stage)
+  said = rehearse(2, 2, command("pipeline", tmp_path, **data))
+  assert "[0] train: train is done already" in said
+  assert f"[0] downscaling pipeline: report: {tmp_path / 'report' / 'report.html'}" in said
+  assert said.count("Fine samples") == 1
+  assert "[1] downscaling" not in said
+  for name in build.SOURCES:
+    one, two = (ensemble.read(workdir / "samples" / f"{name}.zarr") for workdir in (finished[0], tmp_path))
+    np.testing.assert_allclose(two["sample"], one["sample"], atol=1e-4)
+  reports = [runs.read_json(workdir / "report" / "metrics.json") for workdir in (finished[0], tmp_path)]
+  assert reports[0]["config_hash"] == reports[1]["config_hash"]
+  assert reports[0]["debias"] == reports[1]["debias"]
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_two_processes(command, tmp_path):
+  said = rehearse(2, 2, command("pipeline", tmp_path))
+  for job in ("generate", "debias", "train", "sample", "evaluate"):
+    assert f"[0] {job}: wrote " in said
+  again = rehearse(1, 4, command("pipeline", tmp_path))
+  assert "evaluate: evaluate is done already" in again
 
 
 @pytest.mark.parametrize("path", ["fused", pytest.param("ring", marks=pytest.mark.slow)])

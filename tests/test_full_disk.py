@@ -8,6 +8,7 @@ import pytest
 
 from downscaling.common import runs
 from tests.test_bad_input import one_line
+from tests.test_jobs import same_samples
 
 
 @pytest.fixture
@@ -73,3 +74,9 @@ def test_a_disk_that_fills_while_sampling(small_disk, command, execute, finished
   said = one_line(execute(argv))
   assert "no space left" in said
   assert "Free some disk and run the same command" in said
+  marked = {p: p.stat().st_mtime_ns for p in workdir.glob("samples/*.units/c*-m*.json")}
+  small_disk(30_000_000)
+  done = execute(argv)
+  assert done.returncode == 0, done.stderr
+  assert {p: p.stat().st_mtime_ns for p in marked} == marked
+  same_samples(finished[0] / "samples", workdir / "samples")

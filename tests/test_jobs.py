@@ -98,6 +98,8 @@ def test_samples_open_in_xarray_as_cf(finished):
       assert name in data.attrs["title"]
       assert data.attrs["done_fraction"] == 1.0
       assert data["sample"].attrs["long_name"]
+      assert data["member"].attrs["standard_name"] == "realization"
+      assert data.attrs["comment"].startswith("Members are independent in time: the prior knows single fields")
       if name != "unconditional":
         coarse = data["condition_field"]
         assert coarse.dims == ("condition", "x_coarse")

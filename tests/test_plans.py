@@ -30,7 +30,9 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
   assert "256 × 256 points in 24 dimensions" in text
   assert "20 steps of batch 16 (4 a device, in 1 part(s)) = 320 samples" in text
   assert "112 fields (192,)" in text  # 3 sets × 16 conditions × 2 members + 16
-  assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\)", text)) == 1
+  assert "7 units of 8 conditions × 2 members, 7 a process, 4 fields a device at a time\n" in text
+  # 4 fields × 192 × 4 bytes, of two units
+  assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 6.14 kB fields", text)) == 1
 
 
 def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
@@ -86,3 +88,15 @@ def test_prior_does_not_depend_on_the_coarse_world(tmp_path):
   assert build.identity(one, "train") == build.identity(two, "train")
   assert build.identity(one, "data") != build.identity(two, "data")
   assert build.identity(one, "samples") != build.identity(two, "samples")
+
+
+def test_samples_do_not_depend_on_how_many_there_are(tmp_path):
+  """So that an ensemble may grow, and its report with it."""
+  counts = {"sampling.members": 4, "sampling.conditions": 8, "sampling.unconditional.fields": 8}
+  one, two = _context(tmp_path).config, _context(tmp_path, **counts).config
+  for stage in ("samples", "report"):
+    assert build.identity(one, stage) == build.identity(two, stage)
+  assert build.identity(one, "samples") != build.identity(
+    _context(tmp_path, **{"sampling.unit": (4, 2)}).config, "samples"
+  )
+  assert build.extent(one) != build.extent(two)

@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from downscaling.common import supervision
+
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # Method -> the variables by which jax knows it; for the messages alone, jax itself decides.
 VARIABLES = {
@@ -34,6 +36,7 @@ NAMES = {
   "GceTpuCluster": "Cloud TPU",
   "K8sCluster": "Kubernetes",
 }
+LONG = 7 * 86_400.0  # seconds: until done; a peer that dies or hangs meanwhile is noticed otherwise
 MARGIN = 60  # seconds by which we give up before jax does
 
 
@@ -275,12 +278,12 @@ def main_first(name: str, work: Callable[[], Any], timeout: float = 3600.0) -> A
 
   Args:
     timeout: seconds that the others wait for process 0.
-  Raises: what it raised on process 0; RuntimeError, with its words, on the others. See also gather.
+  Raises: what it raised on process 0; PeerFailed, with its words, on the others. See also gather.
   """
   name = f"first/{name}"
   if _place()[0]:
     if failure := gather(name, "", timeout)[0]:
-      raise RuntimeError(f"process 0 failed: {failure}")
+      raise supervision.PeerFailed(f"process 0 failed: {failure}")
     return work()
   try:
     result = work()
@@ -289,6 +292,44 @@ def main_first(name: str, work: Callable[[], Any], timeout: float = 3600.0) -> A
     raise
   gather(name, "", timeout)
   return result
+
+
+def main_only(name: str, work: Callable[[], Any], timeout: float = LONG) -> Any:
+  """work() on process 0 while the others wait; its result (JSON) on every process. Raises: see main_first."""
+  name = f"only/{name}"
+  if _place()[0]:
+    failure, result = gather(name, ["", None], timeout)[0]
+    if failure:
+      raise supervision.PeerFailed(f"process 0 failed: {failure}")
+    return result
+  try:
+    result = work()
+  except BaseException as error:  # also when it is told to stop: the others would wait for it
+    gather(name, [str(error) or type(error).__name__, None], timeout)
+    raise
+  return gather(name, ["", result], timeout)[0][1]
+
+
+def counter(name: str) -> Callable[[], int]:
+  """take() -> 0, 1, 2, ...: each number goes to one process, whichever asks first. Each must call this as often.
+
+  Raises: ConnectionError, by take, if process 0 is gone.
+  """
+  if (store := client()) is None:
+    return itertools.count().__next__
+  _calls[f"counter/{name}"] += 1
+  key = f"downscaling/counter/{name}/{_calls[f'counter/{name}']}"
+
+  def take() -> int:
+    try:
+      return store.key_value_increment(key, 1) - 1
+    except jax.errors.JaxRuntimeError as error:
+      said = str(error).splitlines()[0][:200]
+      raise ConnectionError(
+        f"process 0, which deals out the work, is gone ({name}: {said}): start all again."
+      ) from error
+
+  return take
 
 
 def same_everywhere(facts: dict[str, Any]) -> None:

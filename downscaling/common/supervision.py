@@ -27,6 +27,10 @@ _PERIOD = 0.5  # seconds between two looks at the peers
 _ASKED, _FAILED, _AT = "downscaling/asked", "downscaling/failed", "downscaling/at/"
 
 
+class PeerFailed(RuntimeError):
+  """Another process of the job has failed; its own log says more."""
+
+
 class Store(Protocol):
   """What is asked of jax's coordination client."""
 
@@ -52,6 +56,7 @@ class Stop:
     self._polls = self._leave_at = 0
     self._safe: list[str] = []
     self._told = False
+    self._waits = 0
     self._beat = time.monotonic()
     self._ended = threading.Event()
 
@@ -107,6 +112,24 @@ class Stop:
     self._agreed.wait()  # bounded by the thread, which gives up on peers that do not answer
     return polls >= self._leave_at
 
+  def told(self) -> bool:
+    """Has any process been asked to stop? Counts as no poll: for work that a process does at its own pace.
+
+    True within a second on all of them; they must then meet, as they do not leave at the same unit.
+    """
+    self._beat = time.monotonic()
+    return self._told or self._asked.is_set()
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """A section in which this process only waits for another, which has a watchdog of its own: it cannot hang."""
+    self._waits += 1
+    try:
+      yield
+    finally:
+      self._beat = time.monotonic()
+      self._waits -= 1
+
   def beat(self) -> None:
     """Says that the job is alive, between two polls that lie far apart."""
     self._beat = time.monotonic()
@@ -146,7 +169,7 @@ class Stop:
               self._end(STOPPED, f"stopped while {self._safe[-1]}; run the same command to go on")
       elif not self._told:
         self._look_at_peers()
-      if self.silence and time.monotonic() - self._beat > self.silence:
+      if self.silence and not self._waits and time.monotonic() - self._beat > self.silence:
         faulthandler.dump_traceback(all_threads=True)
         self._end(
           HUNG,

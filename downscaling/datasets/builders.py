@@ -143,20 +143,32 @@ def source(builder: FieldsBuilder, split: str, at_least: int = 1):
     ) from error
 
 
-def load(builder: FieldsBuilder, split: str, count: int | None = None) -> dict[str, np.ndarray]:
+def spread(trajectories: int, snapshots: int) -> np.ndarray:
+  """All rows of a split in an order whose beginnings are spread out: one of every trajectory, then another of each.
+
+  Rows lie in the order of their trajectories, and of time within; a beginning runs through the times as well.
+  """
+  turn, trajectory = np.divmod(np.arange(trajectories * snapshots), trajectories)
+  return trajectory * snapshots + (turn + trajectory) % snapshots
+
+
+def load(
+  builder: FieldsBuilder, split: str, count: int | None = None, index: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
   """Snapshots of a split as arrays: {"u": [S, *space, C] float32, "trajectory": [S], "time": [S]}.
 
   Args:
     builder, split: which.
     count: how many, evenly spread over all trajectories; None for all.
+    index: instead, which rows.
   Raises: ValueError if there are fewer, or a value is not finite (file and trajectory are named).
   """
-  data = source(builder, split, count or 1)
-  total = len(data)
-  count = count or total
-  # One row of every stratum, at a place that wanders: with as many strata as trajectories, one snapshot of each.
-  place = np.arange(count) * 0.6180339887 % 1
-  index = ((np.arange(count) + place) * total / count).astype(int)
+  data = source(builder, split, len(index) if index is not None else count or 1)
+  if index is None:
+    count = count or len(data)
+    # One row of every stratum, at a place that wanders: with as many strata as trajectories, one snapshot of each.
+    place = np.arange(count) * 0.6180339887 % 1
+    index = ((np.arange(count) + place) * len(data) / count).astype(int)
   rows = data.__getitems__(index.tolist())
   out = {k: np.stack([np.asarray(r[k]) for r in rows]) for k in ("u", "trajectory", "time")}
   if not (finite := np.isfinite(out["u"]).reshape(len(rows), -1).all(1)).all():

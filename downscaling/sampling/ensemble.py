@@ -1,74 +1,43 @@
-"""The `sample` job's core: a work list of (condition block × member block) drawn over the mesh into one Zarr store.
+"""The `sample` job's core: a work list of (condition block × member block), drawn by all processes into one store.
 
-NAME.zarr    Zarr v3: sample (condition, member, [y,] x[, channel]) float32, NaN where not yet drawn; coordinates; the
-             coarse fields it was drawn from as condition_field. One shard a unit, so one writer a shard.
-NAME.units   beside it: stage.json (what the samples depend on) and one marker a finished unit, written after the unit's
-             bytes are durable. A restart does the units without a marker.
+Units are dealt out one by one to whichever process asks next, and each draws and writes them on its own devices alone.
+The other way, every unit over the global mesh with each process writing its rows, would need all processes at every
+unit: one program that the slowest host paces, shards that depend on how many hosts there are, and a unit lost on all
+of them when one dies. Fields are independent of each other, so nothing would be won by it. As it is, processes agree
+at the start on what is missing, at the end that it is there, and when told to stop; hosts may be of different speed; a
+restart on any topology does exactly what is missing; and the numbers depend only on how many devices a process has, if
+the order of float32 sums does.
 
 Member m of condition c has the key fold_in(fold_in(key(seed), c), m): what it is depends on no device, unit or order.
+A sampler in which the members of a condition act on each other sees one block of unit[1] members of it at a time, the
+last one filled up with members beyond the ensemble: that block is what can be drawn again alone (`block`, `keys`).
 Host and device memory hold two units, however large the ensemble.
 """
 
-import datetime
-import hashlib
+import collections
+import contextlib
+import functools
 import math
 import pathlib
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import tensorstore
-import zarr
 
+from downscaling.common import locks, processes, runs
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
+from downscaling.sampling import store
+from downscaling.sampling.store import Coordinates, Layout, Unit, read
 
-Sampler = Callable[..., jax.Array]  # (keys [B], conditions or None[, weights]) -> fields
-Coordinates = Mapping[str, tuple[np.ndarray, Mapping[str, str]]]
+__all__ = ["Layout", "Unit", "block", "keys", "layout_of", "program", "read", "write_ensemble"]
+
+Sampler = Callable[..., Any]  # (keys [B], conditions or None[, weights]) -> fields, or (fields, misfit [B])
 
 _SAY_DONE_SECONDS = 20.0  # between rewrites of the attribute done_fraction
-
-
-class Unit(NamedTuple):
-  """Conditions [c0, c1) × members [m0, m1), by their place in the store."""
-
-  c0: int
-  c1: int
-  m0: int
-  m1: int
-
-  @property
-  def name(self) -> str:
-    return f"c{self.c0:06d}-m{self.m0:06d}.json"
-
-
-class Layout(NamedTuple):
-  """Shapes of one store. conditions, members: counts. unit: (conditions, members) drawn and written together."""
-
-  conditions: int
-  members: int
-  space: tuple[int, ...]
-  channels: int
-  coarse: tuple[int, ...] | None
-  unit: tuple[int, int]
-
-  @property
-  def fields(self) -> tuple[int, ...]:
-    """Of one field as stored: without the channel axis if there is one channel."""
-    return self.space if self.channels == 1 else (*self.space, self.channels)
-
-  @property
-  def axes(self) -> tuple[str, ...]:
-    return ("y", "x")[-len(self.space) :]
-
-  def units(self) -> Iterator[Unit]:
-    kc, km = self.unit
-    for c in range(0, self.conditions, kc):
-      for m in range(0, self.members, km):
-        yield Unit(c, min(c + kc, self.conditions), m, min(m + km, self.members))
+MISFIT = {"long_name": "chi-squared of the misfit to the condition; 1 is what the prior expects", "units": "1"}
 
 
 def write_ensemble(
@@ -89,138 +58,251 @@ def write_ensemble(
   coordinates: Coordinates | None = None,
   sample_attrs: Mapping[str, str] | None = None,
   weights: Any = None,
+  interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict:
-  """Draws what is missing of the ensemble and returns its summary (units, fields, seconds).
+  """Draws what is missing of the ensemble and returns its summary (units, fields, seconds; drawn: units, by all).
+
+  Every process of a job calls it alike.
 
   Args:
-    path: NAME.zarr; made if absent, continued if it is ours.
+    path: NAME.zarr; made if absent, continued if it is ours, and made larger if there are more conditions (behind
+      those that it has) or members.
     conditions: coarse fields [K, *coarse, C], in the units `sampler` takes; None for an unconditional ensemble (K = 1).
     members: M, samples of each condition.
-    sampler: pure and jittable, (keys [B], conditions [B, *coarse, C] or None[, weights]) -> fields [B, *space, C].
+    sampler: pure and jittable, (keys [B], conditions [B, *coarse, C] or None[, weights]) -> fields [B, *space, C] or
+      (fields, misfit [B]). B = conditions × members of a unit, the members of a condition adjacent.
     space, channels: of a drawn field.
-    unit: conditions × members drawn in one call; B, their product, must divide over the mesh.
-    mesh: B is split over it.
+    unit: conditions × members drawn in one call and written as one shard; B, their product, must divide over the mesh.
+    mesh: of this process's devices alone (mesh.local); B is split over it.
     seed: of the whole ensemble.
     identity: what else the samples depend on (config blocks, checkpoint step): plain values.
     attrs: global attributes (title, config_hash, ...); Conventions, history and done_fraction are added.
-    stop: polled before every unit; once true the unit in flight is finished and runs.Interrupted raised.
+    stop: polled before every unit; once true the units in flight are finished and runs.Interrupted raised.
     condition_ids: [K] ids >= 0 that enter the keys and the coordinate; 0, 1, ... by default.
     coordinates: name (x, y, x_coarse, y_coarse) -> (values, attributes); point numbers by default.
     sample_attrs: units, long_name, ... of the variable `sample`.
     weights: tree of arrays for the sampler's third argument, kept out of the compiled program; None: it has but two.
+    interruptible: what is done -> a block in which this process may be ended, as nothing could be lost (supervision).
   Raises:
-    ValueError: impossible sizes, NaN in a condition, or a store of another identity (keys are named).
-    FileExistsError: the store is not ours.
+    ValueError: impossible sizes, NaN in a condition, a store of another identity (keys are named), fewer conditions or
+      members than it holds.
+    FileExistsError: the store is not ours. locks.Held: another live job writes it.
     FloatingPointError: a drawn field is not finite.
     OSError: the disk is full; what is marked done is whole.
   """
-  path = pathlib.Path(path)
+  began, path = time.monotonic(), pathlib.Path(path)
   layout = _layout(conditions, members, space, channels, unit)
   meshes.check_divides(math.prod(layout.unit), mesh.size, "a unit (conditions × members)", "sampling.unit")
   ids = _ids(condition_ids, layout.conditions)
-  variables = _variables(layout, ids, conditions, coordinates or {})
-  stage = _open(path, layout, ids, conditions, seed, identity)
-  units = stage.path
-  done = {p.name for p in units.glob("c*-m*.json")}
+  layout = layout._replace(misfit=_has_misfit(sampler, layout, weights))
+  about = {"sample": {"long_name": "sampled field"} | dict(sample_attrs or {}), "misfit": MISFIT}
+  about["sample"] |= {"ancillary_variables": "misfit"} if layout.misfit else {}
+  variables = store.variables(layout, ids, conditions, coordinates or {}, about["sample"].get("units", "1"))
+  processes.same_everywhere({f"conditions of {path.name}": store.digest(ids, conditions)})
+  total, drawn = len(layout.units()), 0
+  with contextlib.ExitStack() as held:
+
+    def prepare() -> tuple[store.Found, locks.Lock]:
+      stage = store.open_stage(path, layout, seed, identity)
+      lock = held.enter_context(locks.hold(stage.path / "lock.json", str(path)))
+      store.grow(path, stage, layout, ids, conditions)
+      store.create(path, layout, variables, attrs, about)
+      return store.find(path, layout), lock
+
+    found, lock = _agree(path, layout, prepare)
+    if found.missing:
+      extra = () if weights is None else (jax.device_put(weights, meshes.replicated(mesh)),)
+      rows = math.prod(layout.unit)
+      inputs = lambda unit: (*meshes.to_global(mesh, block(layout, unit, ids, conditions), rows), *extra)
+      with interruptible("compiling the sampler"):
+        compiled = program(sampler, mesh, seed, layout).lower(*inputs(found.missing[0])).compile()
+      draw = lambda unit: compiled(*inputs(unit))
+      drawn = _draw(store.Writer(path, layout), found, draw, stop, lock)
+    drawn = sum(processes.gather("ensemble/drawn", drawn, processes.LONG))
+    return _conclude(path, layout, total - len(found.missing), drawn, began)
+
+
+def _agree(path, layout: Layout, prepare: Callable) -> tuple[store.Found, locks.Lock | None]:
+  """What is missing, as process 0 finds it once it has prepared everything of the store but its units; the lock there.
+
+  Told as one bit a unit, in hexadecimal: a million of them are 250 kB.
+  """
+  units, locked = layout.units(), []
+
+  def work():
+    found, lock = prepare()
+    locked.append(lock)
+    absent = {*found.missing}
+    if absent:
+      store.say_done(path, 1 - len(absent) / len(units))
+    bits = np.packbits([u in absent for u in units]).tobytes().hex()
+    return [bits, {str(place): list(part) for place, part in found.parts.items()}]
+
   with runs.full_disk_in_words(path, "its finished units are whole"):
-    _create(path, layout, variables, attrs, sample_attrs or {}, fresh=not done)
-  todo = [u for u in layout.units() if u.name not in done]
-  began = time.monotonic()
-  if todo:
-    _draw(path, units, layout, todo, len(done), _jitted(sampler, weights, mesh, seed), ids, conditions, mesh, stop)
-  summary = {"units": len(done) + len(todo), "fields": layout.conditions * layout.members}
-  if not stage.complete:
-    _say_done(path, 1.0)
-    stage.finish(**summary, seconds=time.monotonic() - began)
-  return summary | {"seconds": time.monotonic() - began, "drawn": len(todo)}
+    bits, parts = processes.main_only("ensemble", work)
+  absent = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=len(units))
+  missing = [u for u, is_absent in zip(units, absent, strict=True) if is_absent]
+  found = store.Found(missing, {int(place): Unit(*part) for place, part in parts.items()})
+  return found, locked[0] if locked else None
 
 
-def read(path: pathlib.Path):
-  """The finished ensemble as a lazily read xarray.Dataset. Raises ValueError if units are missing; says how many."""
-  import xarray
+def _conclude(path, layout: Layout, before: int, drawn: int, began: float) -> dict:
+  """Marks the ensemble complete, or says how far it is; the same on every process."""
+  total, done = len(layout.units()), before + drawn
+  seconds = time.monotonic() - began
+  if done < total:
+    if meshes.is_main():
+      store.say_done(path, done / total)
+    raise runs.Interrupted(f"sample stopped after {done} of {total} units, which are on disk")
+  summary = {"units": total, "fields": layout.conditions * layout.members}
 
-  path = pathlib.Path(path)
-  marker = path.with_suffix(".units") / runs.MARKER
-  if not path.exists() or not marker.exists():
-    raise ValueError(f"{path} is no ensemble written by `sample` (no {marker}): run the sample job first.")
-  found = runs.read_json(marker)
-  layout = Layout(**{k: tuple(v) if isinstance(v, list) else v for k, v in found["config"]["layout"].items()})
-  if not found["complete"]:
-    total, done = sum(1 for _ in layout.units()), len(list(marker.parent.glob("c*-m*.json")))
-    raise ValueError(f"{path} holds {done} of {total} units: run the same `sample` command again, it draws the rest.")
-  return xarray.open_zarr(path)
+  def finish():
+    marker = path.with_suffix(".units") / runs.MARKER
+    if not (record := runs.read_json(marker))["complete"]:
+      store.say_done(path, 1.0)
+      runs.write_json(marker, record | {"complete": True, "summary": summary | {"seconds": seconds}})
+
+  with runs.full_disk_in_words(path, "its finished units are whole"):
+    processes.main_only("ensemble/finished", finish)
+  return summary | {"seconds": seconds, "drawn": drawn}
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def _jitted(sampler: Sampler, weights, mesh, seed: int):
-  rows, everywhere = meshes.rows(mesh), meshes.replicated(mesh)
-  extra = () if weights is None else (jax.device_put(weights, everywhere),)
-
-  def draw(condition_ids, member_ids, y, *extra):
-    fold = jax.vmap(lambda c, m: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), c), m))
-    return sampler(fold(condition_ids, member_ids), y, *extra).astype(np.float32)
-
-  jitted = jax.jit(draw, in_shardings=(rows, rows, rows, *[everywhere] * len(extra)), out_shardings=rows)
-  return lambda *inputs: jitted(*inputs, *extra)
+def keys(seed: int, condition_ids, member_ids) -> jax.Array:
+  """[B] keys of members, by id: those of a unit are keys(seed, *block(...)[:2])."""
+  fold = lambda c, m: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), c), m)
+  return jax.vmap(fold)(condition_ids, member_ids)
 
 
-def _draw(path, units, layout: Layout, todo, done: int, draw, ids, conditions, mesh, stop) -> None:
-  """Every unit of todo: dispatch, and while the device works write the one before."""
-  store = tensorstore.open(
-    {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute() / "sample") + "/"}}, open=True
-  ).result()
-  total = done + len(todo)
-  pending, said = None, time.monotonic()
-  with runs.Progress("sample", total, "units", done=done) as bar:
+def block(layout: Layout, unit: Unit, ids: np.ndarray, conditions: np.ndarray | None) -> tuple:
+  """(condition ids [B], member ids [B], conditions [B, ...] or None) of a unit at its full size.
 
-    def finish(unit, fields):
-      with runs.full_disk_in_words(path, "its finished units are whole"):
-        _write(store, layout, unit, fields)
-        runs.write_json(units / unit.name, unit._asdict())
-      bar.advance(1)
-
-    asked = False
-    for unit in todo:
-      if asked := stop():
-        break
-      fields = draw(*_inputs(layout, unit, ids, conditions, mesh))
-      if pending:
-        finish(*pending)
-        if time.monotonic() - said > _SAY_DONE_SECONDS:
-          _say_done(path, bar.done / total)
-          said = time.monotonic()
-      pending = unit, fields
-    if pending:
-      finish(*pending)
-    if asked and bar.done < total:
-      _say_done(path, bar.done / total)
-      raise runs.Interrupted(f"sample stopped after {bar.done} of {total} units, which are on disk")
-
-
-def _inputs(layout: Layout, unit: Unit, ids, conditions, mesh):
-  """Row ids and conditions of a unit at its full size: the last rows of an incomplete one repeat its last."""
+  At the edge of the ensemble the last condition is repeated, and members go on beyond it: what is drawn of the others
+  is then the same once there are more.
+  """
   kc, km = layout.unit
   c = np.minimum(np.arange(unit.c0, unit.c0 + kc), unit.c1 - 1).repeat(km)
-  m = np.tile(np.minimum(np.arange(unit.m0, unit.m0 + km), unit.m1 - 1), kc)
+  m = np.tile(np.arange(unit.m0, unit.m0 + km), kc)
   y = None if conditions is None else np.asarray(conditions[unit.c0 : unit.c1], np.float32)[c - unit.c0]
-  return meshes.to_global(mesh, (ids[c].astype(np.uint32), m.astype(np.uint32), y), len(m))
+  return ids[c].astype(np.uint32), m.astype(np.uint32), y
 
 
-def _write(store, layout: Layout, unit: Unit, fields: jax.Array) -> None:
-  kc, km = layout.unit
-  block = np.asarray(jax.device_get(fields)).reshape(kc, km, *layout.fields)[: unit.c1 - unit.c0, : unit.m1 - unit.m0]
-  if not np.isfinite(block).all():
-    c, m = np.argwhere(~np.isfinite(block))[0][:2]
-    raise FloatingPointError(
-      f"the field of condition {unit.c0 + c}, member {unit.m0 + m} is not finite: the guidance is too strong "
-      "(sampling.alpha) or the prior is damaged. Finished units stay; a changed config needs another sampling.name."
+def layout_of(sampler: Sampler, weights, *, conditions, members, space, coarse, unit, channels=1) -> Layout:
+  """The layout of a store from sizes alone, as write_ensemble has it. coarse: shape of a condition, or None."""
+  layout = Layout(conditions, members, space, channels, coarse, unit)
+  return layout._replace(misfit=_has_misfit(sampler, layout, weights))
+
+
+def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
+  """Does the sampler return (fields, misfit)? Traces it. Raises ValueError if shapes are not those of the store."""
+  count = math.prod(layout.unit)
+  y = None if layout.coarse is None else jax.ShapeDtypeStruct((count, *layout.coarse), jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+  made = jax.eval_shape(sampler, key, y, *(() if weights is None else (weights,)))
+  fields, *misfit = made if isinstance(made, tuple) else (made,)
+  need = (count, *layout.space, layout.channels)
+  if fields.shape != need or [m.shape for m in misfit] not in ([], [(count,)]):
+    came = [fields.shape, *(m.shape for m in misfit)]
+    raise ValueError(
+      f"the sampler draws {came} of a unit of {count}, the store takes fields {need}, and one number a field if any: "
+      "grid and channels must be those that the prior was trained on."
     )
-  store[unit.c0 : unit.c1, unit.m0 : unit.m1].write(block).result()  # durable: tensorstore syncs each file
+  return bool(misfit)
 
 
-# ---------------------------------------------------------------- the store
+def program(sampler: Sampler, mesh, seed: int, layout: Layout) -> Callable[..., dict[str, jax.Array]]:
+  """Jitted (condition ids, member ids, conditions[, weights]) -> {array of the store: values [B, ...]}, rows over mesh.
+
+  Where each device holds whole blocks of members it draws them alone, under shard_map: XLA's partitioner would gather
+  the batch before every FFT of a gain. Make unit[0] a multiple of the devices. Else the partitioner does what it can.
+  """
+  rows, everywhere = meshes.rows(mesh), meshes.replicated(mesh)
+
+  def draw(condition_ids, member_ids, y, *weights):
+    made = sampler(keys(seed, condition_ids, member_ids), y, *weights)
+    made = made if isinstance(made, tuple) else (made,)
+    return {name: x.astype(np.float32) for name, x in zip(layout.drawn, made, strict=True)}
+
+  whole = layout.coarse is None or math.prod(layout.unit) // mesh.size % layout.unit[1] == 0
+
+  @functools.partial(jax.jit, out_shardings=rows)
+  def over_the_mesh(*inputs):
+    if not whole:
+      return draw(*inputs)
+    specs = (meshes.ROWS,) * 3 + (everywhere.spec,) * (len(inputs) - 3)
+    return jax.shard_map(draw, mesh=mesh, in_specs=specs, out_specs=meshes.ROWS, check_vma=False)(*inputs)
+
+  return over_the_mesh
+
+
+def _draw(writer: store.Writer, found: store.Found, draw, stop, lock: locks.Lock | None) -> int:
+  """Draws units as long as there are any, and returns how many this process did.
+
+  Three things go on at a time: the device draws a unit, the one before is on its way to the host, and the files of the
+  one before that are written. What is slowest sets the pace.
+  """
+  path, total = writer.path, len(writer.layout.units())
+  take, before, count = processes.counter("ensemble"), total - len(found.missing), 0
+  drawing, writing = collections.deque(), collections.deque()
+  said = time.monotonic()
+
+  def settle(still_drawing: int, still_writing: int) -> None:
+    """Writes and marks the oldest units, until only so many are under way."""
+    nonlocal count
+    with runs.full_disk_in_words(path, "its finished units are whole"):
+      while len(drawing) > still_drawing:
+        unit, part, arrays = drawing.popleft()
+        blocks = _to_host(writer.layout, unit, arrays)
+        if lock:
+          lock.check()
+        writing.append((unit, writer.begin(unit, blocks, part), part))
+      while len(writing) > still_writing:
+        writer.finish(*writing.popleft())
+        count += 1
+
+  with runs.Progress("sample", total, "units", done=before) as bar:
+    try:
+      while not (asked := stop()) and (turn := take()) < len(found.missing):
+        unit = found.missing[turn]
+        arrays = draw(unit)
+        for array in arrays.values():
+          array.copy_to_host_async()
+        drawing.append((unit, found.parts.get(turn), arrays))
+        settle(1, 1)
+        if (reached := before + turn - 1) > bar.done:  # by all processes, but for what is under way
+          bar.advance(reached - bar.done)
+        if lock and time.monotonic() - said > _SAY_DONE_SECONDS:
+          store.say_done(path, 1 - len(store.find(path, writer.layout).missing) / total)
+          said = time.monotonic()
+      settle(0, 0)
+    except FloatingPointError:
+      drawing.clear()
+      settle(0, 0)  # the units before it are whole
+      raise
+    if not asked:
+      bar.advance(total - bar.done)
+  return count
+
+
+def _to_host(layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+  """Blocks [c1 − c0, m1 − m0, ...]. Raises FloatingPointError, naming condition and member."""
+  blocks = {}
+  for name, fields in layout.drawn.items():
+    whole = np.asarray(arrays[name]).reshape(*layout.unit, *fields)
+    blocks[name] = whole[: unit.c1 - unit.c0, : unit.m1 - unit.m0]
+    if not (fine := np.isfinite(blocks[name])).all():
+      c, m = np.argwhere(~fine)[0][:2]
+      raise FloatingPointError(
+        f"the {'field' if fields else name} of condition {unit.c0 + c}, member {unit.m0 + m} is not finite: the "
+        "guidance is too strong (sampling.guidance) or the prior is damaged. Finished units stay; a changed config "
+        "needs another --config.label."
+      )
+  return blocks
+
+
+# ---------------------------------------------------------------- the door
 
 
 def _layout(conditions, members: int, space, channels: int, unit) -> Layout:
@@ -240,94 +322,8 @@ def _layout(conditions, members: int, space, channels: int, unit) -> Layout:
   return Layout(len(conditions), members, space, channels, conditions.shape[1:], unit)
 
 
-def _digest(ids: np.ndarray, conditions: np.ndarray | None = None) -> str:
-  digest = hashlib.sha256(np.ascontiguousarray(ids, "<i8").tobytes())
-  for y in conditions if conditions is not None else ():  # one at a time: the array may be a memory map
-    digest.update(np.ascontiguousarray(y, "<f4").tobytes())
-  return digest.hexdigest()[:16]
-
-
 def _ids(condition_ids, count: int) -> np.ndarray:
   ids = np.arange(count) if condition_ids is None else np.asarray(condition_ids)
   if ids.shape != (count,) or len(np.unique(ids)) != count or (ids < 0).any():
     raise ValueError(f"condition_ids of shape {ids.shape}: need {count} different numbers >= 0.")
   return ids
-
-
-def _open(path, layout: Layout, ids, conditions, seed: int, identity: Mapping) -> runs.Stage:
-  """The folder of markers, refused if the samples there depend on anything else."""
-  full = runs.plain(dict(identity)) | {"seed": seed, "layout": runs.plain(layout._asdict()), "dtype": "float32"}
-  full["conditions"] = _digest(ids) if conditions is None else _digest(ids, conditions)
-  units = path.with_suffix(".units")
-  if path.exists() and not (units / runs.MARKER).exists():
-    raise FileExistsError(
-      f"{path} exists, but not its list of finished units {units}: it was not made by this job, or the list was moved. "
-      "Nothing was touched: use another sampling.name or --workdir."
-    )
-  return runs.open_stage(units, "sample", full)
-
-
-def _variables(layout: Layout, ids, conditions, coordinates: Coordinates) -> dict[str, tuple]:
-  """Everything but `sample`: name -> (values, dimensions, attributes)."""
-  variables = {
-    "condition": (ids, ("condition",), {"long_name": "condition id"}),
-    "member": (np.arange(layout.members), ("member",), {"long_name": "ensemble member"}),
-  }
-  points = dict(zip(layout.axes, layout.space, strict=True))
-  if layout.coarse:
-    *coarse, channels = layout.coarse
-    axes = tuple(f"{a}_coarse" for a in layout.axes) if len(coarse) == len(layout.axes) else ("place",)
-    points |= dict(zip(axes, coarse, strict=True))
-    field = np.asarray(conditions, np.float32)
-    field, last = (field[..., 0], ()) if channels == 1 else (field, ("channel",))
-    variables["condition_field"] = (field, ("condition", *axes, *last), {"long_name": "coarse field sampled from"})
-  for axis, count in points.items():
-    values, about = coordinates.get(axis, (np.arange(count), {"long_name": "point number"}))
-    if np.shape(values) != (count,):
-      raise ValueError(f"coordinate {axis} has shape {np.shape(values)}, the fields have {count} points there.")
-    variables[axis] = (np.asarray(values), (axis,), dict(about))
-  return variables
-
-
-def _create(path, layout: Layout, variables, attrs, sample_attrs, fresh: bool) -> None:
-  """Metadata, coordinates and conditions: what is there stays; a kill in between is mended by the next call."""
-  group = zarr.open_group(path, mode="a", zarr_format=3, use_consolidated=False)
-  known = set(group.array_keys())
-  if not fresh and "sample" not in known:
-    raise ValueError(
-      f"{path} lost its array `sample`, but {path.with_suffix('.units')} lists finished units: put the store back, or "
-      "move that folder away to draw everything again."
-    )
-  if runs.read_json(path / "zarr.json").get("consolidated_metadata"):  # made last
-    return
-  if "sample" not in known:
-    kc, km = layout.unit
-    tail = ("channel",) if layout.channels > 1 else ()
-    group.create_array(
-      "sample", shape=(layout.conditions, layout.members, *layout.fields), dtype="float32", fill_value=np.nan,
-      shards=(kc, km, *layout.fields), chunks=(1, km, *layout.fields),
-      dimension_names=("condition", "member", *layout.axes, *tail),
-      attributes={"long_name": "sampled field"} | dict(sample_attrs),
-    )  # fmt: skip
-  for name, (values, dims, about) in variables.items():
-    if name not in known:
-      fill = np.nan if values.dtype.kind == "f" else 0
-      group.create_array(
-        name, shape=values.shape, dtype=values.dtype, chunks=values.shape, dimension_names=dims, attributes=about,
-        fill_value=fill,
-      )  # fmt: skip
-    group[name][...] = values
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  made = {"Conventions": "CF-1.11", "history": f"{now} downscaling sample, commit {runs.commit()}"}
-  group.attrs.update(dict(attrs) | made | {"done_fraction": 0.0})
-  with warnings.catch_warnings():
-    # xarray warns where consolidated metadata is missing, zarr where it is made: it lies outside the v3 text.
-    warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
-    zarr.consolidate_metadata(path)
-
-
-def _say_done(path, fraction: float) -> None:
-  """Sets done_fraction in the root's JSON, in one rename, as a reader may be looking."""
-  root = runs.read_json(path / "zarr.json")
-  root["attributes"]["done_fraction"] = round(float(fraction), 6)
-  runs.write_json(path / "zarr.json", root)

@@ -139,6 +139,10 @@ def test_alone_it_is_all_trivial():
     processes.gather("a", {1, 2})
   processes.barrier("b")
   assert processes.main_first("c", lambda: 3) == 3
+  assert processes.main_only("c", lambda: (3,)) == [3]
+  take = processes.counter("c")
+  assert [take(), take()] == [0, 1]
+  assert processes.counter("c")() == 0
   with pytest.raises(KeyError, match="mine"):
     processes.main_first("c", lambda: {}["mine"])
   processes.same_everywhere({"seed": 1})
@@ -180,6 +184,19 @@ def test_two_processes_agree(tmp_path):
       file.write_text(text)
       return text
     assert processes.main_first("file", first) == "made"
+    assert processes.main_only("alone", lambda: ["by", me]) == ["by", 0]
+    def alone():
+      raise ValueError("alone")
+    try:
+      processes.main_only("alone", alone)
+    except Exception as error:
+      print(type(error).__name__, error)
+    for turn in range(2):  # the second has numbers of its own
+      take = processes.counter("units")
+      while (number := take()) < 20:
+        print("took", 20 * turn + number)
+        time.sleep(0.01 * me)
+      processes.barrier("taken")
     for name, work in {{"fails": lambda: 1 / 0, "same": lambda: processes.same_everywhere({{"seed": me}})}}.items():
       try:
         processes.main_first(name, work) if name == "fails" else work()
@@ -195,7 +212,10 @@ def test_two_processes_agree(tmp_path):
   """
   said = rehearse(2, 1, ["python", "-c", textwrap.dedent(code)])
   assert "[0] ZeroDivisionError" in said
-  assert "[1] RuntimeError process 0 failed: " in said
+  assert "[1] PeerFailed process 0 failed: " in said
+  assert "[1] PeerFailed process 0 failed: alone" in said
+  taken = sorted(int(line.split()[-1]) for line in said.splitlines() if "] took " in line)
+  assert taken == [*range(40)]  # each number once, whoever was faster
   for i in (0, 1):
     assert f"[{i}] ValueError processes differ in seed: seed is 0 on process 0 and 1 on process 1. Start every" in said
     assert f"[{i}] agreed" in said

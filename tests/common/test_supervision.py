@@ -75,6 +75,20 @@ def test_a_hang_is_seen_its_stacks_are_shown_and_the_code_says_try_again():
   assert "no sign of life for 1 s" in said
 
 
+def test_one_that_waits_for_another_does_not_hang():
+  process = spawn("""
+    with supervision.Stop(silence=0.5) as stop:
+      with stop.waiting():
+        time.sleep(3)
+      print("ready")
+      time.sleep(60)
+  """)
+  ready(process)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == supervision.HUNG
+  assert "no sign of life for 0.5 s" in said
+
+
 def _pair(code, *arguments):
   """Two processes that have joined; code sees `stop`, connected, and `me`."""
   with socket.socket() as s:
@@ -116,6 +130,26 @@ def test_sigterm_to_one_stops_both_at_the_same_unit(told):
   assert [p.returncode for p in pair] == [0, 0], said
   assert said[0][0] == said[1][0]
   assert said[0][0].startswith("left at")
+
+
+def test_each_may_leave_at_its_own_pace():
+  """Ten times as fast, one has done ten times as much when it is told; the other does not have to make up for it."""
+  pair = _pair("""
+    units = 0
+    while not stop.told():
+      time.sleep(0.2 if me else 0.02)
+      units += 1
+    print("units", units)
+    processes.barrier("end")
+    print("and then", stop(), stop())
+    jax.distributed.shutdown()
+  """)
+  time.sleep(2.0)
+  pair[1].send_signal(signal.SIGTERM)
+  said = [process.communicate(timeout=90)[0] for process in pair]
+  fast, slow = (int(text.split()[1]) for text in said)
+  assert fast > 3 * slow > 0
+  assert all("and then True True" in text for text in said)  # who polls after it leaves at once, on both
 
 
 def test_both_end_at_once_where_nothing_can_be_lost():

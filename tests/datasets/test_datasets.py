@@ -134,7 +134,7 @@ def test_plain_tfds_download_says_which_job(tmp_path):
 
 def test_another_grid_is_another_data_set(tmp_path):
   assert builders.make("ks", "hfhr", tmp_path, (192,)).data_dir != builders.make("ks", "hfhr", tmp_path, (96,)).data_dir
-  with pytest.raises(ValueError, match=r"known: \['ks'\]"):
+  with pytest.raises(ValueError, match=r"known: \[.*'ks'\]"):
     builders.make("era5", "hfhr", tmp_path, (192,))
 
 
@@ -195,3 +195,11 @@ def test_rows_do_not_depend_on_processes_or_on_where_the_stream_began():
     np.testing.assert_array_equal(a["x"], b["x"])
   assert late[0]["x"].sharding == meshes.rows(mesh)
   assert isinstance(late[0]["x"], jax.Array)
+
+
+def test_any_beginning_of_the_rows_is_spread_out():
+  """An ensemble that grows keeps its first conditions; few of them come from as many trajectories, at all times."""
+  order = builders.spread(6, 4)
+  assert sorted(order) == [*range(24)]
+  assert sorted(order[:6] // 4) == [*range(6)]
+  assert {*(order[:6] % 4)} == {0, 1, 2, 3}

@@ -1,6 +1,7 @@
 """The ensemble store: killed and resumed, on other devices, in other units: the same fields; refusals; xarray."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -8,11 +9,11 @@ import pytest
 import tensorstore
 import xarray
 
+from downscaling.common import costs, runs
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
 from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
-from downscaling.sampling import ensemble, gain, guidance, solvers
+from downscaling.sampling import ensemble, gain, guidance, solvers, store
 
 OP = Strided.on((24,), 4)
 CONDITIONS = np.random.default_rng(0).normal(size=(5, 6, 1)).astype(np.float32)
@@ -40,6 +41,13 @@ def write(path, sampler, **kwargs):
     "identity": {"sampling": {"steps": 4}}, "attrs": {"title": "test", "config_hash": "abc"}, "stop": never,
   }  # fmt: skip
   return ensemble.write_ensemble(path, sampler=sampler, **(defaults | kwargs))
+
+
+def with_misfit(keys, y):
+  """A sampler in which the members of a condition, four in a unit, act on each other, as they do when resampled."""
+  x = solvers.noise(keys, 0, (24, 1)).reshape(-1, 4, 24, 1)
+  x = x - x.mean(1, keepdims=True)
+  return x.reshape(-1, 24, 1) + y.mean(1, keepdims=True), (x**2).mean((2, 3)).reshape(-1)
 
 
 def stop_after(polls):
@@ -99,10 +107,106 @@ def test_a_unit_without_its_marker_is_drawn_again(tmp_path, whole, sampler):
     write(path, sampler, stop=stop_after(4))
   store = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/sample/"}, open=True).result()
   store[0:2, 0:4].write(np.full((2, 4, 24), 7, np.float32)).result()
-  (tmp_path / "a.units" / "c000000-m000000.json").unlink()
+  (tmp_path / "a.units" / "c000000-000002-m000000-000004.json").unlink()
   assert write(path, sampler)["drawn"] == 3
   np.testing.assert_array_equal(samples(path), samples(whole))
   assert write(path, sampler)["drawn"] == 0
+
+
+def files(folder):
+  return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_ensemble_grows_in_place(tmp_path, whole, sampler):
+  """3 × 4 -> 5 × 4, broken off -> 5 × 6: what was finished stays, and the end is what is drawn at once."""
+  path, shards = tmp_path / "a.zarr", tmp_path / "a.zarr" / "sample" / "c"
+  assert write(path, sampler, conditions=CONDITIONS[:3], members=4)["drawn"] == 2
+  first = files(shards)
+  with pytest.raises(runs.Interrupted, match="2 of 3 units"):
+    write(path, sampler, members=4, stop=stop_after(1))
+  with xarray.open_zarr(path) as data:
+    assert data.sample.shape == (5, 4, 24)
+    assert data.attrs["done_fraction"] == pytest.approx(2 / 3, abs=1e-5)
+    assert data.attrs["history"].count("downscaling sample") == 2
+    assert np.isnan(data.sample[4]).all()
+  with pytest.raises(ValueError, match="2 of 3 units"):
+    ensemble.read(path)
+  assert write(path, sampler)["drawn"] == 4
+  inner = pathlib.Path("0/0/0")  # of conditions 0 and 1: no unit at an edge
+  assert files(shards)[inner] == first[inner]
+  np.testing.assert_array_equal(samples(path), samples(whole))
+  grown, undisturbed = (xarray.open_zarr(p) for p in (path, whole))
+  for name in undisturbed.variables:
+    np.testing.assert_array_equal(grown[name], undisturbed[name], err_msg=name)
+  assert len(list((tmp_path / "a.units").glob("c*-m*.json"))) == 6
+
+
+def test_a_unit_at_the_edge_grows_by_what_it_lacks(tmp_path, sampler):
+  """A field that is there stays as it is, byte for byte, whatever machine draws the rest of its unit."""
+  path = tmp_path / "a.zarr"
+  write(path, sampler, conditions=CONDITIONS[:3], members=3)
+  before = samples(path)
+  one_more = lambda keys, y: sampler(keys, y) + 1
+  assert write(path, one_more, conditions=CONDITIONS[:4], members=4)["drawn"] == 2
+  after = samples(path)
+  np.testing.assert_array_equal(after[:3, :3], before)
+  write(tmp_path / "b.zarr", one_more, conditions=CONDITIONS[:4], members=4)
+  for new in (np.s_[3:], np.s_[:, 3:]):
+    np.testing.assert_array_equal(after[new], samples(tmp_path / "b.zarr")[new])
+
+
+def test_members_that_act_on_each_other_are_drawn_again_alone(tmp_path):
+  """The block of a unit is what is reproducible: alone, and when the ensemble grows. Misfits lie beside the fields."""
+  path = tmp_path / "a.zarr"
+  write(path, with_misfit, members=6)
+  before = ensemble.read(path)
+  assert before.misfit.dims == ("condition", "member")
+  assert before.misfit.attrs["units"] == "1"
+  assert before.sample.attrs["ancillary_variables"] == "misfit"
+  layout = ensemble.Layout(5, 6, (24,), 1, (6, 1), (2, 4), True)
+  unit = layout.units()[3]  # conditions 2 and 3, members 4 and 5
+  assert unit == (2, 4, 4, 6)
+  c, m, y = ensemble.block(layout, unit, np.arange(5), CONDITIONS)
+  fields, misfit = jax.jit(with_misfit)(ensemble.keys(1, c, m), y)
+  alone = np.asarray(fields).reshape(2, 4, 24)[:, :2], np.asarray(misfit).reshape(2, 4)[:, :2]
+  for name, values in zip(("sample", "misfit"), alone, strict=True):
+    np.testing.assert_allclose(before[name][2:4, 4:6], values, atol=2e-6)  # another program: rounding
+  held = before.load()
+  write(path, with_misfit, members=8)
+  after = ensemble.read(path)
+  for name in ("sample", "misfit"):
+    np.testing.assert_array_equal(after[name][:, :6], held[name])
+  np.testing.assert_allclose(after.sample.values.reshape(5, 2, 4, 24).mean(2).std(-1), 0, atol=1e-6)  # one block
+  with pytest.raises(runs.Interrupted):
+    write(tmp_path / "b.zarr", with_misfit, stop=stop_after(1))
+  with xarray.open_zarr(tmp_path / "b.zarr") as data:
+    assert np.isfinite(data.misfit[:2, :4]).all()
+    assert np.isnan(data.misfit[2:]).all()
+
+
+def test_devices_do_not_talk(sampler):
+  """Where each holds whole conditions: XLA would gather the batch before every FFT of the gain."""
+  mesh, layout = meshes.make(), ensemble.Layout(8, 2, (24,), 1, (6, 1), (4, 2))
+  rows = lambda *shape, dtype=np.uint32: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=meshes.rows(mesh))
+  inputs = rows(), rows(), rows(6, 1, dtype=np.float32)
+  assert costs.collectives(ensemble.program(sampler, mesh, 0, layout).lower(*inputs).compile()) == []
+
+
+def test_shards_that_are_no_units_are_refused(tmp_path, sampler):
+  """Two units in one shard would have two writers. The marker is forged: its own check would speak first."""
+  path = tmp_path / "a.zarr"
+  with pytest.raises(runs.Interrupted):
+    write(path, sampler, unit=(4, 4), stop=stop_after(1))
+  marker = tmp_path / "a.units" / runs.MARKER
+  record = runs.read_json(marker)
+  record["config"]["layout"]["unit"] = [2, 4]
+  runs.write_json(marker, record)
+  before = files(path)
+  with pytest.raises(ValueError, match=r"in shards of \(4, 4, 24\); need .* \(2, 4, 24\), a unit each"):
+    write(path, sampler)
+  assert {k: v for k, v in files(path).items() if str(k) != "zarr.json"} == {
+    k: v for k, v in before.items() if str(k) != "zarr.json"
+  }
 
 
 def test_one_device_draws_what_four_draw(tmp_path, whole, sampler):
@@ -161,13 +265,17 @@ def test_another_identity_is_refused_and_left_alone(tmp_path, sampler):
   changes = {
     r"sampling.steps: 4 -> 5": {"identity": {"sampling": {"steps": 5}}},
     r"seed: 1 -> 2": {"seed": 2},
-    r"layout.members: 6 -> 7": {"members": 7},
-    r"conditions: ": {"conditions": CONDITIONS + 1},
+    r"layout.space: \[24\] -> \[48\]": {"space": (48,), "sampler": lambda keys, y: solvers.noise(keys, 0, (48, 1))},
+    r"layout.misfit: False -> True": {"sampler": with_misfit},
+    "holds 6 members, 5 were asked for: an ensemble grows": {"members": 5},
+    "holds 5 conditions, 4 were asked for": {"conditions": CONDITIONS[:4]},
+    "other conditions: the first 5 must be": {"conditions": CONDITIONS + 1},
+    "other conditions: the first 5 must": {"condition_ids": np.arange(5) + 1},
     r"layout.unit: \[2, 4\] -> \[1, 4\]": {"unit": (1, 4)},
   }
   for words, change in changes.items():
     with pytest.raises(ValueError, match=words):
-      write(path, sampler, **change)
+      write(path, **({"sampler": sampler} | change))
   assert before == {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
 
 
@@ -195,7 +303,7 @@ def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
   def full(*_):
     raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
 
-  monkeypatch.setattr(ensemble, "_write", full)
+  monkeypatch.setattr(store.Writer, "begin", full)
   with pytest.raises(OSError, match="Free some disk"):
     write(tmp_path / "a.zarr", sampler)
   monkeypatch.undo()
@@ -211,6 +319,9 @@ def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
     ({"conditions": CONDITIONS[..., 0]}, r"\[conditions, \*coarse, channels\]"),
     ({"condition_ids": np.zeros(5, int)}, "5 different numbers"),
     ({"coordinates": {"x": (np.arange(23), {})}}, "coordinate x"),
+    ({"conditions": CONDITIONS[:, :5]}, "is the coarse grid the one the prior was trained for"),
+    ({"space": (48,)}, r"draws \[\(8, 24, 1\)\] of a unit of 8, the store takes fields \(8, 48, 1\)"),
+    ({"channels": 2}, "channels must be those that the prior was trained on"),
   ],
 )
 def test_refusals_before_anything_is_written(tmp_path, sampler, change, words):
@@ -220,5 +331,5 @@ def test_refusals_before_anything_is_written(tmp_path, sampler, change, words):
 
 
 def test_markers_are_json(whole):
-  marker = json.loads((whole.with_suffix(".units") / "c000004-m000004.json").read_text())
+  marker = json.loads((whole.with_suffix(".units") / "c000004-000005-m000004-000006.json").read_text())
   assert marker == {"c0": 4, "c1": 5, "m0": 4, "m1": 6}

@@ -1,0 +1,169 @@
+"""One ensemble drawn by real processes: any topology, killed and told to stop at any moment, moved, grown, locked."""
+
+import contextlib
+import os
+import pathlib
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import xarray
+
+from downscaling.common import runs
+from downscaling.sampling import ensemble
+from tests.sampling import worker
+from tests.test_distributed import numbers, rehearse, start, wait_for
+
+never = lambda: False
+
+
+def argv(path, conditions=24, members=6, seconds=0.0):
+  return [sys.executable, "-W", "ignore", worker.__file__, path, conditions, members, seconds]
+
+
+def files(path):
+  """{file: bytes} of the arrays and their metadata; the root says when it was made."""
+  return {p.relative_to(path): p.read_bytes() for p in sorted(path.glob("*/**/*")) if p.is_file()}
+
+
+def markers(path):
+  return {p.name: p.stat().st_mtime_ns for p in path.with_suffix(".units").glob("c*-m*.json")}
+
+
+def same(one, two):
+  """To the rounding of float32 sums of order one, whose order depends on the rows that a device holds."""
+  a, b = ensemble.read(one), ensemble.read(two)
+  assert {*a.variables} == {*b.variables}
+  for name in a.variables:
+    np.testing.assert_allclose(a[name].values, b[name].values, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """24 × 6 in 18 units, drawn by this process on four devices."""
+  path = tmp_path_factory.mktemp("whole") / "a.zarr"
+  assert worker.draw(path, 24, 6, never)["drawn"] == 18
+  return path
+
+
+def test_two_processes_draw_what_one_draws(whole, tmp_path):
+  """2 × 2 devices against 1 × 4; both processes take part, and each unit is drawn once."""
+  path = tmp_path / "a.zarr"
+  said = rehearse(2, 2, argv(path, seconds=0.05))
+  assert "[0] drawn 18 of 18" in said
+  same(path, whole)
+  assert set(markers(path)) == set(markers(whole))
+  assert not (tmp_path / "a.units" / "lock.json").exists()
+
+
+def test_two_processes_make_an_ensemble_larger(whole, tmp_path):
+  """22 × 5, every edge unit incomplete, to 24 × 6: each process keeps what is there of the units that it completes."""
+  path = tmp_path / "a.zarr"
+  worker.draw(path, 22, 5, never)
+  before = ensemble.read(path).load()
+  said = rehearse(2, 2, argv(path, seconds=0.05))
+  assert "[0] drawn 8 of 18" in said  # five of the last members, two of the last conditions, one of both
+  after = ensemble.read(path)
+  for name in ("sample", "misfit"):
+    np.testing.assert_array_equal(after[name][:22, :5], before[name])
+  same(path, whole)
+  assert set(markers(path)) == set(markers(whole))
+
+
+def test_sigterm_to_one_of_two_and_on_with_other_devices(whole, tmp_path):
+  path, pids = tmp_path / "a.zarr", tmp_path / "pids"
+  process = start(2, 1, argv(path, seconds=0.3), pids)
+  wait_for(lambda: len(markers(path)) >= 2, process)
+  os.kill(numbers(pids)[1], signal.SIGTERM)
+  said, _ = process.communicate(timeout=60)
+  assert process.returncode == 143, said
+  first = markers(path)
+  assert 2 <= len(first) < 18
+  assert f"[0] sample stopped after {len(first)} of 18 units, which are on disk" in said
+  assert worker.draw(path, 24, 6, never)["drawn"] == 18 - len(first)
+  assert {name: markers(path)[name] for name in first} == first
+  same(path, whole)
+
+
+def test_a_store_that_another_job_writes_is_refused(whole, tmp_path):
+  """With who and since when; the other goes on undisturbed. Killed, it leaves a lock that the next job takes over."""
+  path, pids = tmp_path / "a.zarr", tmp_path / "pids"
+  process = start(1, 4, argv(path, seconds=0.2), pids)
+  wait_for(lambda: markers(path), process)
+  with xarray.open_zarr(path) as data:  # while it grows; warnings are errors here
+    assert data.sample.shape == (24, 6, 24)
+    assert 0 <= data.attrs["done_fraction"] < 1
+    assert 0 < np.isfinite(data.sample).all("x").sum() < 24 * 6
+  with pytest.raises(OSError, match=rf"a.zarr is being written by another job: host .*, pid {numbers(pids)[0]}, since"):
+    worker.draw(path, 24, 6, never)
+  os.kill(numbers(pids)[0], signal.SIGKILL)
+  process.communicate(timeout=60)
+  done = markers(path)
+  assert 1 <= len(done) < 18
+  assert worker.draw(path, 24, 6, never)["drawn"] == 18 - len(done)
+  same(path, whole)
+  assert files(path) == files(whole)  # the same devices
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_on_any_topology(tmp_path):
+  """1 × 2 devices -> 2 × 1 -> 1 × 4, kill -9 to one process at ten moments and SIGTERM at two: each unit is finished
+  once, none is missing, and the end is what an undisturbed run leaves, to rounding; on one topology byte for byte."""
+  dice, size, units = random.Random(0), {"conditions": 200, "members": 8}, 200
+  rehearse(1, 2, argv(tmp_path / "straight.zarr", **size))
+  for name, lives, topologies in (("moved", 12, ((1, 2), (2, 1), (1, 4))), ("same", 6, ((1, 2),))):
+    path, pids = tmp_path / f"{name}.zarr", tmp_path / "pids"
+    for life in range(lives):
+      before = markers(path)
+      pids.unlink(missing_ok=True)
+      process = start(*topologies[life % len(topologies)], argv(path, **size, seconds=0.15), pids, GRACE="2")
+      wait_for(pids.exists, process)
+      if dice.random() < 0.8:  # else in its imports, its start, its compilation
+        wait_for(lambda b=before, p=path: len(markers(p)) > len(b), process)
+      time.sleep(dice.uniform(0, 0.6))
+      with contextlib.suppress(ProcessLookupError):
+        sent = signal.SIGTERM if life in (1, 5) else signal.SIGKILL
+        os.kill(dice.choice([*numbers(pids).values()]), sent)
+      process.communicate(timeout=120)
+      assert {k: markers(path)[k] for k in before} == before, "a finished unit was done again"
+    left = units - len(markers(path))
+    assert left > 0, "it was done too soon"
+    said = rehearse(*topologies[-1], argv(path, **size))
+    assert f"drawn {left} of {units}" in said
+    same(path, tmp_path / "straight.zarr")
+  assert files(tmp_path / "same.zarr") == files(tmp_path / "straight.zarr")
+
+
+@pytest.mark.slow
+def test_memory_is_flat(tmp_path):
+  """Peak of a process that draws 4, 16 and 64 units of 8 MB. To 48 MB, six units: allocators keep what they have had;
+  the whole ensemble in memory would be half a gigabyte more."""
+  code = """
+import sys
+import numpy as np
+from downscaling.common import mesh as meshes
+from downscaling.sampling import ensemble, solvers
+count = int(sys.argv[2])
+ensemble.write_ensemble(
+  sys.argv[1], conditions=np.zeros((16 * count, 4, 4, 1), np.float32), members=32, space=(64, 64), unit=(16, 32),
+  sampler=lambda keys, y: solvers.noise(keys, 0, (64, 64, 1)), mesh=meshes.make(), seed=0, identity={},
+  attrs={}, stop=lambda: False)
+print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+  peaks = []
+  for count in (4, 16, 64):
+    said = rehearse(1, 1, [sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{count}.zarr", count])
+    peaks.append(int(said.rpartition("VmHWM:")[2].split()[0]) / 1e3)
+  assert max(peaks) - peaks[0] < 48, peaks
+
+
+def test_a_worker_ends_like_the_program(tmp_path):
+  """So that these tests test something: an error is one line and code 1."""
+  (tmp_path / "a.zarr").mkdir()
+  assert "worker: " in rehearse(1, 1, argv(tmp_path / "a.zarr"), code=1)
+  assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
+  assert pathlib.Path(worker.__file__).exists()
+  assert not (tmp_path / "a.units" / runs.MARKER).exists()

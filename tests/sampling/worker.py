@@ -1,0 +1,66 @@
+"""One process of an ensemble drawn by several, cheap enough to be killed often: see test_several_processes.
+
+  python tests/sampling/worker.py STORE CONDITIONS MEMBERS SECONDS      SECONDS: of rest before a unit
+Ends as the program does: 0, 143 when told to stop, 1 with one line after an error.
+"""
+
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+
+from downscaling.common import mesh as meshes
+from downscaling.common import processes, runs, supervision
+from downscaling.common.operators import Strided
+from downscaling.diffusion import schedules
+from downscaling.sampling import ensemble, gain, guidance, solvers
+
+OP = Strided.on((24,), 4)
+
+
+def sampler(keys, y):
+  """Draws of a Gaussian posterior by the real guidance and solver, and the sum of squares of each."""
+  s = 1 / (1 + (np.abs(np.fft.fftfreq(24, 1 / 24)) / 3) ** 4)[:, None]
+  g = gain.Gain(OP, gain.prior_variance(s))
+  denoise = lambda x, sigma: x * (1 / (1 + sigma[:, None, None] ** 2))
+  levels = schedules.levels("edm", 4, 3.0, 0.01)
+  guided = guidance.make("wiener", denoise, OP, y, gain=g)
+  x = solvers.dpm_solver_pp_2m_sde(guided.denoise, gain.gaussian_start(keys, g, y, 3.0), levels, keys)
+  return x, (x**2).sum((1, 2))
+
+
+def draw(path, conditions, members, stop):
+  fields = np.random.default_rng(0).normal(size=(conditions, 6, 1)).astype(np.float32)
+  return ensemble.write_ensemble(
+    pathlib.Path(path), conditions=fields, members=members, sampler=sampler, space=(24,), unit=(4, 2),
+    mesh=meshes.local(meshes.make()), seed=1, identity={}, attrs={"title": "test"}, stop=stop,
+  )  # fmt: skip
+
+
+def main(path, conditions, members, seconds):
+  with supervision.Stop() as stop:
+    processes.start("auto")
+    stop.connect(processes.client(), jax.process_index(), jax.process_count())
+
+    def told():
+      time.sleep(float(seconds))
+      return stop.told()
+
+    try:
+      summary = draw(path, int(conditions), int(members), told)
+      runs.say(f"drawn {summary['drawn']} of {summary['units']}")
+    except runs.Interrupted as interrupted:
+      runs.say(f"{interrupted}; run the same command to go on.")
+      if jax.process_count() > 1:
+        jax.distributed.shutdown()
+      sys.exit(supervision.STOPPED)
+    except (ValueError, OSError) as error:
+      stop.failed(str(error))
+      print(f"worker: {error}", file=sys.stderr)
+      sys.exit(1)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
