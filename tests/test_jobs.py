@@ -46,7 +46,9 @@ def test_every_stage_left_its_files(finished):
   assert len(list((workdir / "data" / "ks" / "lflr").rglob("*.array_record-*-of-*"))) == 12
   for path in (
     *("data/statistics.npz", "data/ks/hfhr/1.0.0/dataset_info.json", "data/ks/lflr/1.0.0/features.json"),
-    *(f"debias/{name}/{file}" for name in ("entropic", "gaussian", "equivariant") for file in ("map.json", "arrays.npz")),
+    *(
+      f"debias/{name}/{file}" for name in ("entropic", "gaussian", "equivariant") for file in ("map.json", "arrays.npz")
+    ),
     "debias/diagnostics.json",
     *("debias/held_out.zarr/zarr.json", "debias/in_sample.zarr/zarr.json"),
     *("train/prior/0", "train/checkpoints/20", "train/metrics.csv"),
