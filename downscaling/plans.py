@@ -148,7 +148,8 @@ def _sample(c, ctx) -> list[str]:
   params = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=everywhere), state.params)
   keys = jax.ShapeDtypeStruct((rows,), jax.random.key(0).dtype, sharding=meshes.rows(ctx.mesh))
   y = _rows(ctx, rows, *build.operator(c).coarse, 1)
-  memory = jax.jit(build.sampler(c, stats, network)).lower(keys, y, params).compile().memory_analysis()
+  draw = build.sampler(c, stats, network, build.stand_in_table(c))
+  memory = jax.jit(draw).lower(keys, y, params).compile().memory_analysis()
   field = math.prod(build.space(c)) * 4
   conditional = sum(source is not None for source in build.SOURCES.values())
   fields = conditional * s.conditions * s.members + s.unconditional.fields

@@ -164,7 +164,10 @@ def test_ending_with_the_gain_leaves_no_kinks(gaussian):
 def test_none_is_the_denoiser_itself(gaussian):
   field = gaussian((16,))
   guided = guidance.make("none", field.denoise, Strided.on((16,), 4), jnp.zeros((1, 4, 1)))
-  assert guided == (field.denoise, field.denoise)
+  x, sigma = jnp.asarray(field.draw(0)[None, :, None], jnp.float32), jnp.full(1, 0.5)
+  for denoise in (guided.denoise, guided.last, lambda x, sigma: guided.scored(x, sigma)[0]):
+    np.testing.assert_array_equal(denoise(x, sigma), field.denoise(x, sigma))
+  assert np.isnan(guided.scored(x, sigma)[1]).all()  # no gain, no score
 
 
 @pytest.mark.parametrize(
@@ -173,6 +176,7 @@ def test_none_is_the_denoiser_itself(gaussian):
     ({"name": "dps"}, "use one of paper"),
     ({"name": "paper", "final": "project"}, "overwrite or gain"),
     ({"name": "wiener"}, "needs a gain"),
+    ({"name": "moment"}, "needs a gain"),
     ({"name": "paper", "final": "gain"}, "needs a gain"),
     ({"name": "paper", "normalise": "mean"}, "none, divide, multiply"),
     ({"name": "paper", "y": jnp.zeros((1, 5, 1))}, r"\[batch, 4, channels\]"),
