@@ -296,6 +296,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     samples=samples,
     conditions=conditions,
     truth={"true+diffusion": truth},
+    guesses={"true+diffusion": interpolation.cubic(conditions["true+diffusion"][..., None], op)[..., 0]},
     fine_reference=fine,
     fine_floor=floor,
     operator=op,

@@ -125,11 +125,11 @@ class Gain:
       return self._solve_dense(r, spread)
     coarse = self.operator.coarse
     axes = tuple(range(1, 1 + len(coarse)))
-    eigenvalues = _half(self._fold(spread), len(coarse)) + self._noise(spread)
+    eigenvalues = _half(self._fold(spread), len(coarse)) + self.variance_of_noise(spread)
     return jnp.fft.irfftn(jnp.fft.rfftn(r, axes=axes) / eigenvalues, coarse, axes=axes).astype(r.dtype)
 
-  def _noise(self, like):
-    """Variance of ε, broadcasting against [..., C]."""
+  def variance_of_noise(self, like: jax.Array) -> jax.Array:
+    """The diagonal of R, one value or one a channel, broadcasting against `like` [..., C]."""
     variance = jnp.asarray(np.square(np.asarray(self.noise, np.float64)).reshape(-1), like.dtype)
     return variance.reshape((1,) * (like.ndim - 1) + (-1,))
 
@@ -166,7 +166,7 @@ class Gain:
     e = spread.reshape(len(spread), -1, spread.shape[-1])
     e = jnp.broadcast_to(jnp.concatenate([e, e], 1), (len(r), rows.shape[1], r.shape[-1]))
     a = jnp.einsum("nk,bkc,mk->bcnm", rows, e, rows, precision="highest")
-    noise = jnp.broadcast_to(self._noise(spread).reshape(-1), (r.shape[-1],))
+    noise = jnp.broadcast_to(self.variance_of_noise(spread).reshape(-1), (r.shape[-1],))
     a = a + noise[None, :, None, None] * jnp.eye(len(self._matrix), dtype=a.dtype)[None, None]
     factor = jax.scipy.linalg.cho_factor(a, lower=True)
     z = jax.scipy.linalg.cho_solve(factor, jnp.moveaxis(flat, -1, 1)[..., None])[..., 0]

@@ -13,6 +13,7 @@ was built on: the training spectrum's, or the network's own error. moment takes 
 G has fixed. With observation noise A + R stands for A. For the last call of a solver see `make`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -133,13 +134,21 @@ def along_gain(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -
 
 def moment(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -> Step:
   """D + σ²Jᵀ C′ᵀ (A + R)⁻¹ (y′ − C′D): y′ is taken as Gaussian about C′D with the gain's A; σ²J is Cov[x₀ | x] where D
-  is exact (Tweedie's second identity), so the correction knows the covariance at this very x."""
+  is exact (Tweedie's second identity), so the correction knows the covariance at this very x.
+
+  Where A is not C′(σ²J)C′ᵀ, C′D′ misses y′ − R(A + R)⁻¹r, what it should be; the gain makes up for the rest. A network
+  needs that: without it the steps diverge on KS, as errors of A are multiplied at each.
+  """
+  hard, noisy = dataclasses.replace(gain, noise=0.0), bool(np.any(np.asarray(gain.noise) > 0))
 
   def guided(x, sigma):
     denoised, pull = jax.vjp(lambda x: denoise(x, sigma), x)
     misfit = y - operator.apply(denoised)
-    (along,) = pull(gain.adjoint(gain.solve(misfit, sigma)).astype(denoised.dtype))
-    return denoised + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2 * along, misfit
+    weights = gain.solve(misfit, sigma)
+    (along,) = pull(gain.adjoint(weights).astype(denoised.dtype))
+    moved = denoised + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2 * along
+    left = gain.variance_of_noise(weights) * weights if noisy else 0.0
+    return moved + hard.correction(y - left - operator.apply(moved), sigma), misfit
 
   return guided
 

@@ -4,7 +4,7 @@ Before the constraint is put in, D(x, σ) of a member in the wrong mode misses y
 
     χ² = rᵀA⁻¹r,  r = y′ − C′D(x, σ),   log w −= strength · max(χ² − dead_zone·d′, 0)
 
-and when the effective size 1/Σw² of a condition's members falls below half of them, they are drawn anew in proportion
+and when the effective size 1/Σw² of a condition's members falls to half of them, they are drawn anew in proportion
 to w (systematically) and all w are equal again; the noise of the step then parts the copies. d′: values of a coarse
 field. The dead zone spares members that are merely as uncertain as they should be: a Gaussian field, for which χ² has
 mean d′ and standard deviation √(2d′), is left alone (1.6d′ is two standard deviations off at d′ = 24, more beyond).
@@ -64,7 +64,7 @@ class Resampling:
     first = keys[:: self.members]
     place = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _STREAM), step)))(first)
     share = jax.nn.softmax(log_weights, axis=1)
-    due = 1 / (share**2).sum(axis=1) < self.members / 2
+    due = 1 / (share**2).sum(axis=1) < self.members / 2 + 1e-3  # half of them gone, to rounding, is due
     stay = jnp.arange(self.members)
     chosen = jnp.where(due[:, None], jax.vmap(_systematic)(share, place), stay[None])
 

@@ -109,13 +109,13 @@ def test_a_block_can_be_drawn_alone(gaussian):
 
 
 def test_wrong_modes_are_left(gaussian):
-  """A prior of two modes, ±f, D = f tanh(f·x/σ²), and members that start half in each: y says which is right.
+  """A prior of two modes, ±f, D = f tanh(f·x/σ²), and members that start in both: y says which is right.
 
   Without guidance and without selection every member stays where it started.
   """
   f = jnp.asarray(np.sqrt(2) * np.cos(2 * np.pi * np.arange(48) / 48 + 0.4), jnp.float32)
   g = gain.Gain(OP, gain.prior_variance(0.1 * gaussian((48,), corner=6.0).spectrum))
-  side = jnp.tile(jnp.asarray([1.0, -1.0]), 2 * MEMBERS)
+  side = jnp.where(jnp.arange(4 * MEMBERS) % 3 == 0, 1.0, -1.0)
   y = jnp.broadcast_to(f[None, ::4, None], (len(side), 12, 1))
   keys = jax.random.split(jax.random.key(0), len(side))
   denoise = lambda x, sigma: jnp.tanh(x[..., 0] @ f / sigma**2)[:, None, None] * f[None, :, None]
