@@ -6,19 +6,22 @@ Before the constraint is put in, D(x, σ) of a member in the wrong mode misses y
 
 and when the effective size 1/Σw² of a condition's members falls to half of them, they are drawn anew in proportion
 to w (systematically) and all w are equal again; the noise of the step then parts the copies. d′: values of a coarse
-field. The dead zone spares members that are merely as uncertain as they should be: a Gaussian field, for which χ² has
-mean d′ and standard deviation √(2d′), is left alone (1.6d′ is two standard deviations off at d′ = 24, more beyond).
+field. The dead zone spares members that are merely as uncertain as they should be. A Gaussian field, for which χ² has
+mean d′ and standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much open, states differ in
+how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence ZONE.
 
 Members of a condition now depend on each other, so a block of members is the unit that can be drawn again; the block
 draws its selection from the key of its first member, folded with the step.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+ZONE = 4.0  # dead zone in units of d′, measured on KS: smaller ones take members that are right (docs/method.md)
 _STREAM = 2**31 - 3  # apart from every step's noise and from the start's two draws
 
 
@@ -26,20 +29,24 @@ _STREAM = 2**31 - 3  # apart from every step's noise and from the start's two dr
 class Resampling:
   """members: M of a condition, adjacent rows of a batch. strength > 0; dead_zone >= 1, in units of d′.
 
+  below: the noise level under which members are weighed; above it D is vague, and what is selected there is luck.
+
   Raises: ValueError for values that select nothing or everything.
   """
 
   members: int
   strength: float
-  dead_zone: float = 1.6
+  dead_zone: float = ZONE
+  below: float = math.inf
 
   def __post_init__(self):
     if self.members < 2:
       raise ValueError(f"resampling among {self.members} member: need 2 or more a unit (sampling.unit), or strength 0.")
-    if not self.strength > 0 or not self.dead_zone >= 1:
+    if not (self.strength > 0 and self.dead_zone >= 1 and self.below > 0):
       raise ValueError(
-        f"resampling with strength={self.strength:g}, dead_zone={self.dead_zone:g}: need strength > 0 (about 1/8) and "
-        "dead_zone >= 1 (about 1.6), or it drains the spread of a right ensemble."
+        f"resampling with strength={self.strength:g}, dead_zone={self.dead_zone:g}, below={self.below:g}: need "
+        f"strength > 0 (about 1/8), below > 0 and dead_zone >= 1 (about {ZONE:g}): less drains the spread of a right "
+        "ensemble."
       )
 
   def start(self, rows: int) -> jax.Array:
@@ -48,10 +55,10 @@ class Resampling:
       raise ValueError(f"{rows} rows are no whole conditions of {self.members} members: make the batch a multiple.")
     return jnp.zeros((rows // self.members, self.members), jnp.float32)
 
-  def weigh(self, log_weights: jax.Array, score: jax.Array, values: int) -> jax.Array:
-    """Log weights after a step. score: χ²/d′ [B]; values: d′."""
+  def weigh(self, log_weights: jax.Array, score: jax.Array, values: int, sigma: jax.Array | float) -> jax.Array:
+    """Log weights after a step at level sigma, []. score: χ²/d′ [B]; values: d′."""
     excess = jnp.maximum(score.reshape(log_weights.shape).astype(jnp.float32) - self.dead_zone, 0) * values
-    log_weights = log_weights - self.strength * excess
+    log_weights = log_weights - jnp.where(sigma < self.below, self.strength, 0) * excess
     return log_weights - log_weights.max(axis=1, keepdims=True)
 
   def select(self, keys: jax.Array, step: jax.Array, log_weights: jax.Array, rows: Any) -> tuple[jax.Array, Any]:

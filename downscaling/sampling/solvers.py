@@ -72,7 +72,7 @@ def euler_maruyama(
     denoised = _call(denoise, scaled / s, sigma)
     if select is not None:
       denoised, score = denoised
-      weights = select.weigh(weights, score, values)
+      weights = select.weigh(weights, score, values, sigma)
       weights, (scaled, denoised) = select.select(keys, k, weights, (scaled, denoised))
     drift = (scale_rate + 2 * sigma_rate) * scaled - 2 * s * sigma_rate * denoised
     spread = s * sigma * jnp.sqrt(2 * sigma_rate * -dt)
@@ -172,7 +172,7 @@ def _multistep(denoise, x, levels, keys, eta, last, select=None, values=0):
     denoised = _call(denoise, x, sigma)
     if select is not None:
       denoised, score = denoised
-      weights = select.weigh(weights, score, values)
+      weights = select.weigh(weights, score, values, sigma)
       weights, (x, denoised, last_denoised) = select.select(keys, k, weights, (x, denoised, last_denoised))
     target = denoised + weight * (denoised - last_denoised)
     x = below / sigma * jnp.exp(-eta * h) * x - jnp.expm1(-(1 + eta) * h) * target

@@ -55,11 +55,13 @@ def test_implausible_members_go_and_the_others_stay():
   among = resampling.Resampling(members=4, strength=0.5, dead_zone=1.6)
   keys = jax.random.split(jax.random.key(0), 8)
   score = jnp.asarray([1.0, 40.0, 1.2, 90.0, 1.0, 1.5, 1.6, 0.2])
-  weights = among.weigh(among.start(8), score, values=6)
+  weights = among.weigh(among.start(8), score, values=6, sigma=1.0)
   assert np.asarray(weights[1]).tolist() == [0, 0, 0, 0]  # all within the dead zone
+  late = resampling.Resampling(members=4, strength=0.5, dead_zone=1.6, below=1.0)
+  assert (np.asarray(late.weigh(late.start(8), score, values=6, sigma=1.0)) == 0).all()
   rows = {"x": jnp.arange(8.0), "y": jnp.arange(16.0).reshape(8, 2)}
-  # Two equal members of four are an effective size of 2.0 up to rounding: not below half of them, so a third push.
-  weights = among.weigh(weights, jnp.asarray([1.0, 1, 1.7, 1, 1, 1, 1, 1]), values=6)
+  # Two equal members of four are an effective size of two, half of them: due, whatever the third step adds.
+  weights = among.weigh(weights, jnp.asarray([1.0, 1, 1.7, 1, 1, 1, 1, 1]), values=6, sigma=1.0)
   after, picked = jax.jit(lambda w, r: among.select(keys, 3, w, r))(weights, rows)
   assert set(np.asarray(picked["x"][:4]).tolist()) <= {0.0, 2.0}
   assert np.asarray(picked["x"][4:]).tolist() == [4, 5, 6, 7]
@@ -135,7 +137,7 @@ def test_wrong_modes_are_left(gaussian):
 def test_refusals():
   with pytest.raises(ValueError, match="among 1 member"):
     resampling.Resampling(members=1, strength=0.1)
-  with pytest.raises(ValueError, match="drains the spread"):
+  with pytest.raises(ValueError, match="less drains the spread"):
     resampling.Resampling(members=4, strength=0.1, dead_zone=0.5)
   with pytest.raises(ValueError, match="no whole conditions of 4"):
     resampling.Resampling(members=4, strength=0.1).start(6)
