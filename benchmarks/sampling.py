@@ -2,7 +2,7 @@ r"""Guidance × solver × steps on a trained prior: quality against cost, with E
 
   python benchmarks/sampling.py --workdir=runs/ks [--config=configs/ks.py:full] [--set train.total_steps=6000 ...]
     [--conditions=64] [--members=8] [--cases=front|all|default|NAME,...] [--factor=16] [--operator=block_mean]
-    [--seed=0] [--out=DIR]
+    [--spread] [--seed=0] [--out=DIR]
 
 WORKDIR holds a finished `generate` and `train` of that config. Conditions are C′x of held-out test fields x, which
 neither the training nor the error table has seen; --factor and --operator observe less, or otherwise, than the config
@@ -15,6 +15,8 @@ does: a prior of fine fields serves any C′. "default" is what the config draws
   melre       MELR of members against the truths, over the shells that hold the energy
   cov         covRMSE of members against held-out fields, over that of the truths: 1 is the floor
   s/e         spread over error, 1 is right; in50, in90: coverage of the central intervals
+  second half ×κ  with --spread: members with their distance from the mean of their condition scaled (sampling.spread)
+              by κ = 1/(s/e) of the first half of the conditions; on the second half, as drawn in the row above it
   χ²          median misfit score at the lowest noise level; 1 where y′ is as far off as the prior expects
 
 Below the table: each case over the reference. --out writes sampling.json, .txt and the Pareto front sampling.png.
@@ -37,16 +39,18 @@ from downscaling.common import mesh as meshes
 from downscaling.common import runs, supervision
 from downscaling.diffusion import errors, training
 from downscaling.evaluation import calibration, canvas, distances, spectra
+from downscaling.sampling import draws
 
 EQ7 = {
   "start": "noise", "guidance.name": "paper", "guidance.alpha": 1.0, "guidance.final": "overwrite",
   "solver.name": "euler_maruyama", "levels.name": "exponential", "levels.steps": 256, "levels.sigma_max": 150.0,
-  "levels.sigma_min": 1e-3, "resample.strength": 0.0,
+  "levels.sigma_min": 1e-3, "resample.strength": 0.0, "spread": 1.0,
 }  # fmt: skip
 LOW = {
   "start": "gaussian", "solver.name": "dpm_solver_pp_2m_sde", "solver.eta": 1.0, "levels.name": "edm",
   "levels.sigma_max": 3.0, "levels.sigma_min": 3e-3, "levels.rho": 7.0, "levels.steps": 16,
-  "guidance.final": "gain", "guidance.variance": "measured", "resample.strength": 0.0,
+  "guidance.final": "gain", "guidance.variance": "measured", "resample.strength": 0.0, "resample.dead_zone": 4.0,
+  "resample.below": 100.0, "spread": 1.0,
 }  # fmt: skip
 REFERENCE = "eq7 em 256"
 
@@ -66,26 +70,28 @@ CASES = {
   "eq7 sde 32": case("paper", 32, guidance__alpha=1.0, guidance__final="overwrite", **HIGH),
   "scaled η2.5 16": case("scaled", 16, 2.5, guidance__alpha=3.0),
   "scaled η2.5 32": case("scaled", 32, 2.5, guidance__alpha=3.0),
-  "wiener sde 16": case("wiener"),
-  "wiener η2.5 32": case("wiener", 32, 2.5),
+  "wiener η1 16": case("wiener"),
+  "wiener η5 16": case("wiener", 16, 5.0),
   "measured heun 16": case("measured", 16, solver__name="heun"),
   "measured ode 16": case("measured", 16, solver__name="dpm_solver_pp_2m"),
-  "measured sde 16": case("measured"),
-  "measured sde 32": case("measured", 32),
-  "measured η2.5 16": case("measured", 16, 2.5),
-  "measured noise 32": case("measured", 32, **HIGH),
-  "moment sde 16": case("moment"),
-  "moment η2.5 16": case("moment", 16, 2.5),
-  "measured+r η2.5 8": case("measured", 8, 2.5, 0.125),
-  "measured+r sde 16": case("measured", 16, 1.0, 0.125),
-  "measured+r η2.5 16": case("measured", 16, 2.5, 0.125),
-  "measured+r η2.5 32": case("measured", 32, 2.5, 0.125),
-  "moment+r η2.5 16": case("moment", 16, 2.5, 0.125),
+  "measured η1 16": case("measured"),
+  "measured η1 32": case("measured", 32),
+  "measured η5 16": case("measured", 16, 5.0),
+  "measured noise η1 32": case("measured", 32, **HIGH),
+  "measured+r1.6 η2.5 16": case("measured", 16, 2.5, 0.125, resample__dead_zone=1.6),
+  "measured+r η5 8": case("measured", 8, 5.0, 0.125),
+  "measured+r η5 16": case("measured", 16, 5.0, 0.125),
+  "measured+r η5 32": case("measured", 32, 5.0, 0.125),
+  "moment η1 16": case("moment"),
+  "moment η5 16": case("moment", 16, 5.0),
+  "moment+r η5 8": case("moment", 8, 5.0, 0.125),
+  "moment+r η5 16": case("moment", 16, 5.0, 0.125),
+  "moment+r η5 32": case("moment", 32, 5.0, 0.125),
   "default": {},
 }
 FRONT = (
-  REFERENCE, "scaled η2.5 32", "wiener sde 16", "measured sde 16", "measured η2.5 16", "moment η2.5 16",
-  "measured+r η2.5 8", "measured+r η2.5 16", "measured+r η2.5 32", "moment+r η2.5 16", "default",
+  REFERENCE, "scaled η2.5 32", "wiener η5 16", "measured η1 16", "measured η5 16", "measured+r1.6 η2.5 16",
+  "measured+r η5 8", "measured+r η5 16", "measured+r η5 32", "moment η5 16", "moment+r η5 8", "moment+r η5 16",
 )  # fmt: skip
 LOWER_IS_BETTER = ("member", "mean", "crps", "energy", "melre", "cov")
 
@@ -138,6 +144,18 @@ class Bench:
       "in90": found.coverage["0.9"],
     }  # fmt: skip
 
+  def halves(self, fields):
+    """(κ fitted on the first half of the conditions, scores of the second as drawn, scores with κ)."""
+    half, whole = len(fields) // 2, self.truth
+    try:
+      self.truth = whole[:half]
+      factor = 1 / self.score(fields[:half])["s/e"]
+      self.truth, rest = whole[half:], fields[half:]
+      scaled = draws.rescale(rest.reshape(-1, *rest.shape[2:]), self.members, factor).reshape(rest.shape)
+      return factor, self.score(rest), self.score(scaled)
+    finally:
+      self.truth = whole
+
   def rivals(self):
     """Scores of climatology and of an interpolation."""
     truth, found = self.truth[..., 0], {}
@@ -173,7 +191,7 @@ COLUMNS = {
 
 def line(name, row, columns=COLUMNS, sep="  "):
   cells = [format(row[k], how) if k in row else "" for k, how in columns.items()]
-  return sep.join([f"{name:<20}", *(f"{c:>7}" for c in cells)])
+  return sep.join([f"{name:<22}", *(f"{c:>7}" for c in cells)])
 
 
 def ratios(rows):
@@ -218,6 +236,7 @@ def main():
   parser.add_argument("--cases", default="front", help="front, all, or names with commas")
   parser.add_argument("--factor", type=int)
   parser.add_argument("--operator", choices=["strided", "block_mean"])
+  parser.add_argument("--spread", action="store_true", help="also with a fitted spread")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", type=pathlib.Path, help="folder for sampling.json, .txt and .png")
   args = parser.parse_args()
@@ -235,7 +254,7 @@ def main():
   said = [
     f"{k}: error {r['error']:.3f}, crps {r['crps']:.4f}, energy {r['energy']:.4f}" for k, r in about["rivals"].items()
   ]
-  said.append("  ".join([" " * 20, *(f"{k:>7}" for k in COLUMNS)]))
+  said.append("  ".join([" " * 22, *(f"{k:>7}" for k in COLUMNS)]))
   print("\n".join(said), flush=True)
   rows = {}
   for name in names:
@@ -245,6 +264,11 @@ def main():
     rows[name] |= bench.score(fields) | {"χ²": float(np.median(misfit))}
     said.append(line(name, rows[name]))
     print(said[-1], flush=True)
+    if args.spread and name != REFERENCE:
+      factor, plain, scaled = bench.halves(fields)
+      said += [line("  second half", plain), line(f"  second half ×{factor:.3f}", scaled)]
+      print("\n".join(said[-2:]), flush=True)
+      rows[name] |= {"half": plain, "κ": factor, "half×κ": scaled}
     if args.out:
       args.out.mkdir(parents=True, exist_ok=True)
       runs.write_json(args.out / "sampling.json", about | {"rows": rows})
@@ -258,7 +282,7 @@ def main():
 
 def compare(rows):
   columns = dict.fromkeys(("ms", *LOWER_IS_BETTER), ".3f")
-  lines = ["  ".join([f"{'over ' + REFERENCE:<20}", *(f"{k:>7}" for k in columns)]) + "  worse in"]
+  lines = ["  ".join([f"{'over ' + REFERENCE:<22}", *(f"{k:>7}" for k in columns)]) + "  worse in"]
   return lines + [f"{line(name, row, columns)}  {row['worse'] or 'nothing'}" for name, row in ratios(rows).items()]
 
 

@@ -264,6 +264,8 @@ def sampler(
       guide=guide,
       guidance=options,
       select=resampling(config),
+      spread=c.spread,
+      members=c.unit[1],
       normalise=stats.normalise,
       restore=stats.restore,
       missing=f"config.sampling.guidance {dict(c.guidance)} goes by the prior's measured error, and there is no table "

@@ -62,24 +62,24 @@ def sizes(config, mesh: jax.sharding.Mesh) -> None:
       f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {mesh.size} devices: each draws as many "
       f"fields. Make conditions × members a multiple of {mesh.size}."
     )
-  if c.sampling.resample.strength:
+  if c.sampling.resample.strength or c.sampling.spread != 1:
     _blocks_of_members(config, mesh)
 
 
 def _blocks_of_members(config, mesh) -> None:
-  """Resampling: the members of a condition in a unit lie on one device, and every such block is whole."""
+  """Where members depend on each other: those of a condition in a unit lie on one device, and every block is whole."""
   (conditions, members), total = config.sampling.unit, config.sampling.members
   if conditions % mesh.size:
     fits = -(-conditions // mesh.size) * mesh.size
     raise ValueError(
       f"config.sampling.unit={tuple(config.sampling.unit)}: {conditions} conditions over {mesh.size} devices, and "
-      "resampling keeps the members of a condition on one device. Set "
-      f"--config.sampling.unit={fits},{members}, or --config.sampling.resample.strength=0."
+      "resampling and spread keep the members of a condition on one device. Set "
+      f"--config.sampling.unit={fits},{members}, or --config.sampling.resample.strength=0 and spread=1."
     )
   if total % members:
     raise ValueError(
-      f"config.sampling.members={total} in blocks of {members} (sampling.unit): resampling draws whole blocks. Set "
-      f"--config.sampling.members={-(-total // members) * members}, or --config.sampling.resample.strength=0."
+      f"config.sampling.members={total} in blocks of {members} (sampling.unit): resampling and spread take whole "
+      f"blocks. Set --config.sampling.members={-(-total // members) * members}, or resample.strength=0 and spread=1."
     )
 
 

@@ -72,6 +72,19 @@ def test_a_soft_constraint_is_in_data_units():
   assert 0.5 < off < 3
 
 
+def test_spread_is_about_the_mean_of_a_block():
+  """Half the distance from the mean of each condition's members, which stays, as C′x = y′ does."""
+  half = _config(**{"sampling.guidance.name": "wiener", "sampling.spread": 0.5})
+  parts = _parts(half)
+  op, y, narrow, misfit = _draw(half, parts, None)
+  _, _, wide, same = _draw(_config(**{"sampling.guidance.name": "wiener"}), parts, None)
+  narrow, wide = (x.reshape(2, 4, *x.shape[1:]) for x in (narrow, wide))
+  np.testing.assert_allclose(narrow.mean(1), wide.mean(1), atol=1e-4)  # float32; fields of size 2
+  np.testing.assert_allclose(narrow.std(1), wide.std(1) / 2, atol=1e-4)
+  np.testing.assert_allclose(op.apply(narrow.reshape(8, *op.fine, 1)), y, atol=1e-4)
+  np.testing.assert_array_equal(misfit, same)
+
+
 @pytest.mark.parametrize(
   "changes", [{"guidance.name": "measured"}, {"guidance.name": "moment", "guidance.variance": "measured"}]
 )
@@ -86,6 +99,8 @@ def test_no_table_no_measured_error(changes):
   ("changes", "words"),
   [
     ({"unit": (2, 4)}, r"2 conditions over 4 devices.*--config.sampling.unit=4,4"),
+    ({"resample.strength": 0.0, "spread": 0.5, "unit": (2, 4)}, r"2 conditions over 4 devices"),
+    ({"spread": 0.0}, "need a factor > 0"),
     ({"unit": (4, 4), "members": 6}, r"members=6 in blocks of 4.*--config.sampling.members=8"),
     ({"unit": (4, 1)}, "among 1 member"),
     ({"unit": (4, 4), "solver.name": "dpm_solver_pp_2m"}, "part by noise alone"),
