@@ -57,22 +57,23 @@ def sizes(config, mesh: jax.sharding.Mesh) -> None:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
     )
-  if (fields := math.prod(c.sampling.unit)) % mesh.size:
+  devices = meshes.local(mesh).size
+  if (fields := math.prod(c.sampling.unit)) % devices:
     raise ValueError(
-      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {mesh.size} devices: each draws as many "
-      f"fields. Make conditions × members a multiple of {mesh.size}."
+      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {devices} devices of a process: each "
+      f"draws as many fields. Make conditions × members a multiple of {devices}."
     )
   if c.sampling.resample.strength or c.sampling.spread != 1:
-    _blocks_of_members(config, mesh)
+    _blocks_of_members(config, devices)
 
 
-def _blocks_of_members(config, mesh) -> None:
+def _blocks_of_members(config, devices: int) -> None:
   """Where members depend on each other: those of a condition in a unit lie on one device, and every block is whole."""
   (conditions, members), total = config.sampling.unit, config.sampling.members
-  if conditions % mesh.size:
-    fits = -(-conditions // mesh.size) * mesh.size
+  if conditions % devices:
+    fits = -(-conditions // devices) * devices
     raise ValueError(
-      f"config.sampling.unit={tuple(config.sampling.unit)}: {conditions} conditions over {mesh.size} devices, and "
+      f"config.sampling.unit={tuple(config.sampling.unit)}: {conditions} conditions over {devices} devices, and "
       "resampling and spread keep the members of a condition on one device. Set "
       f"--config.sampling.unit={fits},{members}, or --config.sampling.resample.strength=0 and spread=1."
     )
