@@ -81,17 +81,21 @@ CASES = {
   "measured+r1.6 η2.5 16": case("measured", 16, 2.5, 0.125, resample__dead_zone=1.6),
   "measured+r η5 8": case("measured", 8, 5.0, 0.125),
   "measured+r η5 16": case("measured", 16, 5.0, 0.125),
+  "measured+r η5 24": case("measured", 24, 5.0, 0.125),
+  "measured+r η10 24": case("measured", 24, 10.0, 0.125),
   "measured+r η5 32": case("measured", 32, 5.0, 0.125),
   "moment η1 16": case("moment"),
   "moment η5 16": case("moment", 16, 5.0),
   "moment+r η5 8": case("moment", 8, 5.0, 0.125),
+  "moment+r η5 12": case("moment", 12, 5.0, 0.125),
   "moment+r η5 16": case("moment", 16, 5.0, 0.125),
   "moment+r η5 32": case("moment", 32, 5.0, 0.125),
   "default": {},
 }
 FRONT = (
   REFERENCE, "scaled η2.5 32", "wiener η5 16", "measured η1 16", "measured η5 16", "measured+r1.6 η2.5 16",
-  "measured+r η5 8", "measured+r η5 16", "measured+r η5 32", "moment η5 16", "moment+r η5 8", "moment+r η5 16",
+  "measured+r η5 8", "measured+r η5 16", "measured+r η5 24", "measured+r η5 32", "moment η5 16", "moment+r η5 8", "moment+r η5 12",
+  "moment+r η5 16",
 )  # fmt: skip
 LOWER_IS_BETTER = ("member", "mean", "crps", "energy", "melre", "cov")
 

@@ -68,19 +68,14 @@ def sizes(config, mesh: jax.sharding.Mesh) -> None:
 
 
 def _blocks_of_members(config, devices: int) -> None:
-  """Where members depend on each other: those of a condition in a unit lie on one device, and every block is whole."""
-  (conditions, members), total = config.sampling.unit, config.sampling.members
+  """Where members depend on each other: those of a condition in a unit lie on one device."""
+  conditions, members = config.sampling.unit
   if conditions % devices:
     fits = -(-conditions // devices) * devices
     raise ValueError(
       f"config.sampling.unit={tuple(config.sampling.unit)}: {conditions} conditions over {devices} devices, and "
       "resampling and spread keep the members of a condition on one device. Set "
       f"--config.sampling.unit={fits},{members}, or --config.sampling.resample.strength=0 and spread=1."
-    )
-  if total % members:
-    raise ValueError(
-      f"config.sampling.members={total} in blocks of {members} (sampling.unit): resampling and spread take whole "
-      f"blocks. Set --config.sampling.members={-(-total // members) * members}, or resample.strength=0 and spread=1."
     )
 
 
