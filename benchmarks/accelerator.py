@@ -121,7 +121,8 @@ def sampling_row(mesh, seconds, trace, name, variant, dtype):
   make = lambda key: (jax.random.split(key, rows), jax.random.normal(key, (rows, *build.operator(c).coarse, 1)))
   keys, y = jax.jit(make, out_shardings=meshes.rows(mesh))(jax.random.key(1))
   began = time.perf_counter()
-  program = jax.jit(build.sampler(c, stats, network)).lower(keys, y, params).compile()
+  draw = build.sampler(c, stats, network, build.stand_in_table(c))
+  program = jax.jit(draw).lower(keys, y, params).compile()
   row = {"compile_seconds": time.perf_counter() - began, "temporary_bytes": costs.memory(program)["temporaries"]}
   each = repeated(lambda: program(keys, y, params), seconds)
   return row | {"unit": rows, "seconds_per_unit": each, "fields_per_second": rows / each}

@@ -21,19 +21,23 @@ from downscaling.sampling import gain, guidance, solvers
 POINTS, FACTOR, LOWEST = 32, 4, 1e-2
 EM = ("euler_maruyama", 256, {"schedule": schedules.vp_linear()}, False)
 SDE = ("dpm_solver_pp_2m_sde", 64, {}, False)
-JOB = ("dpm_solver_pp_2m_sde", 16, {"eta": 2.5}, True)  # as configs/ks.py:quick draws
+JOB = ("dpm_solver_pp_2m_sde", 16, {"eta": 5.0}, True)  # as configs/ks.py:quick draws
 CASES = (
   ("wiener", {}, EM),
   ("wiener", {}, ("heun", 32, {}, False)),
   ("wiener", {}, ("dpm_solver_pp_2m", 32, {}, False)),
   ("wiener", {}, ("dpm_solver_pp_2m", 16, {}, True)),
   ("wiener", {}, SDE),
-  ("wiener", {}, JOB),
-  ("wiener", {}, ("dpm_solver_pp_2m_sde", 64, {"eta": 2.5}, True)),
+  *(
+    ("wiener", {}, ("dpm_solver_pp_2m_sde", n, {"eta": e}, True))
+    for n, e in ((16, 2.5), (64, 2.5), (16, 5.0), (32, 5.0))
+  ),
+  ("moment", {}, ("dpm_solver_pp_2m", 16, {}, True)),
+  ("moment", {}, JOB),
   *(("paper", {"alpha": a}, EM) for a in (0.5, 1.0, 2.0, 3.0)),
   *(("paper", {"alpha": a}, SDE) for a in (0.5, 1.0, 2.0, 3.0)),
   *(("scaled", {"alpha": a}, SDE) for a in (0.5, 1.0, 2.0, 3.0)),
-  ("scaled", {"alpha": 3.0, "final": "gain"}, JOB),
+  ("scaled", {"alpha": 3.0, "final": "gain"}, ("dpm_solver_pp_2m_sde", 16, {"eta": 2.5}, True)),
 )
 
 

@@ -96,14 +96,18 @@ def get_config(variant="cpu"):
   c.watch = dict(fields=pick(256, 32, 8), steps=pick(32, 16, 4))  # drawn at every evaluation, for their spectrum
   c.profile = dict(start_step=0, steps=0)  # a profiler trace of so many steps after start_step, for TensorBoard
 
-  # guidance: paper (Eq. 7) | scaled | wiener | none. solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
+  # guidance: paper (Eq. 7) | scaled | wiener | measured | moment | none; variance, of its gain: gaussian | measured.
+  # solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
   c.sampling = dict(
     conditions=pick(1024, 128, 8),  # held-out coarse fields
     members=pick(16, 8, 2),  # of each
     unit=pick((16, 16), (8, 8), (4, 2)),  # conditions × members drawn and written together
     start="gaussian",
-    guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain"),
+    guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain", variance="gaussian"),
+    observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
+    resample=dict(strength=0.0, dead_zone=4.0, below=100.0),  # among a condition's members in a unit; strength 0: none
+    spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn
     solver=dict(name="dpm_solver_pp_2m_sde", eta=2.5, churn=0.0),  # eta: of the SDE; churn: of heun
     levels=dict(name="edm", steps=pick(32, 32, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(2048, 256, 8), steps=pick(48, 32, 4), sigma_max=80.0),

@@ -1,7 +1,6 @@
 """Config blocks -> objects. The only place that reads config keys, so that no two jobs can read them differently."""
 
 import functools
-import math
 import pathlib
 import traceback
 from collections.abc import Callable
@@ -12,15 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from downscaling import door
 from downscaling.common import checkpoints, operators, runs, symmetry
-from downscaling.common import mesh as meshes
 from downscaling.datasets import builders, generate, statistics
-from downscaling.debias import job, maps, moments, recipes
-from downscaling.diffusion import denoiser, schedules, steps, training, unet
+from downscaling.debias import maps, moments
+from downscaling.diffusion import denoiser, errors, schedules, steps, training, unet
 from downscaling.diffusion import state as states
 from downscaling.equations import kolmogorov, ks, rollouts
+from downscaling.sampling import draws, solvers
 from downscaling.sampling import gain as gains
-from downscaling.sampling import guidance, solvers
+from downscaling.sampling.resampling import Resampling
 
 # What each stage's result depends on; anything else may change between restarts.
 IDENTITY = {
@@ -221,7 +221,7 @@ WATCHED = ("unconditional/melr_weighted", "unconditional/melr_energy")
 
 def update(config, network, mesh: jax.sharding.Mesh, specs) -> Callable:
   """The training step of the config: (state, batch) -> (state, logs)."""
-  _check_batch(config, mesh)
+  door.batch(config, mesh)
   return steps.make_train_step(
     network,
     optimizer(config),
@@ -246,33 +246,73 @@ def initial_state(config, network, channels: int) -> Callable:
 SOURCES = {"ot+diffusion": "ot", "raw+diffusion": "raw", "true+diffusion": "true", "unconditional": None}
 
 
-def sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) -> Callable:
-  """(keys [B], coarse fields [B, *coarse, C] or None, parameters) -> fields [B, *space, C], in data units."""
+def needs_table(config) -> bool:
+  """Whether conditional draws go by the prior's measured error (diffusion/errors.py)."""
+  block = config.sampling.guidance
+  choose(dict.fromkeys(("gaussian", "measured")), block.variance, "config.sampling.guidance.variance")
+  return block.name == "measured" or (block.name != "wiener" and block.variance == "measured")
+
+
+def error_levels(config) -> np.ndarray:
+  """Noise levels of the table: all that a sampler of this schedule may meet."""
+  given = schedule(config)
+  return errors.levels(given.sigma_min, given.sigma_max)
+
+
+def stand_in_table(config) -> errors.ErrorTable:
+  """A table of the right shape, for programs that are compiled and never run."""
+  levels = error_levels(config)
+  return errors.ErrorTable(levels, np.ones((len(levels), *space(config), 1), np.float32))
+
+
+def sampler(
+  config, stats: statistics.Statistics, network: denoiser.Denoiser, table: errors.ErrorTable | None = None
+) -> Callable:
+  """(keys [B], coarse fields [B, *coarse, C] or None, parameters) -> (fields [B, *space, C], misfit [B]); see draws.
+
+  table: errors.load of the prior, where needs_table says so.
+  """
   c, op = config.sampling, operator(config)
-  if c.start not in ("noise", "gaussian"):
-    raise ValueError(f"config.sampling.start={c.start!r} is unknown; use noise or gaussian.")
   if config.model.convolution == "auto" and jax.default_backend() == "cpu":  # solvers loop: see unet.convolve
     network = network.clone(net=network.net.clone(convolution="im2col"))
-  steps, shape = dict(c.levels), (*op.fine, len(stats.mean))
-  levels = schedules.levels(**steps)
-  high = schedules.levels(**steps | {"sigma_max": c.unconditional.sigma_max, "steps": c.unconditional.steps})
-  gain = gains.Gain(op, gains.prior_variance(stats.spectrum))
-  solve = _solver(config)
+  steps, options = dict(c.levels), {k: v for k, v in c.guidance.items() if k != "variance"}
+  noise = tuple(float(c.observation_noise / s) for s in stats.std)
+  prior = guide = gains.Gain(op, gains.prior_variance(stats.spectrum), noise)
+  if needs_table(config):
+    guide = None if table is None else gains.Gain(op, gains.measured_variance(*table), noise)
+  return draws.sampler(
+    draws.Recipe(
+      denoise=lambda params, x, sigma: network.apply({"params": params}, x, sigma),
+      shape=(*op.fine, len(stats.mean)),
+      levels=schedules.levels(**steps),
+      high=schedules.levels(**steps | {"sigma_max": c.unconditional.sigma_max, "steps": c.unconditional.steps}),
+      solve=_solver(config),
+      start=c.start,
+      prior=prior,
+      guide=guide,
+      guidance=options,
+      select=resampling(config),
+      spread=c.spread,
+      members=c.unit[1],
+      normalise=stats.normalise,
+      restore=stats.restore,
+      missing=f"config.sampling.guidance {dict(c.guidance)} goes by the prior's measured error, and there is no table "
+      "of it: run `downscaling train` with the same --config and --workdir, which makes it, or use name=scaled.",
+    )
+  )
 
-  def draw(keys, y, params):
-    denoise = lambda x, sigma: network.apply({"params": params}, x, sigma)
-    if y is None:  # nothing is known but the law: start from pure noise, far above the data
-      x = solvers.initial(keys, shape, float(high[0]))
-      return stats.restore(solve(denoise, x, high, keys))
-    y = stats.normalise(y)
-    guided = guidance.make(denoise=denoise, operator=op, y=y, gain=gain, **c.guidance)
-    if c.start == "gaussian":
-      x = gains.gaussian_start(keys, gain, y, float(levels[0]))
-    else:
-      x = solvers.initial(keys, shape, float(levels[0]))
-    return stats.restore(solve(guided.denoise, x, levels, keys, last=guided.last))
 
-  return draw
+def resampling(config) -> Resampling | None:
+  """Among the members of a unit that share a condition; None for strength 0."""
+  c = config.sampling
+  if not c.resample.strength:
+    return None
+  if c.solver.name not in draws.SELECTING or (c.solver.name == "dpm_solver_pp_2m_sde" and not c.solver.eta > 0):
+    raise ValueError(
+      f"config.sampling.resample.strength={c.resample.strength:g} with the solver {dict(c.solver)}: copies of a member "
+      f"part by noise alone. Use {' or '.join(draws.SELECTING)} with eta > 0, or strength=0."
+    )
+  return Resampling(members=c.unit[1], **c.resample)
 
 
 def watching_sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) -> Callable:
@@ -319,85 +359,13 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
   Raises: ValueError naming the key, what came and what is needed.
   """
   try:
-    _check_sizes(config, mesh)
+    door.sizes(config, mesh)
     _check_blocks(config)
   except (AttributeError, KeyError, TypeError) as error:
     where = traceback.extract_tb(error.__traceback__)[-1].filename
-    if not (where == __file__ or "ml_collections" in where or "keyword argument" in str(error)):
+    if not (where in (__file__, door.__file__) or "ml_collections" in where or "keyword argument" in str(error)):
       raise  # a defect of ours
     raise ValueError(f"the config has a key that nothing takes, or lacks one: {error}") from error
-
-
-def _check_sizes(config, mesh) -> None:
-  c, d = config, config.data
-  for key in ("data.snapshots", "data.shard", "train.total_steps", "sampling.members", "sampling.unconditional.fields"):
-    if functools.reduce(getattr, key.split("."), c) < 1:
-      raise ValueError(f"config.{key} must be at least 1: set --config.{key}=1 or more.")
-  if not (c.debias.epsilon > 0 and c.debias.threshold > 0 and c.debias.max_iterations >= 1):
-    raise ValueError(
-      f"config.debias: epsilon={c.debias.epsilon:g} (a share of the mean cost) and threshold={c.debias.threshold:g} "
-      f"must be > 0, max_iterations={c.debias.max_iterations} at least 1. E.g. --config.debias.epsilon=0.001"
-    )
-  floor = max(c.debias.held_out, min(c.debias.points, job.IN_SAMPLE_ROWS), c.sampling.unconditional.fields)
-  needs = (
-    *(("debias.points", c.debias.points, which, "train", 2) for which in ("hfhr", "lflr")),
-    ("debias.held_out", c.debias.held_out, "lflr", "test", 2),
-    ("train.batch", c.train.batch, "hfhr", "train", 1),
-    ("sampling.conditions", c.sampling.conditions, "hfhr", "validation", 1),
-    ("evaluate.reference", c.evaluate.reference, "hfhr", "test", 2),
-    # the report's floors take as many independent rows as its largest set has
-    ("debias.held_out, debias.points or sampling.unconditional.fields", floor, "hfhr", "validation", 2),
-  )
-  for key, need, which, split, least in needs:
-    have = d[which].get(split, 0) * d.snapshots
-    if not least <= need <= have:
-      raise ValueError(
-        f"config.{key} asks for {need} {which} {split} snapshots: {least} to {have} can be had, {d.snapshots} a "
-        f"trajectory. Ask for as many, or simulate more: --config.data.{which}.{split}={-(-need // d.snapshots)}."
-      )
-  if c.sampling.conditions > c.debias.held_out:
-    raise ValueError(
-      f"config.sampling.conditions={c.sampling.conditions}, but only config.debias.held_out={c.debias.held_out} fields "
-      f"are debiased: set --config.sampling.conditions={c.debias.held_out} or fewer, or raise held_out."
-    )
-  for block, least in ((c.plan, 0), (c.profile, 0), (c.memory, 0), (c.supervision, 0), (c.watch, 1)):
-    if bad := [key for key, value in block.items() if value < least]:
-      raise ValueError(f"config: {bad[0]}={block[bad[0]]} must be at least {least}.")
-  for key, value in (("plan.log_every", c.plan.log_every), ("memory.microbatches", c.memory.microbatches)):
-    if value < 1:
-      raise ValueError(f"config.{key}={value} must be at least 1.")
-  _check_batch(config, mesh)
-  meshes.check_divides(c.debias.points, mesh.size, "a cloud", "debias.points")
-  if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
-    raise ValueError(
-      f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
-    )
-  devices = meshes.local(mesh).size
-  if (fields := math.prod(c.sampling.unit)) % devices:
-    raise ValueError(
-      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {devices} devices of a process: each "
-      f"draws as many fields. Make conditions × members a multiple of {devices}."
-    )
-
-
-def _check_maps(config) -> None:
-  c = config.debias
-  if strangers := [name for name in c.maps if name not in maps.FITS]:
-    raise ValueError(f"config.debias.maps has {strangers[0]!r}, which is unknown; use some of {sorted(maps.FITS)}.")
-  if c.map not in c.maps:
-    raise ValueError(f"config.debias.map={c.map!r} is not among config.debias.maps={tuple(c.maps)}: add it there.")
-  recipes.letters(debias_setting(config).recipe, quadratic(config))
-  if min(c.minibatch.batch, c.minibatch.passes) <= 0 or ("minibatch" in c.maps and c.minibatch.batch > c.points // 2):
-    raise ValueError(
-      f"config.debias.minibatch={dict(c.minibatch)}: batch must lie in 1 … {c.points // 2} (half of debias.points), "
-      "passes above 0."
-    )
-
-
-def _check_batch(config, mesh) -> None:
-  parts, one = mesh.size * config.memory.microbatches, config.memory.microbatches == 1
-  what = "a batch" if one else f"a batch in {config.memory.microbatches} microbatches"
-  meshes.check_divides(config.train.batch, parts, what, "train.batch")
 
 
 def _check_blocks(config) -> None:
@@ -405,7 +373,7 @@ def _check_blocks(config) -> None:
   op, points = operator(config), space(config)
   for which in ("hfhr", "lflr"):
     rollouts.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
-  _check_maps(config)
+  door.debiasing(config, debias_setting(config))
   optimizer(config)
   ema_decays(config)
   training_plan(config)
@@ -415,6 +383,7 @@ def _check_blocks(config) -> None:
   network = denoising_network(config, stats)
   variables = jax.eval_shape(network.init, key, jax.ShapeDtypeStruct((1, *points, 1), jnp.float32), jnp.ones(1))
   jax.eval_shape(lambda key: noise_levels(config)(key, 4), key)
-  keys = jax.ShapeDtypeStruct((4,), key.dtype)
-  for y in (None, jax.ShapeDtypeStruct((4, *op.coarse, 1), jnp.float32)):
-    jax.eval_shape(sampler(config, stats, network), keys, y, variables["params"])
+  rows = 2 * config.sampling.unit[1]
+  keys = jax.ShapeDtypeStruct((rows,), key.dtype)
+  for y in (None, jax.ShapeDtypeStruct((rows, *op.coarse, 1), jnp.float32)):
+    jax.eval_shape(sampler(config, stats, network, stand_in_table(config)), keys, y, variables["params"])

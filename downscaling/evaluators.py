@@ -18,14 +18,14 @@ def unconditional(
   """Evaluator: spectrum of fields drawn from nothing against held-out ones, beside its floor.
 
   Args:
-    sampler: (keys [B], None, parameters) -> [B, *space, C], in data units; see build.sampler.
+    sampler: (keys [B], None, parameters) -> (fields [B, *space, C], in data units, misfit); see build.sampler.
     fields: how many to draw; rounded up to fill the devices.
     truth: normalised held-out fields [V, *space, C]; the floor compares its second half with its first.
   Returns: evaluator with melr_weighted, melr_energy, the same of the floor, and images "spectrum" and "fields".
   """
   count = -(-fields // mesh.size) * mesh.size
   alone = jax.shard_map(
-    lambda keys, params: sampler(keys, None, params),
+    lambda keys, params: sampler(keys, None, params)[0],
     mesh=mesh,
     in_specs=(meshes.ROWS, PartitionSpec()),
     out_specs=meshes.ROWS,

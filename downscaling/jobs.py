@@ -22,7 +22,7 @@ from downscaling.common import processes, runs, supervision
 from downscaling.datasets import builders, generate, pipeline, statistics
 from downscaling.debias import job as debias_room
 from downscaling.debias import moments
-from downscaling.diffusion import steps, training
+from downscaling.diffusion import errors, steps, training
 from downscaling.evaluation import evidence, report, tables
 from downscaling.sampling import ensemble
 
@@ -40,6 +40,8 @@ PRODUCTS = {
   "samples": tuple(f"{name}.{kind}" for name in build.SOURCES for kind in ("zarr", "units")),
   "report": ("report.html", "metrics.json"),
 }
+# What a job makes besides, that not every later job needs: without it the job runs again and makes just that.
+BESIDES = {"train": (errors.FILE,)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +61,13 @@ class Context:
   def folder(self, name: str) -> pathlib.Path:
     return build.folder(self.config, self.workdir, name)
 
-  def done(self, name: str) -> bool:
-    """Is the stage complete and what later jobs read still there? Makes no folder for the question.
+  def done(self, name: str, besides: bool = False) -> bool:
+    """Is the stage complete and what later jobs read still there, and BESIDES? Makes no folder for the question.
 
     Raises as open_stage does if there is one.
     """
     maps = [f"{each}/map.json" for each in self.config.debias.maps] if name == "debias" else []
-    files = (runs.MARKER, *PRODUCTS[name], *maps)
+    files = (runs.MARKER, *PRODUCTS[name], *maps, *(BESIDES.get(name, ()) if besides else ()))
     there = [(self.folder(name) / file).exists() for file in files]
     marked, *products = processes.gather(f"done/{name}", there)[0]  # as process 0 sees it: all must answer alike
     if not marked:
@@ -111,14 +113,31 @@ def load_rows(ctx: Context, which: str, split: str, count: int | None = None) ->
 
 
 def train_job(ctx: Context) -> str:
-  """Trains the prior on the fine world."""
+  """Trains the prior on the fine world, then tabulates its held-out error."""
   ctx.need("data", "generate")
+  trained = ctx.done("train")
   stage, c = ctx.stage("train"), ctx.config
   stats = stage_statistics(ctx)
-  source = builders.source(build.dataset(c, ctx.workdir, "hfhr"), "train", c.train.batch)
   held = stats.normalise(load_rows(ctx, "hfhr", "validation", build.validation_rows(c)))
-  held = held[: len(held) // ctx.mesh.size * ctx.mesh.size]
   network = build.denoising_network(c, stats)
+  with stage.timed():
+    summary = stage.summary if trained else _train(ctx, stage, stats, network, held)
+    agree = functools.partial(processes.gather, "error table")
+    prior = runs.config_hash(stage.identity)
+    params = training.load_prior(stage.path, prior, network, held.shape[1:-1], held.shape[-1], ctx.mesh, agree)
+    table = errors.tabulate(network, params, held, build.error_levels(c), ctx.mesh, c.seed, ctx.stop)
+    if meshes.is_main():
+      errors.save(stage.path, table, prior)
+    processes.barrier("error table")
+  stage.finish(**summary)
+  return f"wrote {stage.path / errors.FILE if trained else stage.path}; next: downscaling sample"
+
+
+def _train(ctx: Context, stage: runs.Stage, stats: statistics.Statistics, network, held: np.ndarray) -> dict:
+  """The training run; its summary."""
+  c = ctx.config
+  source = builders.source(build.dataset(c, ctx.workdir, "hfhr"), "train", c.train.batch)
+  held = held[: len(held) // ctx.mesh.size * ctx.mesh.size]
 
   def validation(specs, key):
     mine = held[meshes.host_rows(ctx.mesh, len(held))]
@@ -128,27 +147,24 @@ def train_job(ctx: Context) -> str:
   drawn = evaluators.unconditional(
     build.watching_sampler(c, stats, network), ctx.mesh, c.watch.fields, held, stats, c.seed
   )
-  with stage.timed():
-    result = training.train(
-      stage.path,
-      runs.config_hash(stage.identity),
-      initialise=build.initial_state(c, network, held.shape[-1]),
-      make_update=lambda specs: build.update(c, network, ctx.mesh, specs),
-      make_validation=validation,
-      batches=pipeline.Batches(source, stats, c.train.batch, c.seed),
-      shape=held.shape[1:],
-      evaluators={"unconditional": drawn},
-      mesh=ctx.mesh,
-      seed=c.seed,
-      plan=build.training_plan(c),
-      keep=build.keep(c),
-      config_text=c.to_json_best_effort(indent=1),
-      stop=ctx.stop,
-      dtype=c.model.dtype,
-      agree=functools.partial(processes.gather, "train"),
-    )
-  stage.finish(**result)
-  return f"wrote {stage.path}; next: downscaling sample"
+  return training.train(
+    stage.path,
+    runs.config_hash(stage.identity),
+    initialise=build.initial_state(c, network, held.shape[-1]),
+    make_update=lambda specs: build.update(c, network, ctx.mesh, specs),
+    make_validation=validation,
+    batches=pipeline.Batches(source, stats, c.train.batch, c.seed),
+    shape=held.shape[1:],
+    evaluators={"unconditional": drawn},
+    mesh=ctx.mesh,
+    seed=c.seed,
+    plan=build.training_plan(c),
+    keep=build.keep(c),
+    config_text=c.to_json_best_effort(indent=1),
+    stop=ctx.stop,
+    dtype=c.model.dtype,
+    agree=functools.partial(processes.gather, "train"),
+  )
 
 
 def debias_job(ctx: Context) -> str:
@@ -195,8 +211,9 @@ def sample_job(ctx: Context) -> str:
   space, channels = build.space(c), len(stats.mean)
   with ctx.stop.interruptible("restoring the prior"):
     params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
+    table = errors.load(prior.path, runs.config_hash(prior.identity)) if build.needs_table(c) else None
   params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)  # as whole here as anywhere
-  draw = build.sampler(c, stats, network)
+  draw = build.sampler(c, stats, network, table)
   with stage.timed():
     for name, source in build.SOURCES.items():
       conditions = None if source is None else conditions_of(ctx, source)
@@ -318,6 +335,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     samples=samples,
     conditions=conditions,
     truth={"true+diffusion": truth},
+    guesses={"true+diffusion": interpolation.cubic(conditions["true+diffusion"][..., None], op)[..., 0]},
     fine_reference=fine,
     fine_floor=floor,
     operator=op,
@@ -381,7 +399,7 @@ NAMES = tuple(JOBS)
 def run(name: str, ctx: Context) -> str:
   """Does a job, or says that it is done."""
   stage, job = JOBS[name]
-  if stage and ctx.done(stage):
+  if stage and ctx.done(stage, besides=True):
     return f"{name} is done already, in {ctx.folder(stage)}"
   if ctx.stop():
     raise runs.Interrupted(f"stopped before {name}")

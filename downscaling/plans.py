@@ -194,7 +194,7 @@ def _sampling_program(c, ctx, mesh):
   state, _ = _abstract_state(c, ctx, network)
   everywhere, rows = meshes.replicated(mesh), math.prod(s.unit)
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params)
-  sampler, coarse = build.sampler(c, stats, network), (*build.operator(c).coarse, 1)
+  sampler, coarse = build.sampler(c, stats, network, build.stand_in_table(c)), (*build.operator(c).coarse, 1)
   row = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=meshes.rows(mesh))
   layout = ensemble.layout_of(
     sampler, params, conditions=s.conditions, members=s.members, space=build.space(c), coarse=coarse, unit=tuple(s.unit)

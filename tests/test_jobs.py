@@ -18,7 +18,7 @@ from downscaling import build
 from downscaling.common import mesh as meshes
 from downscaling.common import runs
 from downscaling.datasets import builders, statistics
-from downscaling.diffusion import training
+from downscaling.diffusion import errors, training
 from downscaling.evaluation import tables
 
 SETS = ("ot+diffusion", "raw+diffusion", "true+diffusion", "unconditional")
@@ -51,7 +51,7 @@ def test_every_stage_left_its_files(finished):
     ),
     "debias/diagnostics.json",
     *("debias/held_out.zarr/zarr.json", "debias/in_sample.zarr/zarr.json"),
-    *("train/prior/0", "train/checkpoints/20", "train/metrics.csv"),
+    *("train/prior/0", "train/denoising_error.npz", "train/checkpoints/20", "train/metrics.csv"),
     *(f"samples/{name}.zarr/zarr.json" for name in SETS),
     *("report/metrics.json", "report/report.html"),
   ):
@@ -129,6 +129,27 @@ def test_a_second_run_finds_everything_done_and_changes_nothing(finished, comman
     assert f"{job}: {job} is done already, in {workdir / stage}\n" in again.stderr
   assert again.stdout == first.stdout
   assert state(workdir) == before
+
+
+def test_a_prior_without_its_error_table_gets_it_and_is_not_trained_again(finished, command, execute, tmp_path):
+  """As one that was trained before there was such a table: the job makes just that, and the same one."""
+  workdir = tmp_path / "run"
+  for stage in ("data", "train"):
+    shutil.copytree(finished[0] / stage, workdir / stage)
+  table = workdir / "train" / errors.FILE
+  with np.load(table) as stored:
+    before = {k: stored[k] for k in stored.files}
+  table.unlink()
+  trained = state(workdir / "train" / "prior") | state(workdir / "train" / "checkpoints")
+  done = execute(command("train", workdir))
+  assert done.returncode == 0, done.stderr
+  assert f"wrote {table}" in done.stderr
+  assert "train: " not in done.stderr.replace("downscaling train: ", "")
+  assert state(workdir / "train" / "prior") | state(workdir / "train" / "checkpoints") == trained
+  with np.load(table) as stored:
+    for name, value in before.items():
+      np.testing.assert_array_equal(stored[name], value)
+  assert "train is done already" in execute(command("train", workdir)).stderr
 
 
 # ---------------------------------------------------------------- stopped, and run again

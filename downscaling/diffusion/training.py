@@ -279,14 +279,16 @@ def save_prior(folder: pathlib.Path, config_hash: str, ema, agree=lambda value: 
   prior.close()
 
 
-def load_prior(folder: pathlib.Path, config_hash: str, denoiser: nn.Module, space, channels: int, mesh) -> Any:
+def load_prior(
+  folder: pathlib.Path, config_hash: str, denoiser: nn.Module, space, channels: int, mesh, agree=lambda value: [value]
+) -> Any:
   """Parameters for denoiser.apply. Raises FileNotFoundError if training has not finished, ValueError if damaged."""
   if not (folder / "prior").exists():
     raise FileNotFoundError(f"{folder} has no prior: run `downscaling train` with the same --config and --workdir.")
   shapes = jax.eval_shape(
     lambda key: denoiser.init(key, jnp.zeros((1, *space, channels)), jnp.ones(1))["params"], jax.random.key(0)
   )
-  prior = ckpt.Checkpoints(folder / "prior", config_hash, 1)
+  prior = ckpt.Checkpoints(folder / "prior", config_hash, 1, agree)
   found = prior.restore_last(ckpt.abstract(shapes, meshes.replicated(mesh)))
   prior.close()
   if found is None:

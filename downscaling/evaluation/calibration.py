@@ -18,13 +18,14 @@ PINNED = 0.01  # of the typical spread; points with less are fixed by the constr
 
 
 class Calibration(NamedTuple):
-  """Scores of one ensemble; errors, spread and CRPS are divided by `rms`.
+  """Scores of one ensemble; errors, spread, CRPS and energy score are divided by `rms`.
 
   rms: root mean square of the truth about its overall mean, units of the field.
   member_rmse, mean_rmse: of single members, of the ensemble mean.
   spread: √(mean variance of the members), divided by M − 1.
   spread_error: √((M + 1)/M) spread/mean_rmse; 1 is right, above 1 over-dispersed.
-  crps: fair, mean|x − t| − Σ_i,j |x_i − x_j| / (2 M (M − 1)).
+  crps: fair, mean|x − t| − Σ_i,j |x_i − x_j| / (2 M (M − 1)), a point at a time.
+  energy: the same of whole fields, |·| being the root mean square over points: it sees how points go together.
   ranks: [M + 1] share of truths with so many members below them; ties are shared evenly.
   coverage: {level: share of truths inside the central interval}; ideal: the same for a perfect ensemble of M.
   pinned: share of points left out of ranks and coverage, since C′x = y′ fixes them.
@@ -38,6 +39,7 @@ class Calibration(NamedTuple):
   spread: float
   spread_error: float
   crps: float
+  energy: float
   ranks: np.ndarray
   coverage: dict[str, float]
   ideal: dict[str, float]
@@ -66,9 +68,11 @@ def calibrate(ensemble: np.ndarray, truth: np.ndarray, levels: tuple[float, ...]
   free, spread = _free_points(ensemble)
   rms = _rms(truth)
   squares = np.zeros(2)
-  crps, ranks, inside = 0.0, np.zeros(m + 1), np.zeros(len(levels))
+  crps, energy, ranks, inside = 0.0, 0.0, np.zeros(m + 1), np.zeros(len(levels))
   for first, block in distances.chunks(ensemble):
-    block, true = np.sort(block, axis=1), truth[first : first + len(block)].astype(np.float64)
+    true = truth[first : first + len(block)].astype(np.float64)
+    energy += _fair_energy(block, true)
+    block = np.sort(block, axis=1)
     squares += ((block - true[:, None]) ** 2).sum() / m, ((block.mean(axis=1) - true) ** 2).sum()
     crps += _fair_crps(block, true)
     ranks += _ranks(block[..., free], true[:, free])
@@ -78,11 +82,48 @@ def calibrate(ensemble: np.ndarray, truth: np.ndarray, levels: tuple[float, ...]
   return Calibration(
     k, m, rms, float(member_rmse), float(mean_rmse), spread / rms,
     math.sqrt((m + 1) / m) * spread / rms / max(float(mean_rmse), 1e-30),
-    crps / truth.size / rms, ranks / ranks.sum(),
+    crps / truth.size / rms, energy / k / rms, ranks / ranks.sum(),
     {f"{level:g}": float(n) / held for level, n in zip(levels, inside, strict=True)},
     {f"{level:g}": min(level, (m - 1) / (m + 1)) for level in levels},
     1 - float(free.mean()),
   )  # fmt: skip
+
+
+class Reference(NamedTuple):
+  """What a forecast must beat; over the rms of the truth, as in Calibration. The error is that of a single field."""
+
+  error: float
+  crps: float
+  energy: float
+
+
+def climatology(fields: np.ndarray, truth: np.ndarray) -> Reference:
+  """The scores of an ensemble that knows the law and no condition: fields [R, *space], R ≥ 2, for every truth."""
+  r, k = len(fields), len(truth)
+  if r < 2:
+    raise ValueError(f"{r} held-out field as climatology: need 2 or more.")
+  fields = np.reshape(fields, (1, r, -1)).astype(np.float64)
+  truth = np.reshape(truth, (k, -1)).astype(np.float64)
+  ordered, sums = np.sort(fields, axis=1), np.zeros(3)
+  # Pairs of members are the same for every truth: what the fair scores take off, from a truth that is a member.
+  pairs = np.array([_pairs(ordered).mean(), _field_pairs(fields)[0]])
+  for true in truth:
+    apart = fields[0] - true
+    sums += (apart**2).mean(), np.abs(apart).mean(), np.sqrt((apart**2).mean(axis=1)).mean()
+  error, crps, energy = sums / k
+  rms = _rms(truth)
+  return Reference(math.sqrt(error) / rms, float(crps - pairs[0]) / rms, float(energy - pairs[1]) / rms)
+
+
+def single(fields: np.ndarray, truth: np.ndarray) -> Reference:
+  """The scores of one field a condition, e.g. an interpolation: [K, *space] both. CRPS is its mean absolute error."""
+  if np.shape(fields) != np.shape(truth):
+    raise ValueError(f"{np.shape(fields)} fields for a truth of {np.shape(truth)}: need one field a condition.")
+  apart = np.reshape(fields, (len(truth), -1)).astype(np.float64) - np.reshape(truth, (len(truth), -1))
+  rms, squares = _rms(np.asarray(truth)), (apart**2).mean(axis=1)
+  return Reference(
+    math.sqrt(squares.mean()) / rms, float(np.abs(apart).mean()) / rms, float(np.sqrt(squares).mean()) / rms
+  )
 
 
 def by_condition(ensemble: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,10 +160,29 @@ def _free_points(ensemble: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _fair_crps(ordered: np.ndarray, truth: np.ndarray) -> float:
-  """Sum over conditions and points; Σ_i,j |x_i − x_j| = 2 Σ_i (2i − M − 1) x_(i) for ordered members [B, M, D]."""
+  """Sum over conditions and points, for ordered members [B, M, D]."""
+  return float((np.abs(ordered - truth[:, None]).mean(axis=1) - _pairs(ordered)).sum())
+
+
+def _pairs(ordered: np.ndarray) -> np.ndarray:
+  """Σ_i,j |x_i − x_j| / (2 M (M − 1)), [B, D]; the sum is 2 Σ_i (2i − M − 1) x_(i) for ordered members [B, M, D]."""
   m = ordered.shape[1]
-  apart = 2 * np.einsum("m,bmd->bd", 2.0 * np.arange(1, m + 1) - m - 1, ordered)
-  return float((np.abs(ordered - truth[:, None]).mean(axis=1) - apart / (2 * m * (m - 1))).sum())
+  return np.einsum("m,bmd->bd", 2.0 * np.arange(1, m + 1) - m - 1, ordered) / (m * (m - 1))
+
+
+def _fair_energy(members: np.ndarray, truth: np.ndarray) -> float:
+  """Sum over conditions of mean‖x − t‖ − Σ_i,j ‖x_i − x_j‖ / (2 M (M − 1)), ‖·‖ a root mean square; [B, M, D]."""
+  return float((np.sqrt(((members - truth[:, None]) ** 2).mean(axis=2)).mean(axis=1) - _field_pairs(members)).sum())
+
+
+def _field_pairs(members: np.ndarray) -> np.ndarray:
+  """Σ_i,j ‖x_i − x_j‖ / (2 M (M − 1)), [B], by scalar products about the ensemble mean: no M² fields are made."""
+  _, m, d = members.shape
+  centred = members - members.mean(axis=1, keepdims=True)
+  product = centred @ centred.swapaxes(1, 2) / d
+  squares = np.einsum("bmm->bm", product)
+  apart = np.sqrt(np.maximum(squares[:, :, None] + squares[:, None] - 2 * product, 0))
+  return apart.sum(axis=(1, 2)) / (2 * m * (m - 1))
 
 
 def _ranks(ordered: np.ndarray, truth: np.ndarray) -> np.ndarray:

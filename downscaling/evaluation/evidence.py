@@ -13,6 +13,8 @@ from downscaling.common import symmetry
 from downscaling.common.operators import Operator
 from downscaling.evaluation import calibration, tables
 
+CLIMATOLOGY = 256  # held-out fields that stand for an ensemble without a condition
+
 TITLES = {
   "ks-8x": "Kuramoto–Sivashinsky, 8×",
   "kolmogorov-8x": "Kolmogorov flow, 8×",
@@ -37,6 +39,7 @@ class Evidence:
     conditions: {row: y′ [K, *coarse]}.
     truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
     fine_reference, fine_floor: [R, *fine] and [≥ K, *fine], independent held-out x.
+    guesses: {row of truth: [K, *fine]}, an interpolation of its conditions, which a forecast should beat.
     operator: C′.
     history: the solver's checks, {"iteration": [...], "epsilon": [...], "error": [...]} (debias/diagnostics.json).
     mean_cost: of the solve, to print ε relative to it; threshold: marginal error at which it calls itself converged.
@@ -57,6 +60,7 @@ class Evidence:
   samples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  guesses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   fine_reference: np.ndarray | None = None
   fine_floor: np.ndarray | None = None
   operator: Operator | None = None
@@ -77,7 +81,7 @@ class Evidence:
           f"{name} rows {sorted(rows)} came without {name}_reference and {name}_floor: a number needs a set to be "
           "compared with and an independent one for its floor."
         )
-    if strangers := sorted({*self.truth, *self.conditions} - {*self.samples}):
+    if strangers := sorted({*self.truth, *self.conditions, *self.guesses} - {*self.samples}):
       raise ValueError(f"truth or conditions for {strangers}, which are not among the samples {sorted(self.samples)}.")
 
   @property
@@ -99,6 +103,17 @@ class Evidence:
     }
 
   @functools.cached_property
+  def references(self) -> dict[str, dict[str, calibration.Reference]]:
+    """{row: {"climatology", "interpolation"}}: what every calibrated row must beat."""
+    found = {}
+    for name in self.calibrations:
+      truth = self.truth[name]
+      found[name] = {"climatology": calibration.climatology(self.fine_reference[:CLIMATOLOGY], truth)}
+      if name in self.guesses:
+        found[name]["interpolation"] = calibration.single(self.guesses[name], truth)
+    return found
+
+  @functools.cached_property
   def metrics(self) -> dict:
     """metrics.json, checked against its schema."""
     given = self.provenance
@@ -114,7 +129,10 @@ class Evidence:
       "debias": debias,
       "samples": samples,
       "maps": dict(self.maps),
-      "calibration": {name: c.as_json() for name, c in self.calibrations.items()},
+      "calibration": {
+        name: c.as_json() | {"references": {k: r._asdict() for k, r in self.references[name].items()}}
+        for name, c in self.calibrations.items()
+      },
       "rows": dict(given.get("rows", {})),
       "sizes": self.sizes() | dict(given.get("sizes", {})),
       "seeds": dict(given.get("seeds", {})),

@@ -338,16 +338,32 @@ def truth(e: Evidence) -> Section:
     "rms of the field. A right ensemble has spread / error 1, flat ranks, and intervals that hold the truth as "
     "often as they say."
   )
-  head = ["", "K × M", "member RMSE", "mean RMSE", "spread", "spread / error", "CRPS", "in 50 %", "in 90 %", "pinned"]
+  head = [
+    "",
+    "K × M",
+    "member RMSE",
+    "mean RMSE",
+    "spread",
+    "spread / error",
+    "CRPS",
+    "energy",
+    "in 50 %",
+    "in 90 %",
+    "pinned",
+  ]
   rows = []
   for name, c in found.items():
-    numbers = [c.member_rmse, c.mean_rmse, c.spread, c.spread_error, c.crps]
+    numbers = [c.member_rmse, c.mean_rmse, c.spread, c.spread_error, c.crps, c.energy]
     cells = [(f"{c.conditions} × {c.members}", "", False), *((tables.shown(v), "", False) for v in numbers)]
     cells += [(f"{100 * v:.0f} %", f"ideal {100 * c.ideal[level]:.0f} %", False) for level, v in c.coverage.items()]
     rows.append(page.row(label(name), [*cells, (f"{100 * c.pinned:.3g} %", "", False)]))
+    for kind, r in e.references[name].items():
+      shown = ["", tables.shown(r.error), "", "", "", tables.shown(r.crps), tables.shown(r.energy), "", "", ""]
+      rows.append(page.row(kind.capitalize(), [(text, "", False) for text in shown], "for comparison", "floor"))
   note = (
     '<p class="note">Mean RMSE: of the ensemble mean. spread / error carries the factor √((M + 1)/M) that a finite '
-    "ensemble needs. CRPS is the fair one. Pinned points, which the constraint fixes, are left out of ranks and "
+    "ensemble needs. CRPS is the fair one; energy is the same score of whole fields. Climatology: other true fields as "
+    "members. Pinned points, which the constraint fixes, are left out of ranks and "
     "intervals. Ideal: what a perfect ensemble of M members covers.</p>"
   )
   panels = [

@@ -196,7 +196,7 @@ def layout_of(sampler: Sampler, weights, *, conditions, members, space, coarse, 
 
 
 def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
-  """Does the sampler return (fields, misfit)? Traces it. Raises ValueError if shapes are not those of the store."""
+  """Does the sampler return (fields, misfit), and is there a condition? Traces it. Raises ValueError if shapes are not those of the store."""
   count = math.prod(layout.unit)
   y = None if layout.coarse is None else jax.ShapeDtypeStruct((count, *layout.coarse), jnp.float32)
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
@@ -209,7 +209,7 @@ def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
       f"the sampler draws {came} of a unit of {count}, the store takes fields {need}, and one number a field if any: "
       "grid and channels must be those that the prior was trained on."
     )
-  return bool(misfit)
+  return bool(misfit) and layout.coarse is not None
 
 
 def program(sampler: Sampler, mesh, seed: int, layout: Layout) -> Callable[..., dict[str, jax.Array]]:
@@ -223,7 +223,7 @@ def program(sampler: Sampler, mesh, seed: int, layout: Layout) -> Callable[..., 
   def draw(condition_ids, member_ids, y, *weights):
     made = sampler(keys(seed, condition_ids, member_ids), y, *weights)
     made = made if isinstance(made, tuple) else (made,)
-    return {name: x.astype(np.float32) for name, x in zip(layout.drawn, made, strict=True)}
+    return {name: x.astype(np.float32) for name, x in zip(layout.drawn, made, strict=False)}  # no misfit to nothing
 
   whole = layout.coarse is None or math.prod(layout.unit) // mesh.size % layout.unit[1] == 0
 
@@ -292,7 +292,8 @@ def _to_host(layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]) -> dic
   for name, fields in layout.drawn.items():
     whole = np.asarray(arrays[name]).reshape(*layout.unit, *fields)
     blocks[name] = whole[: unit.c1 - unit.c0, : unit.m1 - unit.m0]
-    if not (fine := np.isfinite(blocks[name])).all():
+    allowed = np.isnan if name == "misfit" else np.zeros_like  # a guidance without a gain knows no misfit
+    if not (fine := np.isfinite(blocks[name]) | allowed(blocks[name]).astype(bool)).all():
       c, m = np.argwhere(~fine)[0][:2]
       raise FloatingPointError(
         f"the {'field' if fields else name} of condition {unit.c0 + c}, member {unit.m0 + m} is not finite: the "

@@ -3,9 +3,10 @@
     Σ_σ = Q diag(e(σ)) Qᵀ,   A = C′ Σ C′ᵀ,   G = Σ C′ᵀ A⁻¹,   so that C′ G = I
 
 Q is the Fourier basis, e_k(σ) the variance of mode k that is left after denoising at level σ: S_k σ²/(S_k + σ²) for a
-Gaussian field of spectrum S (then D + G(y′ − C′D) is the exact conditional mean), or a network's measured error. For a
-strided or a block mean C′, A is circulant on the coarse grid, its eigenvalues being the aliases of Σ|H|² folded upon
-each other (H: transfer function of the block mean); any other operator goes through its dense matrix.
+Gaussian field of spectrum S (then D + G(y′ − C′D) is the exact conditional mean), or a network's measured error. With
+observation noise, y′ = C′x + ε, ε ~ N(0, R), A + R stands for A in G, and C′G = I no longer holds: the constraint is
+soft. For a strided or a block mean C′, A is circulant on the coarse grid, its eigenvalues being the aliases of Σ|H|²
+folded upon each other (H: transfer function of the block mean); any other operator goes through its dense matrix.
 """
 
 import dataclasses
@@ -71,9 +72,12 @@ class Gain:
 
   operator: Operator
   variance: Variance
+  noise: tuple[float, ...] | float = 0.0  # std of ε, for all channels or each, in units of the fields
   dense: bool = False  # forces the dense path, for tests
 
   def __post_init__(self):
+    if not np.all(np.asarray(self.noise) >= 0) or not np.all(np.isfinite(self.noise)):
+      raise ValueError(f"observation noise of standard deviation {self.noise}: need a number >= 0, in data units.")
     n = math.prod(self.operator.coarse)
     if not self._circulant and n > _LARGEST_DENSE:
       raise ValueError(
@@ -89,11 +93,15 @@ class Gain:
     weights = self._solve(misfit, spread)
     space = self.operator.fine
     axes = tuple(range(1, 1 + len(space)))
-    modes = jnp.fft.rfftn(self._adjoint(weights), axes=axes) * _half(spread, len(space))
+    modes = jnp.fft.rfftn(self.adjoint(weights), axes=axes) * _half(spread, len(space))
     return jnp.fft.irfftn(modes, space, axes=axes).astype(misfit.dtype)
 
+  def solve(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
+    """(A + R)⁻¹ r, [B, *coarse, C]."""
+    return self._solve(misfit, self._variance(sigma))
+
   def misfit_score(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
-    """χ² = rᵀ A⁻¹ r / d′, [B], d′ all coarse values of a sample: about 1 where r has the variance the prior expects."""
+    """χ² = rᵀ (A + R)⁻¹ r / d′, [B], d′ all coarse values of a sample: 1 where r has the variance the prior expects."""
     inner = misfit * self._solve(misfit, self._variance(sigma))
     return inner.mean(axis=tuple(range(1, misfit.ndim)))
 
@@ -113,13 +121,17 @@ class Gain:
     return spread
 
   def _solve(self, r, spread):
-    """A⁻¹ r, [B, *coarse, C]."""
     if not self._circulant:
       return self._solve_dense(r, spread)
     coarse = self.operator.coarse
     axes = tuple(range(1, 1 + len(coarse)))
-    eigenvalues = _half(self._fold(spread), len(coarse))
+    eigenvalues = _half(self._fold(spread), len(coarse)) + self.variance_of_noise(spread)
     return jnp.fft.irfftn(jnp.fft.rfftn(r, axes=axes) / eigenvalues, coarse, axes=axes).astype(r.dtype)
+
+  def variance_of_noise(self, like: jax.Array) -> jax.Array:
+    """The diagonal of R, one value or one a channel, broadcasting against `like` [..., C]."""
+    variance = jnp.asarray(np.square(np.asarray(self.noise, np.float64)).reshape(-1), like.dtype)
+    return variance.reshape((1,) * (like.ndim - 1) + (-1,))
 
   def _fold(self, spread):
     """Eigenvalues of A on the coarse FFT grid: mean over the aliases k ≡ j of |H_k|² e_k, [B, *coarse, C]."""
@@ -132,7 +144,7 @@ class Gain:
       spread = spread.reshape(split).mean(axis)
     return spread
 
-  def _adjoint(self, z):
+  def adjoint(self, z: jax.Array) -> jax.Array:
     """C′ᵀ z, [B, *space, C]."""
     if self._circulant:  # C′C′ᵀ = κ I, so C′ᵀ = κ C′⁺ with κ = 1 or f^−d
       op = self.operator
@@ -154,6 +166,8 @@ class Gain:
     e = spread.reshape(len(spread), -1, spread.shape[-1])
     e = jnp.broadcast_to(jnp.concatenate([e, e], 1), (len(r), rows.shape[1], r.shape[-1]))
     a = jnp.einsum("nk,bkc,mk->bcnm", rows, e, rows, precision="highest")
+    noise = jnp.broadcast_to(self.variance_of_noise(spread).reshape(-1), (r.shape[-1],))
+    a = a + noise[None, :, None, None] * jnp.eye(len(self._matrix), dtype=a.dtype)[None, None]
     factor = jax.scipy.linalg.cho_factor(a, lower=True)
     z = jax.scipy.linalg.cho_solve(factor, jnp.moveaxis(flat, -1, 1)[..., None])[..., 0]
     return jnp.moveaxis(z, 1, -1).reshape(r.shape)
@@ -162,7 +176,7 @@ class Gain:
 def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> jax.Array:
   """Where to start low: a draw of the Gaussian posterior given C′x = y, plus noise of level σ; [B, *space, C].
 
-    x = p + K₀(y − C′p) + σz,  p ~ N(0, S),  K₀ = S C′ᵀ(C′ S C′ᵀ)⁻¹
+    x = p + K₀(y − C′p − ε) + σz,  p ~ N(0, S),  ε ~ N(0, R),  K₀ = S C′ᵀ(C′ S C′ᵀ + R)⁻¹
 
   Args:
     gain: built on prior_variance(S).
@@ -176,7 +190,12 @@ def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> j
   white = solvers.noise(keys, solvers.START - 1, shape, y.dtype)
   colour = jnp.sqrt(_half(gain.variance(never), len(op.fine)))
   draw = jnp.fft.irfftn(jnp.fft.rfftn(white, axes=axes) * colour, op.fine, axes=axes).astype(y.dtype)
-  draw = draw + gain.correction(y - op.apply(draw), never)
+  misfit = y - op.apply(draw)
+  if np.any(np.asarray(gain.noise) > 0):
+    scale = jnp.asarray(np.broadcast_to(np.asarray(gain.noise, np.float64), y.shape[-1:]), y.dtype)
+    error = solvers.noise(keys, solvers.START - 3, y.shape[1:], y.dtype)
+    misfit = misfit - scale.reshape((1,) * (y.ndim - 1) + (-1,)) * error
+  draw = draw + gain.correction(misfit, never)
   return draw + sigma * solvers.noise(keys, solvers.START, shape, y.dtype)
 
 

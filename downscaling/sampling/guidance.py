@@ -5,28 +5,42 @@
 | paper | C′⁺y′ + (I − VVᵀ)[D − α∇ₓ‖C′D − y′‖²] (Wan et al. 2023, arXiv:2305.15618, eq. 7) | no | 1, 1 vjp |
 | scaled | the same with α(1 + σ²/σ_d²) | no | 1, 1 vjp |
 | wiener, measured | D + G_σ(y′ − C′D), sampling/gain.py | yes, for wiener | 1, none |
+| moment | D + σ²JᵀC′ᵀA⁻¹(y′ − C′D), J = ∂D/∂x (after ΠGDM, Song et al. 2023, ICLR) | yes, with prior A | 1, 1 vjp |
 | none | D | – | 1, none |
 
-‖·‖² is the sum of squares over a sample's d′ coarse values. For the last call of a solver see `make`.
+‖·‖² is the sum of squares over a sample's d′ coarse values. wiener and measured differ in the variance that their gain
+was built on: the training spectrum's, or the network's own error. moment takes either, and σ²J for the covariance that
+G has fixed. With observation noise A + R stands for A. For the last call of a solver see `make`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from downscaling.common.operators import Operator
 from downscaling.sampling.gain import Gain
 from downscaling.sampling.solvers import Denoise
 
-NAMES = ("paper", "scaled", "wiener", "measured", "none")
+NAMES = ("paper", "scaled", "wiener", "measured", "moment", "none")
+
+# (x, σ) -> (D′, r = y′ − C′D of the unguided D)
+Step = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Guided(NamedTuple):
-  """denoise: for the steps of a solver. last: for its last call."""
+  """denoise: for the steps of a solver. last: for its last call. scored, last_scored: also giving χ²/d′ [B].
+
+  χ² = rᵀA⁻¹r of the unguided misfit r = y′ − C′D, by the gain; NaN if there is no gain.
+  """
 
   denoise: Denoise
   last: Denoise
+  scored: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+  last_scored: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def make(
@@ -48,27 +62,48 @@ def make(
     denoise: D of the unconditional prior.
     operator, y: C′ and y′ [B, *coarse, C], in the units of D's fields.
     alpha, normalise, data_std: of paper and scaled, see there.
-    gain: needed by wiener (on prior_variance), measured (on measured_variance) and by final="gain".
+    gain: needed by wiener (on prior_variance), measured (on measured_variance), moment (either) and final="gain".
     final: how paper and scaled end. "overwrite", as the paper: the observed points are set to y′, which leaves kinks
-      beside them. "gain": D + G(y′ − C′D), which spreads the correction as the field's covariance does. Wiener and
-      measured always end with their gain.
+      beside them. "gain": D + G(y′ − C′D), which spreads the correction as the field's covariance does. Wiener,
+      measured and moment always end with their gain.
   """
   if name not in NAMES or final not in ("overwrite", "gain"):
     raise ValueError(f"guidance {name!r} with final={final!r}: use one of {', '.join(NAMES)}, with overwrite or gain.")
-  if name == "none":
-    return Guided(denoise, denoise)
-  if gain is None and (name in ("wiener", "measured") or final == "gain"):
+  if gain is None and (name in ("wiener", "measured", "moment") or final == "gain") and name != "none":
     raise ValueError(f"guidance {name!r} with final={final!r} needs a gain: build a Gain from the training spectrum.")
+  if name in ("paper", "scaled") and gain is not None and np.any(np.asarray(gain.noise) > 0):
+    raise ValueError(
+      f"guidance {name!r} sets C′x = y′ exactly and knows no observation noise: use wiener, measured or moment, or "
+      "--config.sampling.observation_noise=0."
+    )
+  check(operator, y)
   if name in ("wiener", "measured"):
-    guided = along_gain(denoise, operator, y, gain)
-    return Guided(guided, guided)
-  decorate = paper if name == "paper" else scaled
-  extra = {} if name == "paper" else {"data_std": data_std}
-  guided = decorate(denoise, operator, y, alpha=alpha, normalise=normalise, **extra)
-  return Guided(guided, guided if final == "overwrite" else along_gain(denoise, operator, y, gain))
+    step = last = along_gain(denoise, operator, y, gain)
+  elif name == "moment":
+    step, last = moment(denoise, operator, y, gain), along_gain(denoise, operator, y, gain)
+  elif name == "none":
+    step = last = lambda x, sigma: (d := denoise(x, sigma), y - operator.apply(d))
+  else:
+    decorate = paper if name == "paper" else scaled
+    extra = {} if name == "paper" else {"data_std": data_std}
+    step = decorate(denoise, operator, y, alpha=alpha, normalise=normalise, **extra)
+    last = step if final == "overwrite" else along_gain(denoise, operator, y, gain)
+  return Guided(_plain(step), _plain(last), _scored(step, gain), _scored(last, gain))
 
 
-def paper(denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, normalise: str = "none") -> Denoise:
+def _plain(step: Step) -> Denoise:
+  return lambda x, sigma: step(x, sigma)[0]
+
+
+def _scored(step: Step, gain: Gain | None):
+  def scored(x, sigma):
+    guided, misfit = step(x, sigma)
+    return guided, jnp.full(len(x), jnp.nan, x.dtype) if gain is None else gain.misfit_score(misfit, sigma)
+
+  return scored
+
+
+def paper(denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, normalise: str = "none") -> Step:
   """Eq. 7 of the paper. It is no posterior: a constant α is too weak where σ is large (docs/method.md has the figures).
 
   normalise: the paper's α is not public, and sources differ: "none" takes it as it stands, "divide" as α/(d′/d),
@@ -80,26 +115,45 @@ def paper(denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, n
 
 def scaled(
   denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, data_std: float = 1.0, normalise: str = "none"
-) -> Denoise:
+) -> Step:
   """Eq. 7 with α(1 + σ²/σ_d²): the gradient carries the Jacobian of D, about σ_d²/(σ_d² + σ²), which this undoes."""
   strength = alpha * _share(operator, normalise)
   return _eq7(denoise, operator, y, lambda sigma: strength * (1 + (sigma / data_std) ** 2))
 
 
-def along_gain(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -> Denoise:
-  """D + G_σ(y′ − C′D): no gradient, no overwriting, and C′D′ = y′ all the same."""
-  check(operator, y)
+def along_gain(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -> Step:
+  """D + G_σ(y′ − C′D): no gradient, no overwriting, and C′D′ = y′ all the same (without observation noise)."""
 
   def guided(x, sigma):
     denoised = denoise(x, sigma)
-    return denoised + gain.correction(y - operator.apply(denoised), sigma)
+    misfit = y - operator.apply(denoised)
+    return denoised + gain.correction(misfit, sigma), misfit
 
   return guided
 
 
-def _eq7(denoise: Denoise, operator: Operator, y: jax.Array, strength: Callable[[jax.Array], jax.Array]) -> Denoise:
-  check(operator, y)
+def moment(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -> Step:
+  """D + σ²Jᵀ C′ᵀ (A + R)⁻¹ (y′ − C′D): y′ is taken as Gaussian about C′D with the gain's A; σ²J is Cov[x₀ | x] where D
+  is exact (Tweedie's second identity), so the correction knows the covariance at this very x.
 
+  Where A is not C′(σ²J)C′ᵀ, C′D′ misses y′ − R(A + R)⁻¹r, what it should be; the gain makes up for the rest. A network
+  needs that: without it the steps diverge on KS, as errors of A are multiplied at each.
+  """
+  hard, noisy = dataclasses.replace(gain, noise=0.0), bool(np.any(np.asarray(gain.noise) > 0))
+
+  def guided(x, sigma):
+    denoised, pull = jax.vjp(lambda x: denoise(x, sigma), x)
+    misfit = y - operator.apply(denoised)
+    weights = gain.solve(misfit, sigma)
+    (along,) = pull(gain.adjoint(weights).astype(denoised.dtype))
+    moved = denoised + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2 * along
+    left = gain.variance_of_noise(weights) * weights if noisy else 0.0
+    return moved + hard.correction(y - left - operator.apply(moved), sigma), misfit
+
+  return guided
+
+
+def _eq7(denoise: Denoise, operator: Operator, y: jax.Array, strength: Callable[[jax.Array], jax.Array]) -> Step:
   def guided(x, sigma):
     def observed(x):
       denoised = denoise(x, sigma)
@@ -108,7 +162,7 @@ def _eq7(denoise: Denoise, operator: Operator, y: jax.Array, strength: Callable[
     seen, pull, denoised = jax.vjp(observed, x, has_aux=True)
     (gradient,) = pull(2 * (seen - y))
     a = strength(sigma.reshape(-1, *(1,) * (x.ndim - 1)))
-    return operator.constrain(denoised - a * gradient, y)
+    return operator.constrain(denoised - a * gradient, y), y - seen
 
   return guided
 

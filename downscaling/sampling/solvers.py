@@ -6,9 +6,16 @@ al. 2022, arXiv:2206.00364, eq. 1 with s = 1). All solvers share one signature,
     solver(denoise, x, levels, keys, *, last, ...) -> fields [B, *space, C]
 
 and work on x = x₀ + σ·noise, except euler_maruyama, which is the paper's and works on s(t)·x. After the step to
-levels[-1] the fields are denoised once more, by `last` (D itself if None; `lambda x, sigma: x` leaves the call out).
+levels[-1] the fields are denoised once more, by `last` (D itself if None; `lambda x, sigma: x` leaves the call out),
+and what that returns is returned.
 
 Randomness by id: member i at step k uses fold_in(keys[i], k), so neither batch split nor device decides a draw.
+
+The two that draw noise take `select`, a Resampling among members: then the denoiser returns (D, χ²/d′ [B]) and each
+step, once D is known, lets the implausible members go before it moves and draws its noise.
+
+DPM-Solver++ is an exponential integrator: it takes the linear part x/σ of the flow exactly and D as a polynomial in
+ln σ, here of degree one.
 """
 
 from collections.abc import Callable
@@ -18,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.diffusion.schedules import Schedule
+from downscaling.sampling.resampling import Resampling
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -42,13 +50,15 @@ def euler_maruyama(
   *,
   schedule: Schedule,
   last: Denoise | None = None,
+  select: Resampling | None = None,
+  values: int = 0,
 ) -> jax.Array:
   """Reverse SDE of the schedule in its own time t and scale s; first order. One denoiser call a step, and the last.
 
     d(sx) = [(ṡ/s + 2σ̇/σ) sx − 2s(σ̇/σ) D] dt + s √(2σσ̇) dW,  t descending
 
   (Song et al. 2021, arXiv:2011.13456, eq. 6, with Tweedie's (D − x)/σ² for the score.) The paper takes 256 steps with σ
-  decaying exponentially. x is given and returned unscaled.
+  decaying exponentially. x is given and returned unscaled. select, values: see dpm_solver_pp_2m_sde.
   """
   levels = jnp.asarray(levels, x.dtype)
   t = schedule.inverse(levels)
@@ -56,15 +66,21 @@ def euler_maruyama(
   sigma_rate, scale_rate = schedule.rates(t)
   dt = t[1:] - t[:-1]
 
-  def step(scaled, inputs):
+  def step(carry, inputs):
+    scaled, weights = carry
     k, dt, sigma, s, sigma_rate, scale_rate = inputs
     denoised = _call(denoise, scaled / s, sigma)
+    if select is not None:
+      denoised, score = denoised
+      weights = select.weigh(weights, score, values, sigma)
+      weights, (scaled, denoised) = select.select(keys, k, weights, (scaled, denoised))
     drift = (scale_rate + 2 * sigma_rate) * scaled - 2 * s * sigma_rate * denoised
     spread = s * sigma * jnp.sqrt(2 * sigma_rate * -dt)
-    return scaled + drift * dt + spread * noise(keys, k, x.shape[1:], x.dtype), None
+    return (scaled + drift * dt + spread * noise(keys, k, x.shape[1:], x.dtype), weights), None
 
   steps = (jnp.arange(len(dt)), dt, levels[:-1], scale[:-1], sigma_rate[:-1], scale_rate[:-1])
-  scaled, _ = jax.lax.scan(step, x * scale[0], steps)
+  weights = None if select is None else select.start(len(x))
+  (scaled, _), _ = jax.lax.scan(step, (x * scale[0], weights), steps)
   return _call(last or denoise, scaled / scale[-1], levels[-1])
 
 
@@ -121,6 +137,8 @@ def dpm_solver_pp_2m_sde(
   *,
   eta: float = 1.0,
   last: Denoise | None = None,
+  select: Resampling | None = None,
+  values: int = 0,
 ) -> jax.Array:
   """The same with noise: from σ = s to t, h = ln(s/t), E = 1 − e^{−(1+η)h},
 
@@ -128,6 +146,9 @@ def dpm_solver_pp_2m_sde(
 
   η = 0 is the flow, η = 1 the usual reverse SDE (Song et al. 2021); a larger η forgets more of each step's error. One
   denoiser call a step, and the last.
+
+  select: resampling among the members of a condition, for which denoise returns (D, χ²/d′); values: d′. It needs η > 0:
+  without noise, copies of a member stay copies.
   """
   if eta < 0:
     raise ValueError(f"eta={eta:g}: need >= 0; 0 is the deterministic flow, 1 the reverse SDE.")
@@ -135,26 +156,33 @@ def dpm_solver_pp_2m_sde(
     raise ValueError(
       f"dpm_solver_pp_2m_sde with eta={eta:g} draws noise: hand in keys, [B], one a member; or set eta=0."
     )
-  return _multistep(denoise, x, levels, keys if eta > 0 else None, eta, last)
+  if select is not None and eta == 0:
+    raise ValueError("resampling with eta=0: copies of a member would stay copies. Set eta=1 or more, or strength=0.")
+  return _multistep(denoise, x, levels, keys if eta > 0 else None, eta, last, select, values)
 
 
-def _multistep(denoise, x, levels, keys, eta, last):
+def _multistep(denoise, x, levels, keys, eta, last, select=None, values=0):
   levels = jnp.asarray(levels, x.dtype)
   h = jnp.log(levels[:-1] / levels[1:])
   carry_on = jnp.concatenate([jnp.zeros_like(h[:1]), h[1:] / (2 * h[:-1])])  # the first step has no last D
 
   def step(carry, inputs):
-    x, last_denoised = carry
+    x, last_denoised, weights = carry
     k, sigma, below, h, weight = inputs
     denoised = _call(denoise, x, sigma)
+    if select is not None:
+      denoised, score = denoised
+      weights = select.weigh(weights, score, values, sigma)
+      weights, (x, denoised, last_denoised) = select.select(keys, k, weights, (x, denoised, last_denoised))
     target = denoised + weight * (denoised - last_denoised)
     x = below / sigma * jnp.exp(-eta * h) * x - jnp.expm1(-(1 + eta) * h) * target
     if keys is not None:
       x = x + below * jnp.sqrt(-jnp.expm1(-2 * eta * h)) * noise(keys, k, x.shape[1:], x.dtype)
-    return (x, denoised), None
+    return (x, denoised, weights), None
 
   inputs = (jnp.arange(len(h)), levels[:-1], levels[1:], h, carry_on)
-  (x, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x)), inputs)
+  weights = None if select is None else select.start(len(x))
+  (x, _, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x), weights), inputs)
   return _call(last or denoise, x, levels[-1])
 
 

@@ -97,3 +97,41 @@ def test_bad_ensembles_are_named():
   truth[1, 1] = np.nan
   with pytest.raises(ValueError, match="the truth holds NaN"):
     calibration.calibrate(ensemble, truth)
+
+
+def test_energy_score_is_the_double_sum():
+  ensemble, truth = draw(k=3, m=4, points=5)
+  norm = lambda x: np.sqrt((x**2).mean(-1))
+  pairs = norm(ensemble[:, :, None] - ensemble[:, None]).sum(axis=(1, 2)) / (2 * 4 * 3)
+  exact = (norm(ensemble - truth[:, None]).mean(axis=1) - pairs).mean()
+  found = calibration.calibrate(ensemble, truth)
+  assert found.energy * found.rms == pytest.approx(exact, rel=1e-12)
+
+
+def test_energy_score_sees_how_points_go_together():
+  """Members shuffled at every point alone keep each point's law, and so the CRPS; the fields are no longer fields."""
+  rng = np.random.default_rng(3)
+  fields = rng.normal(size=(500, 9, 1)) * np.ones(16)  # all points of a field are equal
+  shuffled = rng.permuted(fields[:, :8], axis=1)
+  whole, apart = (calibration.calibrate(x, fields[:, 8]) for x in (fields[:, :8], shuffled))
+  assert apart.crps == pytest.approx(whole.crps, rel=1e-9)
+  # In closed form, unit normals: E|x − t| − E|x − x'|/2 = 1/√π = .564 for whole fields; 1.1 − √2/2 or so for shuffled.
+  assert whole.energy == pytest.approx(1 / np.sqrt(np.pi), rel=0.06)
+  assert apart.energy > 1.1 * whole.energy
+
+
+def test_what_a_forecast_must_beat():
+  """Climatology of R fields has the fair scores of an ensemble of R; a single field's CRPS is its absolute error."""
+  rng = np.random.default_rng(4)
+  truth, fields = rng.normal(size=(300, 12)), rng.normal(size=(64, 12))
+  found = calibration.climatology(fields, truth)
+  same = calibration.calibrate(np.broadcast_to(fields, (300, 64, 12)), truth)
+  assert found.crps == pytest.approx(same.crps, rel=1e-9)
+  assert found.energy == pytest.approx(same.energy, rel=1e-9)
+  assert found.error == pytest.approx(same.member_rmse, rel=1e-9)
+  guess = calibration.single(truth + 0.5, truth)
+  assert guess == pytest.approx((0.5 / truth.std(),) * 3)
+  with pytest.raises(ValueError, match="need one field a condition"):
+    calibration.single(fields, truth)
+  with pytest.raises(ValueError, match="1 held-out field"):
+    calibration.climatology(fields[:1], truth)

@@ -38,10 +38,10 @@ class Field(NamedTuple):
     axes = tuple(range(1, 1 + len(self.space)))
     return np.fft.ifftn(np.fft.fftn(eye, axes=axes) * self.spectrum[None, ..., 0], axes=axes).real.reshape(n, n)
 
-  def posterior(self, op: Operator, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [N] and covariance [N, N] of x given C′x = y [n], by dense algebra in float64."""
+  def posterior(self, op: Operator, y: np.ndarray, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [N] and covariance [N, N] of x given C′x + noise = y [n], by dense algebra in float64."""
     p, c = self.covariance(), op.matrix()
-    k = p @ c.T @ np.linalg.inv(c @ p @ c.T)
+    k = p @ c.T @ np.linalg.inv(c @ p @ c.T + noise**2 * np.eye(len(c)))
     return k @ y, p - k @ c @ p
 
   def draw(self, seed: int) -> np.ndarray:

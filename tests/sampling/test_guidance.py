@@ -17,12 +17,12 @@ MEMBERS = 8192
 EM = {"schedule": schedules.vp_linear()}
 
 
-def errors(field, op, name, solver, steps, *, low_start=False, members=MEMBERS, options=None, **how):
+def errors(field, op, name, solver, steps, *, low_start=False, members=MEMBERS, options=None, noise=0.0, **how):
   """(mean error, covariance error, largest |C′x − y|) of an ensemble for one condition."""
   y = op.matrix() @ field.draw(0).ravel()
-  mean, cov = field.posterior(op, y)
+  mean, cov = field.posterior(op, y, noise)
   conditions = jnp.broadcast_to(jnp.asarray(y.reshape(*op.coarse, 1), jnp.float32), (members, *op.coarse, 1))
-  g = gain.Gain(op, gain.prior_variance(field.spectrum))
+  g = gain.Gain(op, gain.prior_variance(field.spectrum), noise)
   high = 3.0 if low_start else 80.0
   grid = schedules.levels("exponential" if options is EM else "edm", steps, high, 1e-2)
 
@@ -71,6 +71,49 @@ def test_wiener_is_exact_in_2d(gaussian, op):
   assert mean < 0.05
   assert cov < 0.12
   assert constraint < 1e-5
+
+
+@pytest.mark.parametrize(
+  ("op", "corner", "members"), [(Strided.on((32,), 4), 3.0, 8192), (BlockMean.on((8, 8), 4), 1.5, 4096)]
+)
+def test_moment_matching_is_exact(gaussian, op, corner, members):
+  """σ²J of an exact D is the covariance that the gain uses: the same answer by way of a gradient."""
+  field = gaussian(op.fine, corner=corner)
+  mean, cov, constraint = errors(field, op, "moment", solvers.dpm_solver_pp_2m, 16, low_start=True, members=members)
+  # As wiener: .04 and .06 in 1-D, .05 and .12 in 2-D. σ for σ², or no Jacobian, is off by O(1).
+  assert mean < 0.05
+  assert cov < (0.06 if len(op.fine) == 1 else 0.12)
+  assert constraint < 1e-5
+
+
+@pytest.mark.parametrize("name", ["wiener", "moment"])
+@pytest.mark.parametrize("op", [Strided.on((32,), 4), BlockMean.on((32,), 4)], ids=["strided", "block mean"])
+def test_noisy_observations_have_their_posterior(gaussian, name, op):
+  """C′x + noise = y, noise a third of the field: A + R in gain, start and moments; the constraint is soft."""
+  mean, cov, constraint = errors(
+    gaussian((32,)), op, name, solvers.dpm_solver_pp_2m, 16, low_start=True, noise=0.3, members=4096
+  )
+  # 4096 draws give .016 and .04; steps add .02. With R left out of the start alone the covariance is off by .15, out of
+  # the gain by more; a hard constraint leaves no spread at the observed points.
+  assert mean < 0.06
+  assert cov < 0.09
+  assert constraint > 0.5  # four standard deviations of the posterior's misfit are about that
+
+
+def test_gain_with_noise_matches_dense_algebra(gaussian):
+  field, op = gaussian((24,)), Strided.on((24,), 4)
+  r = jnp.asarray(np.random.default_rng(5).normal(size=(2, 6, 2)), jnp.float32)
+  sigma = jnp.asarray([0.3, 3.0])
+  noise = (0.2, 0.7)  # of two channels that share the spectrum
+  fft, dense = (gain.Gain(op, gain.prior_variance(field.spectrum), noise, dense=d) for d in (False, True))
+  got, same = (jax.jit(g.correction)(r, sigma) for g in (fft, dense))
+  np.testing.assert_allclose(got, same, atol=1e-5)
+  c = op.matrix()
+  for i, s in enumerate(np.float64(sigma)):
+    p = field._replace(spectrum=field.spectrum * s**2 / (field.spectrum + s**2)).covariance()
+    for channel, std in enumerate(noise):
+      exact = p @ c.T @ np.linalg.solve(c @ p @ c.T + std**2 * np.eye(6), r[i, :, channel])
+      np.testing.assert_allclose(got[i, :, channel], exact, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +175,7 @@ def test_eq7_against_finite_differences(x64, op, normalise):
     np.testing.assert_allclose(guided, want, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["paper", "scaled", "wiener", "measured"])
+@pytest.mark.parametrize("name", ["paper", "scaled", "wiener", "measured", "moment"])
 @pytest.mark.parametrize("op", [Strided.on((16,), 4), Strided.on((8, 8), 4), BlockMean.on((8, 8), 2)])
 def test_every_guidance_meets_the_constraint(gaussian, name, op):
   field = gaussian(op.fine)
@@ -164,7 +207,10 @@ def test_ending_with_the_gain_leaves_no_kinks(gaussian):
 def test_none_is_the_denoiser_itself(gaussian):
   field = gaussian((16,))
   guided = guidance.make("none", field.denoise, Strided.on((16,), 4), jnp.zeros((1, 4, 1)))
-  assert guided == (field.denoise, field.denoise)
+  x, sigma = jnp.asarray(field.draw(0)[None, :, None], jnp.float32), jnp.full(1, 0.5)
+  for denoise in (guided.denoise, guided.last, lambda x, sigma: guided.scored(x, sigma)[0]):
+    np.testing.assert_array_equal(denoise(x, sigma), field.denoise(x, sigma))
+  assert np.isnan(guided.scored(x, sigma)[1]).all()  # no gain, no score
 
 
 @pytest.mark.parametrize(
@@ -173,6 +219,7 @@ def test_none_is_the_denoiser_itself(gaussian):
     ({"name": "dps"}, "use one of paper"),
     ({"name": "paper", "final": "project"}, "overwrite or gain"),
     ({"name": "wiener"}, "needs a gain"),
+    ({"name": "moment"}, "needs a gain"),
     ({"name": "paper", "final": "gain"}, "needs a gain"),
     ({"name": "paper", "normalise": "mean"}, "none, divide, multiply"),
     ({"name": "paper", "y": jnp.zeros((1, 5, 1))}, r"\[batch, 4, channels\]"),
@@ -182,3 +229,12 @@ def test_refusals(kwargs, words):
   kwargs = {"y": jnp.zeros((1, 4, 1))} | kwargs
   with pytest.raises(ValueError, match=words):
     guidance.make(denoise=nonlinear, operator=Strided.on((16,), 4), **kwargs)
+
+
+def test_eq7_knows_no_noise(gaussian):
+  op = Strided.on((16,), 4)
+  noisy = gain.Gain(op, gain.prior_variance(gaussian((16,)).spectrum), 0.1)
+  with pytest.raises(ValueError, match="knows no observation noise"):
+    guidance.make("paper", nonlinear, op, jnp.zeros((1, 4, 1)), gain=noisy)
+  with pytest.raises(ValueError, match="need a number >= 0"):
+    gain.Gain(op, gain.prior_variance(gaussian((16,)).spectrum), -0.1)

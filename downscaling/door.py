@@ -1,0 +1,101 @@
+"""The door: sizes of a config that a later job would stumble over, refused before anything is written.
+
+Every check raises ValueError naming the key, what came, what is needed and what to type.
+"""
+
+import functools
+import math
+
+import jax
+
+from downscaling.common import mesh as meshes
+from downscaling.debias import job, maps, recipes
+
+
+def sizes(config, mesh: jax.sharding.Mesh) -> None:
+  """Counts that must be positive, fit each other, or divide over the devices."""
+  c, d = config, config.data
+  for key in ("data.snapshots", "data.shard", "train.total_steps", "sampling.members", "sampling.unconditional.fields"):
+    if functools.reduce(getattr, key.split("."), c) < 1:
+      raise ValueError(f"config.{key} must be at least 1: set --config.{key}=1 or more.")
+  if not (c.debias.epsilon > 0 and c.debias.threshold > 0 and c.debias.max_iterations >= 1):
+    raise ValueError(
+      f"config.debias: epsilon={c.debias.epsilon:g} (a share of the mean cost) and threshold={c.debias.threshold:g} "
+      f"must be > 0, max_iterations={c.debias.max_iterations} at least 1. E.g. --config.debias.epsilon=0.001"
+    )
+  floor = max(c.debias.held_out, min(c.debias.points, job.IN_SAMPLE_ROWS), c.sampling.unconditional.fields)
+  needs = (
+    *(("debias.points", c.debias.points, which, "train", 2) for which in ("hfhr", "lflr")),
+    ("debias.held_out", c.debias.held_out, "lflr", "test", 2),
+    ("train.batch", c.train.batch, "hfhr", "train", 1),
+    ("sampling.conditions", c.sampling.conditions, "hfhr", "validation", 1),
+    ("evaluate.reference", c.evaluate.reference, "hfhr", "test", 2),
+    # the report's floors take as many independent rows as its largest set has
+    ("debias.held_out, debias.points or sampling.unconditional.fields", floor, "hfhr", "validation", 2),
+  )
+  for key, need, which, split, least in needs:
+    have = d[which].get(split, 0) * d.snapshots
+    if not least <= need <= have:
+      raise ValueError(
+        f"config.{key} asks for {need} {which} {split} snapshots: {least} to {have} can be had, {d.snapshots} a "
+        f"trajectory. Ask for as many, or simulate more: --config.data.{which}.{split}={-(-need // d.snapshots)}."
+      )
+  if c.sampling.conditions > c.debias.held_out:
+    raise ValueError(
+      f"config.sampling.conditions={c.sampling.conditions}, but only config.debias.held_out={c.debias.held_out} fields "
+      f"are debiased: set --config.sampling.conditions={c.debias.held_out} or fewer, or raise held_out."
+    )
+  for block, least in ((c.plan, 0), (c.profile, 0), (c.memory, 0), (c.supervision, 0), (c.watch, 1)):
+    if bad := [key for key, value in block.items() if value < least]:
+      raise ValueError(f"config: {bad[0]}={block[bad[0]]} must be at least {least}.")
+  for key, value in (("plan.log_every", c.plan.log_every), ("memory.microbatches", c.memory.microbatches)):
+    if value < 1:
+      raise ValueError(f"config.{key}={value} must be at least 1.")
+  batch(config, mesh)
+  meshes.check_divides(c.debias.points, mesh.size, "a cloud", "debias.points")
+  if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
+    raise ValueError(
+      f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
+    )
+  devices = meshes.local(mesh).size
+  if (fields := math.prod(c.sampling.unit)) % devices:
+    raise ValueError(
+      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {devices} devices of a process: each "
+      f"draws as many fields. Make conditions × members a multiple of {devices}."
+    )
+  if c.sampling.resample.strength or c.sampling.spread != 1:
+    _blocks_of_members(config, devices)
+
+
+def _blocks_of_members(config, devices: int) -> None:
+  """Where members depend on each other: those of a condition in a unit lie on one device."""
+  conditions, members = config.sampling.unit
+  if conditions % devices:
+    fits = -(-conditions // devices) * devices
+    raise ValueError(
+      f"config.sampling.unit={tuple(config.sampling.unit)}: {conditions} conditions over {devices} devices, and "
+      "resampling and spread keep the members of a condition on one device. Set "
+      f"--config.sampling.unit={fits},{members}, or --config.sampling.resample.strength=0 and spread=1."
+    )
+
+
+def debiasing(config, setting: maps.Setting) -> None:
+  """Maps that are known, a recipe that can be read, batches that the rows can fill."""
+  c = config.debias
+  if strangers := [name for name in c.maps if name not in maps.FITS]:
+    raise ValueError(f"config.debias.maps has {strangers[0]!r}, which is unknown; use some of {sorted(maps.FITS)}.")
+  if c.map not in c.maps:
+    raise ValueError(f"config.debias.map={c.map!r} is not among config.debias.maps={tuple(c.maps)}: add it there.")
+  recipes.letters(setting.recipe, setting.quadratic)
+  if min(c.minibatch.batch, c.minibatch.passes) <= 0 or ("minibatch" in c.maps and c.minibatch.batch > c.points // 2):
+    raise ValueError(
+      f"config.debias.minibatch={dict(c.minibatch)}: batch must lie in 1 … {c.points // 2} (half of debias.points), "
+      "passes above 0."
+    )
+
+
+def batch(config, mesh: jax.sharding.Mesh) -> None:
+  """A training batch divides over devices and microbatches."""
+  parts, one = mesh.size * config.memory.microbatches, config.memory.microbatches == 1
+  what = "a batch" if one else f"a batch in {config.memory.microbatches} microbatches"
+  meshes.check_divides(config.train.batch, parts, what, "train.batch")

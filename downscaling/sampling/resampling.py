@@ -1,0 +1,89 @@
+"""Selection among the members of one condition: those whose unguided misfit is implausible make room for the others.
+
+Before the constraint is put in, D(x, σ) of a member in the wrong mode misses y′ by more than its error allows:
+
+    χ² = rᵀA⁻¹r,  r = y′ − C′D(x, σ),   log w −= strength · max(χ² − dead_zone·d′, 0)
+
+and when the effective size 1/Σw² of a condition's members falls to half of them, they are drawn anew in proportion
+to w (systematically) and all w are equal again; the noise of the step then parts the copies. d′: values of a coarse
+field. The dead zone spares members that are merely as uncertain as they should be. A Gaussian field, for which χ² has
+mean d′ and standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much open, states differ in
+how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence ZONE.
+
+Members of a condition now depend on each other, so a block of members is the unit that can be drawn again; the block
+draws its selection from the key of its first member, folded with the step.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+ZONE = 4.0  # dead zone in units of d′, measured on KS: smaller ones take members that are right (docs/method.md)
+_STREAM = 2**31 - 3  # apart from every step's noise and from the start's two draws
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampling:
+  """members: M of a condition, adjacent rows of a batch. strength > 0; dead_zone >= 1, in units of d′.
+
+  below: the noise level under which members are weighed; above it D is vague, and what is selected there is luck.
+
+  Raises: ValueError for values that select nothing or everything.
+  """
+
+  members: int
+  strength: float
+  dead_zone: float = ZONE
+  below: float = math.inf
+
+  def __post_init__(self):
+    if self.members < 2:
+      raise ValueError(f"resampling among {self.members} member: need 2 or more a unit (sampling.unit), or strength 0.")
+    if not (self.strength > 0 and self.dead_zone >= 1 and self.below > 0):
+      raise ValueError(
+        f"resampling with strength={self.strength:g}, dead_zone={self.dead_zone:g}, below={self.below:g}: need "
+        f"strength > 0 (about 1/8), below > 0 and dead_zone >= 1 (about {ZONE:g}): less drains the spread of a right "
+        "ensemble."
+      )
+
+  def start(self, rows: int) -> jax.Array:
+    """Log weights [B/M, M] of equal members. Raises ValueError unless M divides the rows."""
+    if rows % self.members:
+      raise ValueError(f"{rows} rows are no whole conditions of {self.members} members: make the batch a multiple.")
+    return jnp.zeros((rows // self.members, self.members), jnp.float32)
+
+  def weigh(self, log_weights: jax.Array, score: jax.Array, values: int, sigma: jax.Array | float) -> jax.Array:
+    """Log weights after a step at level sigma, []. score: χ²/d′ [B]; values: d′."""
+    excess = jnp.maximum(score.reshape(log_weights.shape).astype(jnp.float32) - self.dead_zone, 0) * values
+    log_weights = log_weights - jnp.where(sigma < self.below, self.strength, 0) * excess
+    return log_weights - log_weights.max(axis=1, keepdims=True)
+
+  def select(self, keys: jax.Array, step: jax.Array, log_weights: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
+    """(log weights, rows) after selection where it is due.
+
+    Args:
+      keys: of the members, [B]. step: [], its number.
+      rows: tree of [B, ...] that belong to the members.
+    """
+    first = keys[:: self.members]
+    place = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _STREAM), step)))(first)
+    share = jax.nn.softmax(log_weights, axis=1)
+    due = 1 / (share**2).sum(axis=1) < self.members / 2 + 1e-3  # half of them gone, to rounding, is due
+    stay = jnp.arange(self.members)
+    chosen = jnp.where(due[:, None], jax.vmap(_systematic)(share, place), stay[None])
+
+    def pick(x):
+      split = x.reshape(*log_weights.shape, *x.shape[1:])
+      return jax.vmap(lambda block, index: block[index])(split, chosen).reshape(x.shape)
+
+    return jnp.where(due[:, None], jnp.zeros_like(log_weights), log_weights), jax.tree.map(pick, rows)
+
+
+def _systematic(share: jax.Array, place: jax.Array) -> jax.Array:
+  """Indices [M]: member i is drawn ⌊M share_i⌋ or ⌈M share_i⌉ times; place in [0, 1) shifts the comb."""
+  members = share.shape[0]
+  comb = (jnp.arange(members) + place) / members
+  return jnp.minimum(jnp.searchsorted(jnp.cumsum(share), comb, side="right"), members - 1)

@@ -1,0 +1,117 @@
+"""The sampler as config blocks make it: what it returns, what it needs, what it refuses; 1-D and 2-D."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from downscaling import build
+from downscaling.common import mesh as meshes
+from downscaling.datasets import statistics
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def _config(name="ks", **changes):
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config("smoke")
+  config.update_from_flattened_dict({"sampling.unit": (2, 4), "sampling.members": 4} | changes)
+  return config
+
+
+def _parts(config):
+  """Statistics of a steep spectrum, an untrained network and its parameters."""
+  space = build.space(config)
+  k = np.sqrt(sum(a**2 for a in np.meshgrid(*[np.fft.fftfreq(n, 1 / n) for n in space], indexing="ij")))
+  spectrum = 1 / (1 + (k / 4) ** 4)
+  std = np.float32([2.0])
+  stats = statistics.Statistics(np.float32([0.5]), std, (spectrum / spectrum.mean())[..., None].astype(np.float32))
+  network = build.denoising_network(config, stats)
+  init = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *space, 1)), jnp.ones(1))
+  return stats, network, init["params"]
+
+
+def _draw(config, parts, table):
+  stats, network, params = parts
+  op, rows = build.operator(config), 8
+  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1)))(jnp.arange(rows))
+  y = jax.random.normal(jax.random.key(2), (2, *op.coarse, 1)).repeat(4, 0)
+  fields, misfit = jax.jit(build.sampler(config, stats, network, table))(keys, y, params)
+  return op, y, np.asarray(fields), np.asarray(misfit)
+
+
+@pytest.mark.parametrize("name", ["ks", "kolmogorov"])
+def test_fields_and_misfits(name):
+  """Guidance by the measured error, with selection, on both equations: fields on y′, a score a row, NaN without y′."""
+  config = _config(name, **{"sampling.guidance.name": "measured", "sampling.resample.strength": 0.1})
+  parts = _parts(config)
+  op, y, fields, misfit = _draw(config, parts, build.stand_in_table(config))
+  assert fields.shape == (8, *build.space(config), 1)
+  np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)  # float32, fields of size 2
+  assert misfit.shape == (8,)
+  assert (misfit > 0).all()
+  stats, network, params = parts
+  keys = jax.random.split(jax.random.key(0), 4)
+  free, none = jax.jit(lambda k, p: build.sampler(config, stats, network)(k, None, p))(keys, params)
+  assert free.shape == (4, *build.space(config), 1)
+  assert np.isnan(none).all()
+
+
+def test_a_soft_constraint_is_in_data_units():
+  """Noise as large as the data: the fields no longer pass through y′, by about that much and not by σ_d times it."""
+  config = _config(**{"sampling.guidance.name": "wiener", "sampling.observation_noise": 2.0})
+  op, y, fields, _ = _draw(config, _parts(config), None)
+  off = float(np.sqrt(np.mean((np.asarray(op.apply(fields)) - y) ** 2)))
+  # y is a unit normal about 0, fields of std 2 about .5: the posterior's misfit has variance between .25 × and 1 × 4.
+  assert 0.5 < off < 3
+
+
+def test_spread_is_about_the_mean_of_a_block():
+  """Half the distance from the mean of each condition's members, which stays, as C′x = y′ does."""
+  half = _config(**{"sampling.guidance.name": "wiener", "sampling.spread": 0.5})
+  parts = _parts(half)
+  op, y, narrow, misfit = _draw(half, parts, None)
+  _, _, wide, same = _draw(_config(**{"sampling.guidance.name": "wiener"}), parts, None)
+  narrow, wide = (x.reshape(2, 4, *x.shape[1:]) for x in (narrow, wide))
+  np.testing.assert_allclose(narrow.mean(1), wide.mean(1), atol=1e-4)  # float32; fields of size 2
+  np.testing.assert_allclose(narrow.std(1), wide.std(1) / 2, atol=1e-4)
+  np.testing.assert_allclose(op.apply(narrow.reshape(8, *op.fine, 1)), y, atol=1e-4)
+  np.testing.assert_array_equal(misfit, same)
+
+
+@pytest.mark.parametrize(
+  "changes", [{"guidance.name": "measured"}, {"guidance.name": "moment", "guidance.variance": "measured"}]
+)
+def test_no_table_no_measured_error(changes):
+  config = _config(**{f"sampling.{k}": v for k, v in changes.items()})
+  assert build.needs_table(config)
+  with pytest.raises(FileNotFoundError, match="run `downscaling train` with the same --config and --workdir"):
+    jax.eval_shape(lambda: _draw(config, _parts(config), None))
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"unit": (2, 4)}, r"2 conditions over 4 devices.*--config.sampling.unit=4,4"),
+    ({"resample.strength": 0.0, "spread": 0.5, "unit": (2, 4)}, r"2 conditions over 4 devices"),
+    ({"spread": 0.0}, "need a factor > 0"),
+    ({"unit": (4, 1)}, "among 1 member"),
+    ({"unit": (4, 4), "solver.name": "dpm_solver_pp_2m"}, "part by noise alone"),
+    ({"unit": (4, 4), "solver.eta": 0.0}, "part by noise alone"),
+    ({"unit": (4, 4), "resample.dead_zone": 0.5}, "drains the spread"),
+    ({"guidance.variance": "exact"}, "use one of"),
+    ({"guidance.name": "paper", "observation_noise": 0.1, "resample.strength": 0.0}, "knows no observation noise"),
+    ({"guidance.name": "wiener", "observation_noise": -1.0, "resample.strength": 0.0}, "need a number >= 0"),
+  ],
+)
+def test_the_door(changes, words):
+  base = {"sampling.resample.strength": 0.1, "sampling.members": 4, "sampling.unit": (4, 4)}
+  config = _config(**base | {f"sampling.{k}": v for k, v in changes.items()})
+  with pytest.raises(ValueError, match=words):
+    build.check(config, meshes.make(4))
