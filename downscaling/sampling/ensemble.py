@@ -196,7 +196,7 @@ def layout_of(sampler: Sampler, weights, *, conditions, members, space, coarse, 
 
 
 def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
-  """Does the sampler return (fields, misfit), and is there a condition? Traces it. Raises ValueError if shapes are not those of the store."""
+  """Does the sampler return (fields, misfit), of conditions? Raises ValueError for shapes that are not the store's."""
   count = math.prod(layout.unit)
   y = None if layout.coarse is None else jax.ShapeDtypeStruct((count, *layout.coarse), jnp.float32)
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
