@@ -329,6 +329,11 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     sources={f"{name} in-sample": fitted["lflr"] for name in fitted if name != "lflr"},
     maps={"ot" if name == c.debias.map else name: name for name in c.debias.maps},
     quadratic=quadratic_of(c),
+    effective_targets={
+      "ot" if name == c.debias.map else name: facts["effective_targets"]
+      for name, facts in diagnostics["maps"].items()
+      if "effective_targets" in facts
+    },
     coarse_reference=coarsen(fine),
     coarse_floor=coarsen(floor),
     group=build.group(c),

@@ -12,6 +12,7 @@ from downscaling.debias import maps as maps_room
 from downscaling.debias import transport
 
 IN_SAMPLE_ROWS = 4096
+FEW = 0.01  # of the rows may lie outside the fit before it is said: the largest of n rows is passed by about one in n
 Evaluators = Mapping[str, Callable[[np.ndarray, np.ndarray], Mapping[str, float]]]
 
 
@@ -93,6 +94,10 @@ def _mapped_rows(path: pathlib.Path, fitted: Mapping, rows: np.ndarray, ids: np.
   report: dict = {"rows": len(rows)}
   for name, values in mapped.items():
     report[name] = {key: dict(evaluate(rows, values)) for key, evaluate in evaluators.items()}
-    if outside := getattr(fitted[name], "outside", None):
-      report[name]["rows_outside_the_fit"] = int(outside(rows).sum())
+    report[name]["rows_outside_the_fit"] = count = int(fitted[name].outside(rows).sum())
+    if count > FEW * len(rows):
+      runs.say(
+        f"debias: {count} of {len(rows)} rows of {path.name} lie outside what map {name} was fitted on, and are "
+        "extrapolated: is it the same model, unit and season? More config.debias.points may help."
+      )
   return report

@@ -41,6 +41,9 @@ class Chain:
       y = each(y)
     return y
 
+  def outside(self, y: np.ndarray) -> np.ndarray:
+    return self.maps[0].outside(y)
+
   def save(self, folder: str | os.PathLike) -> None:
     """The maps as FOLDER/0, FOLDER/1, ..., then map.json."""
     for i, each in enumerate(self.maps):
@@ -114,7 +117,8 @@ def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | 
       f"debias: {folder.name} not converged after {sinkhorn.last_check(result.history)}; wanted "
       f"{result.threshold:g} at ε = {result.epsilon:.3g}: raise --config.debias.max_iterations or epsilon."
     )
-  made = transport.EntropicMap(y, result.g, result.epsilon, source.shape[1:], group)
+  reach = transport.reach_of(x, y, group)
+  made = transport.EntropicMap(y, result.g, result.epsilon, source.shape[1:], group, reach)
   return made, plan(result, made, source)
 
 
@@ -172,7 +176,8 @@ def _minibatch(folder, source, target, setting: Setting):
         )
     finally:
       saver.close()
-    made = transport.EntropicMap(y, np.asarray(result.g), result.epsilon, source.shape[1:])
+    reach = transport.reach_of(x[:-spare], y)
+    made = transport.EntropicMap(y, np.asarray(result.g), result.epsilon, source.shape[1:], reach=reach)
     facts = {key: getattr(result, key) for key in ("epsilon", "mean_cost", "history", "rows")}
     made.save(folder)
     runs.write_json(folder / "facts.json", facts)

@@ -29,7 +29,7 @@ class EntropicMap:
   """T for snapshots of shape `grid`.
 
   target: cloud y′, [m, d] float32, d = Πgrid; g: potential, [m], units of the squared cost; epsilon: > 0, same units;
-  grid: (*space, C). group: that the potentials were fitted with, or None.
+  grid: (*space, C). group: that the potentials were fitted with, or None. reach: of the rows of the fit, see reach_of.
   """
 
   kind: ClassVar[str] = "entropic"
@@ -38,6 +38,7 @@ class EntropicMap:
   epsilon: float
   grid: tuple[int, ...]
   group: symmetry.Group | None = None
+  reach: float | None = None
 
   def __call__(self, y: np.ndarray) -> np.ndarray:
     """T(y), streamed in blocks from host memory: [S, *space, C] -> the same shape, float32.
@@ -59,6 +60,11 @@ class EntropicMap:
       mapped[k * BLOCK : k * BLOCK + len(block)] = block
       effective[k * BLOCK : k * BLOCK + len(block)] = np.exp(entropy)
     return mapped.reshape(np.shape(y)), effective
+
+  def outside(self, y: np.ndarray) -> np.ndarray:
+    """Rows farther from the targets' centre than all of the fit's: their image is a guess at the cloud's edge; [S]."""
+    distance = np.linalg.norm(self._rows(y) - geometry.centre(self.target, self.group), axis=1)
+    return distance > (np.inf if self.reach is None else self.reach)
 
   def _rows(self, y: np.ndarray) -> np.ndarray:
     if np.shape(y)[1:] != self.grid:
@@ -92,7 +98,7 @@ class EntropicMap:
     arrays = {"target": self.target, "g": self.g}
     if self.group is not None:
       arrays |= {"group_index": self.group.index, "group_sign": self.group.sign}
-    storage.save(folder, self.kind, {"epsilon": self.epsilon, "grid": self.grid}, arrays)
+    storage.save(folder, self.kind, {"epsilon": self.epsilon, "grid": self.grid, "reach": self.reach}, arrays)
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> "EntropicMap":
@@ -101,7 +107,14 @@ class EntropicMap:
     if not {"target", "g"} <= set(arrays) or set(arrays) - set(ARRAYS):
       raise storage.damaged(folder, ", ".join(sorted(arrays)))
     group = symmetry.Group(arrays["group_index"], arrays["group_sign"]) if "group_index" in arrays else None
-    return cls(arrays["target"], arrays["g"], float(record["epsilon"]), tuple(record["grid"]), group)
+    return cls(
+      arrays["target"], arrays["g"], float(record["epsilon"]), tuple(record["grid"]), group, record.get("reach")
+    )
+
+
+def reach_of(source: np.ndarray, target: np.ndarray, group: symmetry.Group | None = None) -> float:
+  """Largest distance of rows [n, d] from the centre of the targets [m, d]."""
+  return float(np.linalg.norm(source - geometry.centre(target, group), axis=1).max())
 
 
 @jax.jit

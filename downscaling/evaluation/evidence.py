@@ -35,6 +35,7 @@ class Evidence:
     coarse_reference, coarse_floor: [R, *coarse] and [≥ S, *coarse], independent held-out C′x.
     group: symmetry of the coarse grid. quadratic: N of the equation, see higher_order, or None.
     maps: {row of coarse: the map it was made by}, e.g. {"ot": "equivariant", "entropic": "entropic"}.
+    effective_targets: {row: {quantile: over how many targets a row of the fit is averaged}} of entropic maps.
     samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
     conditions: {row: y′ [K, *coarse]}.
     truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
@@ -57,6 +58,7 @@ class Evidence:
   group: symmetry.Group | None = None
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None
   maps: dict[str, str] = dataclasses.field(default_factory=dict)
+  effective_targets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   samples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)

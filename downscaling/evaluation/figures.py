@@ -295,3 +295,25 @@ def front(rows: Mapping[str, tuple[float, float]], more: Mapping[str, str]) -> D
     return figure
 
   return draw
+
+
+def moved(
+  levels: np.ndarray, shares: Mapping[str, np.ndarray], targets: Mapping[str, tuple[np.ndarray, np.ndarray]]
+) -> Draw:
+  """Quantiles of displacement {row: [levels]}; beside them, if any, of effective targets {row: (levels, values)}."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(2.9)
+    axes = figure.subplots(1, 2 if targets else 1, squeeze=False)[0]
+    for name, values in shares.items():
+      axes[0].plot(levels, values, **theme.line(name), label=label(name))
+    axes[0].set(xlabel="quantile of fields", ylabel="moved, over its size", ylim=(0, None))
+    axes[0].legend(loc="upper left")
+    for name, (at, values) in targets.items():
+      axes[1].semilogy(at, values, **theme.line(name), marker="o", markersize=3, label=label(name))
+    if targets:
+      axes[1].set(xlabel="quantile of fields", ylabel="effective targets")
+      axes[1].legend(loc="upper left")
+    return figure
+
+  return draw

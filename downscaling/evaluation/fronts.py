@@ -11,6 +11,7 @@ import numpy as np
 from downscaling.evaluation import figures, page, tables
 from downscaling.evaluation.evidence import Evidence
 
+LEVELS = np.linspace(0.005, 0.995, 100)
 JUDGED = ("sym_cov_rmse", "melr_unweighted", "melr_weighted", "kld_sum", *tables.HIGHER)
 
 
@@ -48,6 +49,21 @@ def note(e: Evidence) -> str:
     named = "; ".join(f"<b>{page.escape(row)}</b> is the map {page.escape(name)}" for row, name in e.maps.items())
     text += f"<p class='note'>{named}. Samples are drawn behind the row ot.</p>"
   return text
+
+
+def moved(e: Evidence) -> figures.Draw | None:
+  """‖T y − y‖ / ‖y‖ of held-out rows by quantile, and how many targets entropic maps average; None without maps."""
+  y = e.coarse.get("lflr")
+  rows = {} if y is None else {k: x for k, x in e.coarse.items() if k != "lflr" and k not in e.sources}
+  if not rows:
+    return None
+  size = lambda x: np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)
+  shares = {name: np.quantile(size(x - y) / size(y), LEVELS) for name, x in rows.items() if x.shape == y.shape}
+  targets = {
+    name: (np.array([float(q) for q in found]), np.array(list(found.values())))
+    for name, found in e.effective_targets.items()
+  }
+  return figures.moved(LEVELS, shares, targets)
 
 
 def draw(e: Evidence) -> figures.Draw | None:

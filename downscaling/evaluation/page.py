@@ -3,7 +3,8 @@
 import base64
 import html
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from downscaling.evaluation.canvas import DARK, LIGHT
 
@@ -146,3 +147,27 @@ def facts(pairs: Iterable[tuple[str, object]]) -> str:
 def tile(value: str, name: str, below: str) -> str:
   """One large figure; `value` may hold <i> for its quiet parts and is not escaped."""
   return f'<div class="tile"><span class="name">{escape(name)}</span><b>{value}</b><span>{escape(below)}</span></div>'
+
+
+class Panel(NamedTuple):
+  """A figure: file name without suffix, draw(theme), alternative text, caption."""
+
+  name: str
+  draw: Callable  # figures.Draw
+  alt: str
+  caption: str
+
+
+class Section(NamedTuple):
+  """anchor, title and lead are plain text; `html` comes before the panels."""
+
+  anchor: str
+  title: str
+  lead: str
+  html: str
+  panels: list[Panel]
+
+
+def job(name: str, text: str) -> str:
+  """In place of what is not there yet: the job that makes it."""
+  return missing(text, f"python -m downscaling {name} --config=… --workdir=…")

@@ -1,45 +1,22 @@
 """The report's sections: each turns evidence into text, tables and figures, or says which job is still to run."""
 
 import json
-from typing import NamedTuple
 
 import numpy as np
 
-from downscaling.evaluation import calibration, distances, figures, fronts, page, spectra, tables
+from downscaling.evaluation import calibration, distances, figures, fronts, page, pictures, spectra, tables
 from downscaling.evaluation.canvas import label
 from downscaling.evaluation.evidence import Evidence
+from downscaling.evaluation.page import Panel, Section
 
 POOLED = 100_000  # values in a one-point density
-GALLERY = 4  # conditions drawn
-STRIPES = 40  # snapshots in a picture of rows
-
-
-class Panel(NamedTuple):
-  """A figure: file name without suffix, draw(theme), alternative text, caption."""
-
-  name: str
-  draw: figures.Draw
-  alt: str
-  caption: str
-
-
-class Section(NamedTuple):
-  """anchor, title and lead are plain text; `html` comes before the panels."""
-
-  anchor: str
-  title: str
-  lead: str
-  html: str
-  panels: list[Panel]
 
 
 def every(e: Evidence) -> list[Section]:
   """All sections in the order of the page."""
-  return [part(e) for part in (scores, spectrum, density, gallery, pictures, covariance, fits, truth, run)]
-
-
-def _job(job: str, text: str) -> str:
-  return page.missing(text, f"python -m downscaling {job} --config=… --workdir=…")
+  return [
+    part(e) for part in (scores, spectrum, density, pictures.gallery, pictures.rows, covariance, fits, truth, run)
+  ]
 
 
 def _ones(x: np.ndarray) -> np.ndarray:
@@ -80,7 +57,7 @@ def scores(e: Evidence) -> Section:
     body += "<h3>Coarse fields: higher orders, and what a map moves</h3>" + _table(e, "debias", tables.HIGHER_COLUMNS)
     body += fronts.note(e)
   else:
-    body += _job("debias", "No debiased fields yet:")
+    body += page.job("debias", "No debiased fields yet:")
   if m["samples"]:
     body += "<h3>Fine samples</h3>" + _table(e, "samples", tables.SAMPLE_COLUMNS)
     body += (
@@ -89,7 +66,7 @@ def scores(e: Evidence) -> Section:
       "99.9999 % of the reference’s energy; beyond them rounding is measured. KLD is summed over points, in nats.</p>"
     )
   else:
-    body += _job("sample", "No samples yet:")
+    body += page.job("sample", "No samples yet:")
   swatch = '<p class="note"><span class="swatch"></span>at the floor: the same metric '
   swatch += "between two independent sets of true fields</p>"
   return Section("scores", "Scores", lead, swatch + body, [])
@@ -137,7 +114,7 @@ def spectrum(e: Evidence) -> Section:
     }[level]
     panels.append(Panel(f"spectrum_{level}", draw, f"Energy spectra of {level} fields", text))
   lead = "Energy by wavenumber, and its ratio to the reference. Band: two standard errors of a true set of that size."
-  return Section("spectra", "Spectra", lead, "" if panels else _job("debias", "Nothing to compare yet:"), panels)
+  return Section("spectra", "Spectra", lead, "" if panels else page.job("debias", "Nothing to compare yet:"), panels)
 
 
 def density(e: Evidence) -> Section:
@@ -158,7 +135,7 @@ def density(e: Evidence) -> Section:
     )
   lead = "How often each value occurs, all points together, on a log axis: the tails are where debiasing is hardest."
   return Section(
-    "densities", "One-point densities", lead, "" if panels else _job("debias", "Nothing to compare yet:"), panels
+    "densities", "One-point densities", lead, "" if panels else page.job("debias", "Nothing to compare yet:"), panels
   )
 
 
@@ -184,7 +161,9 @@ def covariance(e: Evidence) -> Section:
       what = "covariance of every pair of points" if flat else "covariance with the centre point"
       text = f"{label(name)}, {level}: {what}; the difference on its own scale."
       panels.append(Panel(f"covariance_{level}_{name.replace('+', '_')}", draw, f"Covariance, {label(name)}", text))
-  return Section("covariances", "Covariances", "", "" if panels else _job("debias", "Nothing to compare yet:"), panels)
+  return Section(
+    "covariances", "Covariances", "", "" if panels else page.job("debias", "Nothing to compare yet:"), panels
+  )
 
 
 def _two_point(x: np.ndarray) -> np.ndarray:
@@ -192,110 +171,6 @@ def _two_point(x: np.ndarray) -> np.ndarray:
   x = np.asarray(x, np.float64) - np.mean(x, axis=0, dtype=np.float64)
   centre = x[(slice(None), *(n // 2 for n in x.shape[1:]))]
   return np.atleast_2d(np.tensordot(centre, x, axes=(0, 0)) / (len(x) - 1))
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def gallery(e: Evidence) -> Section:
-  panels = []
-  for name in [n for n in ("ot+diffusion", "true+diffusion", "raw+diffusion", "ot+cubic") if n in e.samples]:
-    x, y, truth = np.asarray(e.samples[name]), e.conditions.get(name), e.truth.get(name)
-    chosen = np.unique(np.linspace(0, len(x) - 1, GALLERY).astype(int))
-    if x.ndim == 3:
-      draw = _curves(e, name, chosen)
-      text = f"{label(name)}: {_of_members(x)}. Dots are the coarse values each sample was asked to pass through"
-      text += ", the dashed line the true field." if truth is not None else "."
-    else:
-      draw = _maps(e, x[chosen[:3]], None if y is None else y[chosen[:3]], None if truth is None else truth[chosen[:3]])
-      text = f"{label(name)}: a line of pictures for every condition."
-    panels.append(Panel(f"gallery_{name.replace('+', '_')}", draw, f"Samples, {label(name)}", text))
-  return Section("gallery", "Samples", "", "" if panels else _job("sample", "No samples yet:"), panels)
-
-
-def _of_members(x: np.ndarray) -> str:
-  return (
-    "one field a condition" if x.shape[1] == 1 else f"{min(x.shape[1], 8)} of {x.shape[1]} members, the first in bold"
-  )
-
-
-def _curves(e: Evidence, name: str, chosen: np.ndarray) -> figures.Draw:
-  x, y, truth = np.asarray(e.samples[name]), e.conditions.get(name), e.truth.get(name)
-  at = np.arange(x.shape[2]) * e.length / x.shape[2]
-  where = None if y is None else _places(e, at, np.shape(y)[1])
-  panels = [
-    {
-      "members": x[k, :8],
-      "at": where,
-      "condition": None if y is None else y[k],
-      "truth": None if truth is None else truth[k],
-    }
-    for k in chosen
-  ]
-  return figures.curves(at, panels, name, e.u, e.length_unit)
-
-
-def _places(e: Evidence, at: np.ndarray, coarse: int) -> np.ndarray:
-  """Where the coarse values sit: C′ of the coordinates, so that block means sit in their middle."""
-  if e.operator is None or e.operator.coarse != (coarse,):
-    return at[:: max(len(at) // coarse, 1)][:coarse]
-  return np.asarray(e.operator.apply(at.astype(np.float32)[:, None]))[:, 0]
-
-
-def _maps(e: Evidence, x: np.ndarray, y: np.ndarray | None, truth: np.ndarray | None) -> figures.Draw:
-  panels = {}
-  for k in range(len(x)):
-    number = f"{k + 1}: "
-    if y is not None:
-      panels[number + "condition"] = y[k]
-    panels[number + "member 1"] = x[k, 0]
-    if truth is not None:
-      panels[number + "truth"] = truth[k]
-    elif x.shape[1] > 1:
-      panels[number + "member 2"] = x[k, 1]
-  unit = f" ({e.length_unit})" if e.length_unit else ""
-  return figures.images(panels, e.u, (f"x{unit}", f"y{unit}"), (0, e.length, 0, e.length))
-
-
-def pictures(e: Evidence) -> Section:
-  """Rows of fields as images: truth beside its samples, and reference beside samples."""
-  panels = []
-  if not e.samples or np.ndim(e.fine_reference) != 2:
-    text = "" if e.samples else _job("sample", "No samples yet:")
-    return Section("pictures", "Fields beside fields", "", text or "<p>The maps above show whole fields.</p>", [])
-  for name, true in e.truth.items():
-    x = _ones(e.samples[name])
-    order = _by_phase(true)[:STRIPES]
-    shown = {"truth": true[order], "one sample": x[order], "difference": x[order] - true[order]}
-    text = (
-      f"{label(name)}: {len(order)} held-out fields as rows, a sample of each from its coarse points, the difference."
-    )
-    panels.append(_stripes(e, f"rows_{name}", shown, text))
-  chosen = {label(n): _ones(e.samples[n]) for n in ("ot+diffusion", "raw+diffusion", "unconditional") if n in e.samples}
-  sets = {"reference": e.fine_reference, **dict(list(chosen.items())[:2])}
-  count = min(STRIPES, *(len(x) for x in sets.values()))
-  shown = {name: x[:count][_by_phase(x[:count])] for name, x in sets.items()}
-  text = f"{count} fields of each set, a row each: unpaired, so rows of one image have no partners in the others."
-  panels.insert(0, _stripes(e, "rows_reference", shown, text))
-  lead = (
-    "Each row of an image is one field, coloured by its value. Rows are ordered by the phase of the strongest wave."
-  )
-  return Section("pictures", "Fields beside fields", lead, "", panels)
-
-
-def _stripes(e: Evidence, name: str, shown: dict[str, np.ndarray], text: str) -> Panel:
-  unit = f" ({e.length_unit})" if e.length_unit else ""
-  extent = (0, e.length, 0, len(next(iter(shown.values()))))
-  return Panel(
-    name.replace("+", "_"), figures.images(shown, e.u, (f"x{unit}", "field"), extent), "Fields as rows", text
-  )
-
-
-def _by_phase(x: np.ndarray) -> np.ndarray:
-  """Order of the rows of [S, N] by the phase of the mode that is strongest over all of them."""
-  modes = np.fft.rfft(np.asarray(x, np.float64), axis=1)
-  strongest = 1 + int(np.argmax((np.abs(modes[:, 1:]) ** 2).mean(axis=0)))
-  return np.argsort(np.angle(modes[:, strongest]), kind="stable")
 
 
 # ---------------------------------------------------------------- the jobs behind it
@@ -309,6 +184,11 @@ def fits(e: Evidence) -> Section:
       "their statistics over the floors. Best is bottom left."
     )
     panels.append(Panel("front", draw, "Statistics against displacement", caption))
+  if e.coarse and (draw := fronts.moved(e)):
+    caption = "Left: how far a held-out field is moved, over its own size, by quantile of the fields."
+    if e.effective_targets:
+      caption += " Right: over how many targets an entropic map averages; at 1 it looks up the nearest."
+    panels.append(Panel("moved", draw, "Displacement by quantile", caption))
   if record := e.convergence():
     unit = "of mean cost" if e.mean_cost else "absolute"
     steps, epsilon, error = (values[-1] for values in record)
@@ -316,14 +196,14 @@ def fits(e: Evidence) -> Section:
     draw = figures.convergence(*record, e.threshold, unit)
     panels.append(Panel("sinkhorn", draw, "Marginal error by iteration", caption))
   else:
-    text += _job("debias", "No record of a Sinkhorn solve:")
+    text += page.job("debias", "No record of a Sinkhorn solve:")
   if e.loss is not None and len(e.loss[0]):
     steps, values = (np.asarray(v, np.float64) for v in e.loss)
     tail = values[-max(len(values) // 20, 1) :].mean()
     caption = f"Training: {int(steps[-1]):,} steps; mean loss over the last twentieth of the record {tail:.4g}."
     panels.append(Panel("loss", figures.loss(steps, values), "Training loss by step", caption))
   else:
-    text += _job("train", "No record of the training loss:")
+    text += page.job("train", "No record of the training loss:")
   return Section("fits", "Debiasing maps, Sinkhorn convergence, training loss", "", text, panels)
 
 
@@ -331,7 +211,7 @@ def truth(e: Evidence) -> Section:
   title, found = "Against held-out truth", e.calibrations
   if not found:
     return Section(
-      "truth", title, "", _job("sample", "No ensemble (two members or more) drawn for true coarse fields:"), []
+      "truth", title, "", page.job("sample", "No ensemble (two members or more) drawn for true coarse fields:"), []
     )
   lead = (
     "Fields the prior never saw were coarsened by C′ and sampled from their own coarse values. All errors are over the "

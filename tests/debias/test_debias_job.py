@@ -131,6 +131,17 @@ def test_rescaled_gains_come_from_rows_outside_the_fit(tmp_path):
   assert spreads["rescaled"] == pytest.approx(1, abs=0.25)  # 15 rows for each of 4 gains
 
 
+def test_rows_outside_the_fit_are_counted_and_said(tmp_path, capfd):
+  far = HELD.copy()
+  far[:5] *= 20
+  report = debias(tmp_path, far, names=("entropic", "equivariant"))
+  said = capfd.readouterr().err
+  for name in ("entropic", "equivariant"):
+    assert 5 <= report["held_out"][name]["rows_outside_the_fit"] <= 10
+    assert report["in_sample"][name]["rows_outside_the_fit"] == 0
+    assert f"rows of held_out.zarr lie outside what map {name} was fitted on" in said
+
+
 def test_wrong_arrays_are_refused_before_the_fit(tmp_path):
   with pytest.raises(ValueError, match=r"held_out is \(50, 5, 1\), need \[rows, 6, channels\]"):
     debias(tmp_path, HELD[:, :5])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from downscaling.common import operators
-from downscaling.evaluation import canvas, evidence, report, sections
+from downscaling.evaluation import canvas, evidence, pictures, report, sections
 
 
 def waves(rng, s, space=(32,)):
@@ -173,8 +173,8 @@ def test_fields_of_the_plane(tmp_path):
 def test_coarse_dots_sit_where_the_operator_looks():
   at = np.arange(32) * 2.0
   strided, mean = small(), small(operator=operators.BlockMean.on((32,), 8))
-  assert sections._places(strided, at, 4).tolist() == [0, 16, 32, 48]
-  assert sections._places(mean, at, 4).tolist() == [7, 23, 39, 55]
+  assert pictures._places(strided, at, 4).tolist() == [0, 16, 32, 48]
+  assert pictures._places(mean, at, 4).tolist() == [7, 23, 39, 55]
 
 
 def test_sinkhorn_record():
