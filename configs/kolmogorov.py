@@ -104,12 +104,13 @@ def get_config(variant="cpu"):
     members=pick(16, 8, 2),  # of each
     unit=pick((16, 16), (8, 8), (4, 2)),  # conditions × members drawn and written together
     start="gaussian",
-    guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain", variance="gaussian"),
+    guidance=dict(name="measured", alpha=3.0, normalise="none", final="gain", variance="measured"),
     observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
-    resample=dict(strength=0.0, dead_zone=4.0, below=100.0),  # among a condition's members in a unit; strength 0: none
+    # Selection among a condition's members in a unit, at noise levels below `below`; strength 0: none.
+    resample=dict(strength=0.0, dead_zone=4.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn
-    solver=dict(name="dpm_solver_pp_2m_sde", eta=2.5, churn=0.0),  # eta: of the SDE; churn: of heun
-    levels=dict(name="edm", steps=pick(32, 32, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
+    solver=dict(name="dpm_solver_pp_2m_sde", eta=5.0, churn=0.0),  # eta: of the SDE; churn: of heun
+    levels=dict(name="edm", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(2048, 256, 8), steps=pick(48, 32, 4), sigma_max=80.0),
   )
   c.evaluate = dict(reference=pick(4096, 2048, 16))  # true fields to compare with

@@ -93,18 +93,20 @@ def get_config(variant="quick"):
   # guidance: paper (Eq. 7) | scaled | wiener | measured | moment | none; variance, of its gain: gaussian | measured.
   # solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
-  # The paper's own: start="noise", name="paper", final="overwrite", euler_maruyama, 256 exponential levels from 150.
+  # The paper's own: start="noise", name="paper", final="overwrite", euler_maruyama, 256 exponential levels from 150,
+  # resample.strength=0.
   c.sampling = dict(
     conditions=pick(512, 1024, 16),  # held-out coarse fields
-    members=pick(4, 8, 2),  # of each
-    unit=(pick(64, 64, 8), pick(4, 8, 2)),  # conditions × members drawn and written together
+    members=pick(8, 8, 2),  # of each
+    unit=(pick(64, 64, 8), pick(8, 8, 2)),  # conditions × members drawn and written together
     start="gaussian",
-    guidance=dict(name="scaled", alpha=3.0, normalise="none", final="gain", variance="gaussian"),
+    guidance=dict(name="measured", alpha=3.0, normalise="none", final="gain", variance="measured"),
     observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
-    resample=dict(strength=0.0, dead_zone=4.0, below=100.0),  # among a condition's members in a unit; strength 0: none
+    # Selection among a condition's members in a unit, at noise levels below `below`; strength 0: none.
+    resample=dict(strength=pick(0.125, 0.125, 0.0), dead_zone=4.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn
-    solver=dict(name="dpm_solver_pp_2m_sde", eta=2.5, churn=0.0),  # eta: of the SDE; churn: of heun
-    levels=dict(name="edm", steps=pick(16, 32, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
+    solver=dict(name="dpm_solver_pp_2m_sde", eta=5.0, churn=0.0),  # eta: of the SDE; churn: of heun
+    levels=dict(name="edm", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )
   c.evaluate = dict(reference=pick(16_384, 16_384, 128))  # true fields to compare with
