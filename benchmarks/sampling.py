@@ -33,7 +33,7 @@ import time
 import jax
 import numpy as np
 
-from downscaling import build, jobs
+from downscaling import build, context
 from downscaling.baselines import interpolation
 from downscaling.common import mesh as meshes
 from downscaling.common import runs, supervision
@@ -105,17 +105,17 @@ class Bench:
 
   def __init__(self, config, workdir, conditions, members, seed=0, **observed):
     self.mesh, self.seed, self.members = meshes.make(), seed, members
-    self.ctx = jobs.Context(config, pathlib.Path(workdir).absolute(), self.mesh, supervision.Stop(), "")
+    self.ctx = context.Context(config, pathlib.Path(workdir).absolute(), self.mesh, supervision.Stop(), "")
     self.ctx.need("data", "generate")
     stage = self.ctx.need("train", "train")
-    self.stats = jobs.stage_statistics(self.ctx)
+    self.stats = context.stage_statistics(self.ctx)
     self.network = build.denoising_network(config, self.stats)
     prior, space = runs.config_hash(stage.identity), build.space(config)
     self.params = training.load_prior(stage.path, prior, self.network, space, len(self.stats.mean), self.mesh)
     self.table = errors.load(stage.path, prior)
     self.config = config.copy_and_resolve_references()
     self.config.update_from_flattened_dict({f"grid.{k}": v for k, v in observed.items()})
-    rows = jobs.load_rows(self.ctx, "hfhr", "test")
+    rows = context.load_rows(self.ctx, "hfhr", "test")
     pick = np.random.default_rng(seed).permutation(len(rows))
     self.truth, self.reference = rows[pick[:conditions]], rows[pick[conditions:]][:16_384, ..., 0]
     self.y = np.asarray(build.operator(self.config).apply(self.truth))

@@ -1,0 +1,134 @@
+"""A run's work folder as the jobs see it: its stages, what is done, and what finished stages left for later ones."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+import numpy as np
+import xarray
+
+from downscaling import build
+from downscaling.common import processes, runs, supervision
+from downscaling.datasets import builders, statistics
+from downscaling.debias import moments
+from downscaling.diffusion import errors
+
+# Stage -> what later jobs read of it. Moved away because it is damaged, it is made again from what the stage still has.
+PRODUCTS = {
+  "data": ("statistics.npz",),
+  "debias": ("held_out.zarr", "in_sample.zarr", "diagnostics.json"),
+  "train": ("prior",),
+  "samples": tuple(f"{name}.{kind}" for name in build.SOURCES for kind in ("zarr", "units")),
+  "report": ("report.html", "metrics.json"),
+}
+# What a job makes besides, that not every later job needs: without it the job runs again and makes just that.
+BESIDES = {"train": (errors.FILE,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """config: locked ConfigDict. workdir: of the run. mesh: of all devices. stop: see supervision. command: argv."""
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  mesh: jax.sharding.Mesh
+  stop: supervision.Stop
+  command: str
+
+  def stage(self, name: str) -> runs.Stage:
+    opened = lambda: runs.open_stage(self.folder(name), name, build.identity(self.config, name))
+    return processes.main_first(f"stage/{name}", opened)
+
+  def folder(self, name: str) -> pathlib.Path:
+    return build.folder(self.config, self.workdir, name)
+
+  def done(self, name: str, besides: bool = False) -> bool:
+    """Is the stage complete and what later jobs read still there, and BESIDES? Makes no folder for the question.
+
+    Raises as open_stage does if there is one.
+    """
+    maps = [f"{each}/map.json" for each in self.config.debias.maps] if name == "debias" else []
+    files = (runs.MARKER, *PRODUCTS[name], *maps, *(BESIDES.get(name, ()) if besides else ()))
+    there = [(self.folder(name) / file).exists() for file in files]
+    marked, *products = processes.gather(f"done/{name}", there)[0]  # as process 0 sees it: all must answer alike
+    if not marked:
+      return False
+    stage = self.stage(name)
+    grown = name in ("samples", "report") and stage.summary.get("extent") != build.extent(self.config)
+    return stage.complete and all(products) and not grown
+
+  def need(self, name: str, job: str) -> runs.Stage:
+    """A finished stage; raises FileNotFoundError naming the job that makes it."""
+    if not self.done(name):
+      raise FileNotFoundError(
+        f"{self.folder(name)} is missing or unfinished: run `downscaling {job}` first, with the same --config and "
+        "--workdir (or `downscaling pipeline`, which does all that is missing)."
+      )
+    return self.stage(name)
+
+
+def stage_statistics(ctx: Context) -> statistics.Statistics:
+  return statistics.load(build.data_dir(ctx.config, ctx.workdir) / "statistics.npz")
+
+
+def load_rows(ctx: Context, which: str, split: str, count: int | None = None) -> np.ndarray:
+  """Snapshots [S, *space, C], in data units."""
+  return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, count)["u"]
+
+
+def quadratic_of(config):
+  """The equation's quadratic term as a function, or None."""
+  name = build.quadratic(config)
+  return None if name is None else moments.QUADRATIC[name]
+
+
+def conditions_of(ctx: Context, source: str) -> np.ndarray:
+  """Coarse fields [K, *coarse, C]: "ot" debiased, "raw" as simulated, "true" of held-out fine fields."""
+  count, op = ctx.config.sampling.conditions, build.operator(ctx.config)
+  if source == "true":
+    return np.asarray(op.apply(true_rows(ctx, count)))
+  rows = held_out(ctx)[{"ot": ctx.config.debias.map, "raw": "lflr"}[source]]
+  if len(rows) < count:
+    raise ValueError(
+      f"{count} conditions, but {len(rows)} debiased held-out fields: set --config.sampling.conditions={len(rows)} or "
+      f"fewer, or --config.debias.held_out={count} in another --workdir."
+    )
+  return rows[:count]
+
+
+def true_rows(ctx: Context, count: int) -> np.ndarray:
+  """The held-out fine fields [K, *space, C] behind the conditions "true"; of a larger count, these are the first."""
+  c = ctx.config
+  order = builders.spread(c.data.hfhr.validation, c.data.snapshots)
+  return builders.load(build.dataset(c, ctx.workdir, "hfhr"), "validation", index=order[:count])["u"]
+
+
+def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
+  """{"lflr", and every map's name}: [S, *coarse, C] of the debias stage, before and after the maps."""
+  path, shape = ctx.folder("debias") / f"{name}.zarr", (-1, *build.operator(ctx.config).coarse, 1)
+  with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
+    rows = {key: np.asarray(data[key]).reshape(shape) for key in ("lflr", *ctx.config.debias.maps)}
+    if not all(np.isfinite(x).all() for x in rows.values()):
+      raise ValueError("it holds NaN, or a file of it is missing")
+  return rows
+
+
+@contextlib.contextmanager
+def readable(path: pathlib.Path, job: str) -> Iterator[None]:
+  """Says of whatever zarr and its codecs raise for a damaged store which store, and what to do."""
+  try:
+    yield
+  except Exception as error:  # each codec has its own kinds
+    words = (str(error).splitlines() or [""])[0][:120]
+    raise ValueError(
+      f"{path} cannot be read ({type(error).__name__}: {words}): move it away and run `downscaling {job}` again."
+    ) from error
+
+
+def by_row(config, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Rows of the report, without channels: lflr, ot (the map that samples are drawn behind), others by their names."""
+  names = dict(sorted(stored.items(), key=lambda item: (item[0] != "lflr", item[0] != config.debias.map)))
+  return {"ot" if name == config.debias.map else name: x[..., 0] for name, x in names.items()}
