@@ -223,8 +223,12 @@ def picture(rows, path):
   axes.plot([rows[n]["ms"] for n in order], [rows[n]["member"] for n in order], color="0.7", zorder=0)
   ms, member = ([row[k] for row in rows.values()] for k in ("ms", "member"))
   dots = axes.scatter(ms, member, c=[row["s/e"] for row in rows.values()], cmap="coolwarm", vmin=0.5, vmax=1.5)
-  for name, row in rows.items():
-    axes.annotate(name, (row["ms"], row["member"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+  for i, name in enumerate(sorted(rows, key=lambda n: rows[n]["member"])):
+    side = (
+      {"xytext": (-5, -2), "ha": "right"} if i % 2 else {"xytext": (5, -2), "ha": "left"}
+    )  # neighbours do not collide
+    axes.annotate(name, (rows[name]["ms"], rows[name]["member"]), textcoords="offset points", fontsize=6, **side)
+  axes.margins(0.2, 0.08)
   axes.set(xscale="log", yscale="log", xlabel="ms a member", ylabel="RMSE of a member / rms of the field")
   figure.colorbar(dots, label="spread / error")
   figure.savefig(path, dpi=150)
