@@ -205,11 +205,14 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   floor = load_rows(ctx, "hfhr", "validation", most)[..., 0]
   truth = true_rows(ctx, count)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
-  samples, conditions = {}, {}
+  samples, conditions, misfits = {}, {}, {}
   for name, source in build.SOURCES.items():
     path = ctx.folder("samples") / f"{name}.zarr"
     with readable(path, "sample"):
-      data = np.asarray(ensemble.read(path)["sample"])
+      stored = ensemble.read(path)
+      data = np.asarray(stored["sample"])
+      if "misfit" in stored:
+        misfits[name] = np.asarray(stored["misfit"])
     samples[name] = data if source else data.swapaxes(0, 1)
     if source:
       conditions[name] = conditions_of(ctx, source)[..., 0]
@@ -233,6 +236,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     group=build.group(c),
     samples=samples,
     conditions=conditions,
+    misfits=misfits,
     truth={"true+diffusion": truth},
     guesses={"true+diffusion": interpolation.cubic(conditions["true+diffusion"][..., None], op)[..., 0]},
     fine_reference=fine,

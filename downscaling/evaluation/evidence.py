@@ -37,7 +37,7 @@ class Evidence:
     maps: {row of coarse: the map it was made by}, e.g. {"ot": "equivariant", "entropic": "entropic"}.
     effective_targets: {row: {quantile: over how many targets a row of the fit is averaged}} of entropic maps.
     samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
-    conditions: {row: y′ [K, *coarse]}.
+    conditions: {row: y′ [K, *coarse]}. misfits: {row: χ² [K, M] of every member's misfit to its condition}.
     truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
     fine_reference, fine_floor: [R, *fine] and [≥ K, *fine], independent held-out x.
     guesses: {row of truth: [K, *fine]}, an interpolation of its conditions, which a forecast should beat.
@@ -61,6 +61,7 @@ class Evidence:
   effective_targets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   samples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  misfits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   guesses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   fine_reference: np.ndarray | None = None
@@ -125,7 +126,8 @@ class Evidence:
         self.coarse, self.sources, self.coarse_reference, self.coarse_floor, self.group, self.quadratic
       )
     if self.samples:
-      samples = tables.sample_rows(self.samples, self.conditions, self.fine_reference, self.fine_floor, self.operator)
+      sets = self.samples, self.conditions, self.fine_reference, self.fine_floor
+      samples = tables.sample_rows(*sets, self.operator, self.misfits)
     metrics = {
       "experiment": self.experiment,
       "debias": debias,

@@ -63,7 +63,9 @@ def scores(e: Evidence) -> Section:
     body += (
       '<p class="note">One member a condition is compared with the reference; var. (spread of a condition’s members, '
       "in units of the field) and constr. (‖C′x − y′‖ / ‖C′x‖) see all members. MELRe: MELRu over the shells that hold "
-      "99.9999 % of the reference’s energy; beyond them rounding is measured. KLD is summed over points, in nats.</p>"
+      "99.9999 % of the reference’s energy; beyond them rounding is measured. KLD is summed over points, in nats. χ²: "
+      "misfit of the unguided denoiser to the condition, 1 where it is what the prior expects, large where the coarse "
+      "field lies outside what the prior knows.</p>"
     )
   else:
     body += page.job("sample", "No samples yet:")

@@ -16,14 +16,14 @@ from downscaling.evaluation import distances, higher_order, spectra
 
 KEYS = (
   "cov_rmse", "melr_unweighted", "melr_weighted", "melr_energy", "kld_sum", "kld_mean", "wass1", "mmd", "variability",
-  "constraint_rmse", "n",
+  "constraint_rmse", "misfit", "n",
 )  # fmt: skip
 HIGHER = ("bispectrum", "transfer", "flatness", "gradient_flatness", "square_covariance")  # see higher_order.py
 DEBIAS_KEYS = ("sym_cov_rmse", "corr_input", "displacement", "excess", *HIGHER)
 COMPARED = (*KEYS[:8], "sym_cov_rmse", *HIGHER)  # what has a floor
 # Not every row has members or an input, nor every equation a quadratic term, and only lines have a bispectrum.
 MAY_BE_NULL = (
-  "variability", "constraint_rmse", "corr_input", "displacement", "excess", "bispectrum", "transfer",
+  "variability", "constraint_rmse", "misfit", "corr_input", "displacement", "excess", "bispectrum", "transfer",
 )  # fmt: skip
 AT_FLOOR = 1.25
 
@@ -76,6 +76,7 @@ def measure(
   conditions: np.ndarray | None = None,
   operator: Operator | None = None,
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None,
+  misfit: np.ndarray | None = None,
 ) -> dict[str, float | int | None]:
   """All metrics of one set: KEYS, and DEBIAS_KEYS if a group is given. What a set cannot have is None.
 
@@ -87,6 +88,7 @@ def measure(
     ensemble: [K, M, *space], all members, for variability and constraint.
     conditions, operator: y′ [K, *coarse] and C′, for the constraint.
     quadratic: N of the equation, for the transfer of a debias row; see higher_order.
+    misfit: χ² of every member, [K, M]; 1 is what the prior expects. The row has the median of the conditions' means.
   Raises: ValueError for NaN (naming the set), too few rows, or grids that differ.
   """
   ref = ref if isinstance(ref, Reference) else Reference(ref)
@@ -104,6 +106,7 @@ def measure(
     "mmd": distances.mmd(pred, ref.fields, ref.kernel_term),
     "variability": None if ensemble is None else distances.variability(ensemble),
     "constraint_rmse": distances.constraint_rmse(ensemble, conditions, operator) if held else None,
+    "misfit": None if misfit is None else float(np.median(np.mean(misfit, axis=1))),
     "n": len(pred),
   }
   if group is not None:
@@ -138,7 +141,7 @@ def debias_rows(coarse, sources, reference, floor, group=None, quadratic=None) -
   return table | _floors(table, floor, reference, group=group, quadratic=quadratic)
 
 
-def sample_rows(samples, conditions, reference, floor, operator=None) -> dict[str, dict]:
+def sample_rows(samples, conditions, reference, floor, operator=None, misfits=None) -> dict[str, dict]:
   """Metrics of ensembles, with their floors.
 
   The distribution metrics see member 0 of every condition, K rows, so that K independent true fields are their floor;
@@ -148,13 +151,20 @@ def sample_rows(samples, conditions, reference, floor, operator=None) -> dict[st
     samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
     conditions: {row: y′ [K, *coarse]}; rows without one have no constraint.
     reference: [R, *fine], held out. floor: [≥ K, *fine], independent of it.
-    operator: C′, or None.
+    operator: C′, or None. misfits: {row: [K, M]} of those that have them.
   """
   reference, table = Reference(reference), {}
   for name, x in samples.items():
     x = distances.members(x, f"samples {name!r}")
     table[name] = _named(
-      name, measure, x[:, 0], reference, ensemble=x, conditions=conditions.get(name), operator=operator
+      name,
+      measure,
+      x[:, 0],
+      reference,
+      ensemble=x,
+      conditions=conditions.get(name),
+      operator=operator,
+      misfit=(misfits or {}).get(name),
     )
   return table | _floors(table, floor, reference)
 
@@ -235,6 +245,7 @@ HIGHER_COLUMNS = {
 SAMPLE_COLUMNS = {
   "cov_rmse": "covRMSE", "melr_unweighted": "MELRu", "melr_energy": "MELRe", "melr_weighted": "MELRw",
   "kld_sum": "KLD sum", "wass1": "Wass1", "mmd": "MMD", "variability": "var.", "constraint_rmse": "constr.",
+  "misfit": "χ²",
 }  # fmt: skip
 
 
@@ -261,7 +272,7 @@ def summary_table(metrics: Mapping) -> str:
   parts = (
     ("debias", DEBIAS_COLUMNS, "Coarse fields"),
     ("debias", HIGHER_COLUMNS, "  of higher order"),
-    ("samples", SAMPLE_COLUMNS, "Fine samples"),
+    ("samples", {k: v for k, v in SAMPLE_COLUMNS.items() if k != "mmd"}, "Fine samples"),
   )
   for part, columns, title in parts:
     if not (table := metrics.get(part)):
