@@ -103,7 +103,7 @@ def get_config(variant="quick"):
     guidance=dict(name="measured", alpha=3.0, normalise="none", final="gain", variance="measured"),
     observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
     # Selection among a condition's members in a unit, at noise levels below `below`; strength 0: none.
-    resample=dict(strength=pick(0.125, 0.125, 0.0), dead_zone=4.0, below=100.0),
+    resample=dict(strength=pick(0.125, 0.125, 0.0), dead_zone=3.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn
     solver=dict(name="dpm_solver_pp_2m_sde", eta=5.0, churn=0.0),  # eta: of the SDE; churn: of heun
     levels=dict(name="edm", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),

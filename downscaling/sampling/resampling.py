@@ -2,13 +2,16 @@
 
 Before the constraint is put in, D(x, σ) of a member in the wrong mode misses y′ by more than its error allows:
 
-    χ² = rᵀA⁻¹r,  r = y′ − C′D(x, σ),   log w −= strength · max(χ² − dead_zone·d′, 0)
+    χ² = rᵀA⁻¹r,  r = y′ − C′D(x, σ),   log w −= strength · max(χ²/s − dead_zone·d′, 0),   s = max(1, min χ²/d′)
 
 and when the effective size 1/Σw² of a condition's members falls to half of them, they are drawn anew in proportion
 to w (systematically) and all w are equal again; the noise of the step then parts the copies. d′: values of a coarse
 field. The dead zone spares members that are merely as uncertain as they should be. A Gaussian field, for which χ² has
 mean d′ and standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much open, states differ in
 how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence ZONE.
+
+s is the misfit of a condition's best member. Where y′ lies outside what the prior knows, as debiased fields do a little,
+all members miss it, and without s they would become copies of one: docs/method.md has how much.
 
 Members of a condition now depend on each other, so a block of members is the unit that can be drawn again; the block
 draws its selection from the key of its first member, folded with the step.
@@ -21,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-ZONE = 4.0  # dead zone in units of d′, measured on KS: smaller ones take members that are right (docs/method.md)
+ZONE = 3.0  # dead zone in units of d′, measured on KS: smaller ones take members that are right (docs/method.md)
 _STREAM = 2**31 - 3  # apart from every step's noise and from the start's two draws
 
 
@@ -57,7 +60,9 @@ class Resampling:
 
   def weigh(self, log_weights: jax.Array, score: jax.Array, values: int, sigma: jax.Array | float) -> jax.Array:
     """Log weights after a step at level sigma, []. score: χ²/d′ [B]; values: d′."""
-    excess = jnp.maximum(score.reshape(log_weights.shape).astype(jnp.float32) - self.dead_zone, 0) * values
+    score = score.reshape(log_weights.shape).astype(jnp.float32)
+    score = score / jnp.maximum(score.min(axis=1, keepdims=True), 1)
+    excess = jnp.maximum(score - self.dead_zone, 0) * values
     log_weights = log_weights - jnp.where(sigma < self.below, self.strength, 0) * excess
     return log_weights - log_weights.max(axis=1, keepdims=True)
 

@@ -145,3 +145,14 @@ def test_refusals():
     solvers.dpm_solver_pp_2m_sde(
       None, None, None, jax.random.split(jax.random.key(0), 4), eta=0.0, select=resampling.Resampling(4, 0.1)
     )
+
+
+def test_a_condition_that_no_member_meets_is_judged_by_its_best():
+  """Ten times the misfit for all: y′ lies outside what the prior knows, and none of them is to blame for it."""
+  among = resampling.Resampling(members=4, strength=0.125, dead_zone=3.0)
+  score = jnp.asarray([1.0, 2.0, 3.5, 9.0, 0.2, 0.4, 0.9, 3.1])
+  weigh = lambda score: np.asarray(among.weigh(among.start(8), score, 24, 0.1))
+  near, far = weigh(score), weigh(score.at[:4].multiply(10))
+  np.testing.assert_allclose(near[0], [0, 0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-6)
+  np.testing.assert_allclose(far, near, rtol=1e-5)  # the factor cancels to rounding
+  np.testing.assert_allclose(near[1], [0, 0, 0, -0.125 * 0.1 * 24], rtol=1e-4)  # below 1 no misfit is scaled up
