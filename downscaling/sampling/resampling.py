@@ -10,8 +10,8 @@ field. The dead zone spares members that are merely as uncertain as they should 
 mean d′ and standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much open, states differ in
 how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence ZONE.
 
-s is the misfit of a condition's best member. Where y′ lies outside what the prior knows, as debiased fields do a little,
-all members miss it, and without s they would become copies of one: docs/method.md has how much.
+s is the misfit of a condition's best member. Where y′ lies outside what the prior knows, as debiased fields do a
+little, all members miss it, and without s they would become copies of one: docs/method.md has how much.
 
 Members of a condition now depend on each other, so a block of members is the unit that can be drawn again; the block
 draws its selection from the key of its first member, folded with the step.
