@@ -47,6 +47,7 @@ class Theme:
     kinds = {
       "lflr": (self.raw, (0, (5, 1.5))), "raw": (self.raw, (0, (5, 1.5))), "ot": (self.ot, "-"),
       "unconditional": (self.free, (0, (1, 1.2))), "true": (self.true, (0, (7, 1.5, 1, 1.5))),
+      "entropic": (self.free, (0, (4, 1.2))), "gaussian": (self.true, (0, (1, 1.2))),
       "reference": (self.ink, "-"), "floor": (self.muted, (0, (1, 2))),
     }  # fmt: skip
     if row.endswith("cubic"):

@@ -313,6 +313,8 @@ def moved(
       axes[1].semilogy(at, values, **theme.line(name), marker="o", markersize=3, label=label(name))
     if targets:
       axes[1].set(xlabel="quantile of fields", ylabel="effective targets")
+      axes[1].yaxis.set_major_formatter("{x:g}")
+      axes[1].yaxis.set_minor_formatter("{x:g}")
       axes[1].legend(loc="upper left")
     return figure
 
