@@ -50,7 +50,7 @@ def fit(
     source, target: [S, *space, 1], [R, *space, 1], finite; memory maps serve.
     group: symmetry of the grid; symmetry.trivial(n) if there is none.
     recipe: letters of the steps in order, "GQG", or with counts, ("G", ("A", 12), ("S", 60)). An A is followed by a G.
-    quadratic: the equation's name in moments.QUADRATIC, for A.
+    quadratic: the equation's name in moments.QUADRATIC, for A; without it an M leaves the transfer alone.
     seed: of the filters: that of the j-th S is drawn from fold_in(PRNGKey(seed), j).
     damping: share of a Newton step that an A takes, in (0, 1].
     scratch: a folder, or None.
