@@ -94,7 +94,7 @@ def fit(name: str, folder: pathlib.Path, source: np.ndarray, target: np.ndarray,
   Args:
     folder: of this map; a fit that can go on leaves its checkpoints there.
     source, target: [S, *space, C] float32, whole on every process.
-  Returns: (map, facts about the fit as plain values), on every process.
+  Returns: (map, facts about the fit as plain values); of the facts, process 0 has all.
   Raises: ValueError for an unknown name; what the fits raise; runs.Interrupted.
   """
   if name not in FITS:
@@ -119,7 +119,7 @@ def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | 
     )
   reach = transport.reach_of(x, y, group)
   made = transport.EntropicMap(y, result.g, result.epsilon, source.shape[1:], group, reach)
-  return made, plan(result, made, source)
+  return made, plan(result, made, source) if meshes.is_main() else {}  # a pass over all pairs, for the file alone
 
 
 def plan(result: sinkhorn.Fit, made: transport.EntropicMap, source: np.ndarray) -> dict[str, Any]:
