@@ -39,16 +39,16 @@ def get_config(variant="cpu"):
     name="kolmogorov",
     dir="",  # "" for WORKDIR/data
     burn_in=pick(40.0, 40.0, 4.0),  # time units before the first snapshot
-    spacing=pick(3.0, 3.0, 1.0),  # between snapshots: the fine field forgets .94 of itself, the coarse one .76
-    snapshots=pick(128, 128, 4),  # a trajectory
+    spacing=pick(3.0, 2.0, 1.0),  # between snapshots: after 2 the fine field keeps .12 of itself, after 3 .06
+    snapshots=pick(128, 96, 4),  # a trajectory
     shard=pick(32, 16, 8),  # trajectories a file
     # Trajectories of each split; no split shares one with another.
     hfhr=pick(
       dict(train=512, validation=64, test=64),
-      dict(train=96, validation=32, test=32),
+      dict(train=64, validation=16, test=32),
       dict(train=16, validation=16, test=8),
     ),
-    lflr=pick(dict(train=512, test=64), dict(train=128, test=32), dict(train=16, test=8)),
+    lflr=pick(dict(train=512, test=64), dict(train=192, test=64), dict(train=16, test=8)),
   )
 
   c.debias = dict(
