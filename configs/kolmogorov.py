@@ -29,9 +29,9 @@ def get_config(variant="cpu"):
   c.mesh = dict(data=-1, fsdp=1)
   c.supervision = dict(silence=1800.0)  # seconds without a finished unit of work after which a process counts as hung
 
-  # The box is (2π)². operator: strided | block_mean.
+  # The box is (2π)². operator: strided | block_mean. frames: consecutive snapshots that the prior knows together.
   factor = {"8x": 8, "16x": 16, "cpu": 4, "smoke": 2}[variant]
-  c.grid = dict(points=pick(256, 128, 64), factor=factor, operator="strided")
+  c.grid = dict(points=pick(256, 128, 64), factor=factor, operator="strided", frames=1)
   # Two unpaired worlds. dt: in units of the equation; the rest: see downscaling/equations/kolmogorov.py.
   c.fine = dict(dt=pick(0.005, 0.01, 0.02))
   c.coarse = dict(cells=32, dt=0.02, integrator="euler")
@@ -100,7 +100,9 @@ def get_config(variant="cpu"):
   # solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
   c.sampling = dict(
-    conditions=pick(1024, 128, 8),  # held-out coarse fields
+    conditions=pick(1024, 128, 8),  # held-out coarse fields, or series of them
+    # A condition is `frames` consecutive snapshots, drawn by windows of grid.frames with `overlap` in common.
+    series=dict(frames=1, overlap=0),
     members=pick(16, 8, 2),  # of each
     unit=pick((16, 16), (8, 8), (4, 2)),  # conditions × members drawn and written together
     start="gaussian",

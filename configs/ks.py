@@ -3,11 +3,12 @@ r"""Kuramoto–Sivashinsky, 8× downscaling: biased coarse 24 points -> 192 poin
 Run:       python -m downscaling pipeline --config=configs/ks.py --workdir=runs/ks
 Full:      --config=configs/ks.py:full    docs/results/ks has its figures, with --config.train.total_steps=6000
 Smoke:     --config=configs/ks.py:smoke   every job in a minute or two; its scores mean nothing
+Series:    --config=configs/ks.py:series  16× in time: every 16th point of 16 consecutive snapshots, 1 time unit apart
 """
 
 import ml_collections
 
-VARIANTS = ("quick", "full", "smoke")
+VARIANTS = ("quick", "full", "smoke", "series")
 
 
 def get_config(variant="quick"):
@@ -15,7 +16,7 @@ def get_config(variant="quick"):
     raise ValueError(f"configs/ks.py:{variant} is unknown; use one of {', '.join(':' + v for v in VARIANTS)}.")
 
   def pick(quick, full, smoke):
-    return {"quick": quick, "full": full, "smoke": smoke}[variant]
+    return {"quick": quick, "full": full, "smoke": smoke, "series": quick}[variant]
 
   c = ml_collections.ConfigDict()
   c.experiment = "ks-8x"
@@ -25,8 +26,9 @@ def get_config(variant="quick"):
   c.mesh = dict(data=-1, fsdp=1)
   c.supervision = dict(silence=1800.0)  # seconds without a finished unit of work after which a process counts as hung
 
-  # length: of the box, KS units. operator: strided | block_mean.
-  c.grid = dict(points=192, length=64.0, factor=8, operator="strided")
+  # length: of the box, KS units. operator: strided | block_mean. frames: consecutive snapshots, data.spacing apart,
+  # that the prior knows together.
+  c.grid = dict(points=192, length=64.0, factor=8, operator="strided", frames=1)
   # Two unpaired worlds. dt: KS time units; scheme, cells: see downscaling/equations/ks.py.
   c.fine = dict(dt=0.125)
   c.coarse = dict(scheme="godunov", cells=96, dt=0.1, integrator="euler")
@@ -96,7 +98,9 @@ def get_config(variant="quick"):
   # The paper's own: start="noise", name="paper", final="overwrite", euler_maruyama, 256 exponential levels from 150,
   # resample.strength=0.
   c.sampling = dict(
-    conditions=pick(512, 1024, 16),  # held-out coarse fields
+    conditions=pick(512, 1024, 16),  # held-out coarse fields, or series of them
+    # A condition is `frames` consecutive snapshots, drawn by windows of grid.frames with `overlap` in common.
+    series=dict(frames=1, overlap=0),
     members=pick(8, 8, 2),  # of each
     unit=(pick(64, 64, 8), pick(8, 8, 2)),  # conditions × members drawn and written together
     start="gaussian",
@@ -111,4 +115,23 @@ def get_config(variant="quick"):
   )
   c.evaluate = dict(reference=pick(16_384, 16_384, 128))  # true fields to compare with
 
+  if variant == "series":
+    _in_time(c)
   return c
+
+
+def _in_time(c):
+  """What series ask for: neighbouring snapshots, a prior of windows, conditions that leave much open."""
+  c.experiment = "ks-16x-series"
+  c.grid.update(factor=16, frames=4)  # at every 8th point one snapshot determines the field, and time adds little
+  c.data.update(spacing=1.0, snapshots=16)  # the field decorrelates within about 8 time units
+  c.data.hfhr.update(train=4096, validation=1024, test=1024)
+  c.data.lflr.update(train=4096, test=512)
+  c.debias.update(maps=("gaussian", "equivariant"), held_out=4096)
+  # Selection acts on χ², which grows with the number of coarse values: off. The start from a draw of the Gaussian
+  # posterior knows each frame alone, so it lies at a σ where what frames know of each other is still to come.
+  c.sampling.update(conditions=64, members=8, unit=(16, 8))
+  c.sampling.series.update(frames=16, overlap=2)
+  c.sampling.resample.strength = 0.0
+  c.sampling.levels.update(steps=32, sigma_max=10.0)
+  c.sampling.unconditional.fields = 64

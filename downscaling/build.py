@@ -4,70 +4,22 @@ import functools
 import pathlib
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from downscaling import door
+from downscaling import door, series, stages
 from downscaling.common import checkpoints, operators, runs, symmetry
 from downscaling.datasets import builders, generate, statistics
 from downscaling.debias import maps, moments
 from downscaling.diffusion import denoiser, errors, schedules, steps, training, unet
 from downscaling.diffusion import state as states
 from downscaling.equations import kolmogorov, ks, rollouts
-from downscaling.sampling import draws, solvers
+from downscaling.sampling import draws, solvers, windows
 from downscaling.sampling import gain as gains
 from downscaling.sampling.resampling import Resampling
-
-# What each stage's result depends on; anything else may change between restarts.
-IDENTITY = {
-  "data": ("seed", "grid", "fine", "coarse", "data"),
-  "debias": ("seed", "grid", "fine", "coarse", "data", "debias"),
-  "samples": (
-    *("seed", "grid", "fine", "coarse", "data", "debias"),
-    *("noise", "schedule", "model", "optimizer", "train", "sampling"),
-  ),
-  "report": (
-    *("experiment", "seed", "grid", "fine", "coarse", "data", "debias"),
-    *("noise", "schedule", "model", "optimizer", "train", "sampling", "evaluate"),
-  ),
-  "train": ("seed", "grid", "fine", "data", "noise", "schedule", "model", "optimizer", "train"),
-}
-
-
-def identity(config, stage: str) -> dict[str, Any]:
-  """The config blocks that the stage's result depends on, as plain values; where the data lie does not matter."""
-  blocks = {key: runs.plain(config[key]) for key in IDENTITY[stage]}
-  unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
-  blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
-  if "sampling" in blocks:  # counts decide how much there is, not what: an ensemble grows
-    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members")}
-    few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
-    blocks["sampling"] = sampling | {"unconditional": few}
-  if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
-    blocks["debias"] = {k: v for k, v in blocks["debias"].items() if k not in ("path", "save_seconds")}
-  return blocks
-
-
-def extent(config) -> dict[str, int]:
-  """How much is to be drawn; grows from one call to the next, and what depends on it is made anew."""
-  s = config.sampling
-  return {"conditions": s.conditions, "members": s.members, "unconditional.fields": s.unconditional.fields}
-
-
-def data_dir(config, workdir: pathlib.Path) -> pathlib.Path:
-  return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
-
-
-def folder(config, workdir: pathlib.Path, stage: str) -> pathlib.Path:
-  """Where a stage lies; config.label keeps a second set of samples, and its report, beside the first."""
-  if stage == "data":
-    return data_dir(config, workdir)
-  return workdir / (f"{stage}-{config.label}" if config.label and stage in ("samples", "report") else stage)
-
 
 EQUATIONS = {"ks": ks, "kolmogorov": kolmogorov}
 
@@ -99,7 +51,7 @@ def choose(known: dict, name: str, key: str):
 
 def dataset(config, workdir: pathlib.Path, which: str) -> builders.FieldsBuilder:
   grid = space(config) if which == "hfhr" else operator(config).coarse
-  return builders.make(config.data.name, which, data_dir(config, workdir), grid)
+  return builders.make(config.data.name, which, stages.data_dir(config, workdir), grid)
 
 
 def equation(config, which: str) -> rollouts.Solver:
@@ -143,7 +95,7 @@ def debias_setting(config, **of_job) -> maps.Setting:
     minibatch=dict(c.minibatch),
     recipe=c.recipe if isinstance(c.recipe, str) else tuple(map(tuple, c.recipe)),
     seed=config.seed,
-    config_hash=runs.config_hash(identity(config, "debias")),
+    config_hash=runs.config_hash(stages.identity(config, "debias")),
     **of_job,
   )
 
@@ -152,7 +104,7 @@ def debias_setting(config, **of_job) -> maps.Setting:
 
 
 def denoising_network(config, stats: statistics.Statistics) -> denoiser.Denoiser:
-  """The untrained D(x, σ) of config.model."""
+  """The untrained D(x, σ) of config.model, for windows of config.grid.frames. stats: of single frames."""
   block = dict(config.model) | {"remat": config.memory.remat}
   if block["convolution"] == "auto" and config.memory.microbatches > 1 and jax.default_backend() == "cpu":
     block["convolution"] = "im2col"  # microbatches are a loop: see unet.convolve
@@ -160,13 +112,14 @@ def denoising_network(config, stats: statistics.Statistics) -> denoiser.Denoiser
   block["dtype"] = choose({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, block["dtype"], "config.model.dtype")
   net = unet.UNet(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in block.items()})
   net.check(space(config))
-  spectrum = choose({"edm": None, "wiener": stats.spectrum}, preconditioning, "config.model.preconditioning")
+  known = {"edm": None, "wiener": stats.repeated(config.grid.frames).spectrum}
+  spectrum = choose(known, preconditioning, "config.model.preconditioning")
   return denoiser.Denoiser(net, spectrum)
 
 
 def validation_rows(config) -> int:
-  """Held-out fields on which the denoising error is followed."""
-  return min(512, config.data.hfhr.validation * config.data.snapshots)
+  """Held-out windows on which the denoising error is followed."""
+  return min(512, config.data.hfhr.validation * (config.data.snapshots - config.grid.frames + 1))
 
 
 def schedule(config) -> schedules.Schedule:
@@ -262,7 +215,7 @@ def error_levels(config) -> np.ndarray:
 def stand_in_table(config) -> errors.ErrorTable:
   """A table of the right shape, for programs that are compiled and never run."""
   levels = error_levels(config)
-  return errors.ErrorTable(levels, np.ones((len(levels), *space(config), 1), np.float32))
+  return errors.ErrorTable(levels, np.ones((len(levels), *space(config), config.grid.frames), np.float32))
 
 
 def sampler(
@@ -270,19 +223,29 @@ def sampler(
 ) -> Callable:
   """(keys [B], coarse fields [B, *coarse, C] or None, parameters) -> (fields [B, *space, C], misfit [B]); see draws.
 
-  table: errors.load of the prior, where needs_table says so.
+  With series of L > 1 frames, an axis of them follows B. stats: of single frames. table: errors.load of the prior,
+  where needs_table says so.
   """
-  c, op = config.sampling, operator(config)
+  draw = _draw(config, stats, network, table)
+  return draw if (length := series.plan(config).series) == 1 else windows.over_time(draw, length)
+
+
+def _draw(config, stats, network, table=None) -> Callable:
+  """The sampler, the frames of a series folded into channels."""
+  c, op, plan = config.sampling, operator(config), series.plan(config)
+  stats = stats.repeated(plan.series)
   if config.model.convolution == "auto" and jax.default_backend() == "cpu":  # solvers loop: see unet.convolve
     network = network.clone(net=network.net.clone(convolution="im2col"))
   steps, options = dict(c.levels), {k: v for k, v in c.guidance.items() if k != "variance"}
   noise = tuple(float(c.observation_noise / s) for s in stats.std)
   prior = guide = gains.Gain(op, gains.prior_variance(stats.spectrum), noise)
   if needs_table(config):
-    guide = None if table is None else gains.Gain(op, gains.measured_variance(*table), noise)
+    variance = table and gains.measured_variance(table.sigmas, windows.extended(table.errors, plan))
+    guide = variance and gains.Gain(op, variance, noise)
+  window = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
   return draws.sampler(
     draws.Recipe(
-      denoise=lambda params, x, sigma: network.apply({"params": params}, x, sigma),
+      denoise=lambda params, x, sigma: windows.stitched(window(params), plan)(x, sigma),
       shape=(*op.fine, len(stats.mean)),
       levels=schedules.levels(**steps),
       high=schedules.levels(**steps | {"sigma_max": c.unconditional.sigma_max, "steps": c.unconditional.steps}),
@@ -316,10 +279,11 @@ def resampling(config) -> Resampling | None:
 
 
 def watching_sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) -> Callable:
-  """The sampler, with the steps of config.watch for its unconditional draws."""
+  """The sampler of one window, frames folded, with the steps of config.watch for its unconditional draws."""
   c = config.copy_and_resolve_references()
   c.sampling.unconditional.steps = c.watch.steps
-  return sampler(c, stats, network)
+  c.sampling.series.frames, c.sampling.series.overlap = c.grid.frames, 0
+  return _draw(c, stats, network)
 
 
 def _solver(config) -> Callable:
@@ -336,7 +300,7 @@ def _solver(config) -> Callable:
 
 def coordinates(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
   """Coordinates of the sample store: positions in the equation's own length unit."""
-  op, length, found = operator(config), equation(config, "hfhr").length, {}
+  op, length, found = operator(config), equation(config, "hfhr").length, series.times(config)
   for axis, fine, coarse in zip(("y", "x")[-len(op.fine) :], op.fine, op.coarse, strict=True):
     at = lambda n: np.arange(n) * (length / n)
     about = {"long_name": "position", "units": "1"}
@@ -360,17 +324,19 @@ def check(config, mesh: jax.sharding.Mesh) -> None:
   """
   try:
     door.sizes(config, mesh)
+    series.check(config)
     _check_blocks(config)
   except (AttributeError, KeyError, TypeError) as error:
     where = traceback.extract_tb(error.__traceback__)[-1].filename
-    if not (where in (__file__, door.__file__) or "ml_collections" in where or "keyword argument" in str(error)):
+    ours = where in (__file__, door.__file__, series.__file__) or "ml_collections" in where
+    if not (ours or "keyword argument" in str(error)):
       raise  # a defect of ours
     raise ValueError(f"the config has a key that nothing takes, or lacks one: {error}") from error
 
 
 def _check_blocks(config) -> None:
   """Builds every object once and traces, without computing, what is drawn from it."""
-  op, points = operator(config), space(config)
+  op, points, plan = operator(config), space(config), series.plan(config)
   for which in ("hfhr", "lflr"):
     rollouts.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
   door.debiasing(config, debias_setting(config))
@@ -381,9 +347,11 @@ def _check_blocks(config) -> None:
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))
   key = jax.eval_shape(jax.random.key, 0)
   network = denoising_network(config, stats)
-  variables = jax.eval_shape(network.init, key, jax.ShapeDtypeStruct((1, *points, 1), jnp.float32), jnp.ones(1))
+  window = jax.ShapeDtypeStruct((1, *points, plan.frames), jnp.float32)
+  variables = jax.eval_shape(network.init, key, window, jnp.ones(1))
   jax.eval_shape(lambda key: noise_levels(config)(key, 4), key)
   rows = 2 * config.sampling.unit[1]
   keys = jax.ShapeDtypeStruct((rows,), key.dtype)
-  for y in (None, jax.ShapeDtypeStruct((rows, *op.coarse, 1), jnp.float32)):
+  time = () if plan.series == 1 else (plan.series,)
+  for y in (None, jax.ShapeDtypeStruct((rows, *time, *op.coarse, 1), jnp.float32)):
     jax.eval_shape(sampler(config, stats, network, stand_in_table(config)), keys, y, variables["params"])

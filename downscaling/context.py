@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -10,9 +11,9 @@ import ml_collections
 import numpy as np
 import xarray
 
-from downscaling import build
+from downscaling import build, series, stages
 from downscaling.common import processes, runs, supervision
-from downscaling.datasets import builders, statistics
+from downscaling.datasets import builders, statistics, windows
 from downscaling.debias import moments
 from downscaling.diffusion import errors
 
@@ -39,11 +40,11 @@ class Context:
   command: str
 
   def stage(self, name: str) -> runs.Stage:
-    opened = lambda: runs.open_stage(self.folder(name), name, build.identity(self.config, name))
+    opened = lambda: runs.open_stage(self.folder(name), name, stages.identity(self.config, name))
     return processes.main_first(f"stage/{name}", opened)
 
   def folder(self, name: str) -> pathlib.Path:
-    return build.folder(self.config, self.workdir, name)
+    return stages.folder(self.config, self.workdir, name)
 
   def done(self, name: str, besides: bool = False) -> bool:
     """Is the stage complete and what later jobs read still there, and BESIDES? Makes no folder for the question.
@@ -57,7 +58,7 @@ class Context:
     if not marked:
       return False
     stage = self.stage(name)
-    grown = name in ("samples", "report") and stage.summary.get("extent") != build.extent(self.config)
+    grown = name in ("samples", "report") and stage.summary.get("extent") != stages.extent(self.config)
     return stage.complete and all(products) and not grown
 
   def need(self, name: str, job: str) -> runs.Stage:
@@ -71,12 +72,34 @@ class Context:
 
 
 def stage_statistics(ctx: Context) -> statistics.Statistics:
-  return statistics.load(build.data_dir(ctx.config, ctx.workdir) / "statistics.npz")
+  return statistics.load(stages.data_dir(ctx.config, ctx.workdir) / "statistics.npz")
 
 
 def load_rows(ctx: Context, which: str, split: str, count: int | None = None) -> np.ndarray:
   """Snapshots [S, *space, C], in data units."""
   return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, count)["u"]
+
+
+def stretches(ctx: Context, which: str, split: str, count: int | None = None) -> np.ndarray:
+  """The first series of a split, [S, L, *space, C]; single fields, L = 1, have that axis too."""
+  rows = series.rows(ctx.config, which, split)[:count]
+  found = builders.load(build.dataset(ctx.config, ctx.workdir, which), split, index=rows.reshape(-1))["u"]
+  return found.reshape(*rows.shape, *found.shape[1:])
+
+
+def load_windows(ctx: Context, split: str, count: int) -> np.ndarray:
+  """Fields that the prior is made for, spread over the split: [S, *space, F·C] of HFHR, in data units."""
+  c = ctx.config
+  view = functools.partial(windows.view, snapshots=c.data.snapshots, frames=c.grid.frames)
+  return builders.load(build.dataset(c, ctx.workdir, "hfhr"), split, count, view=view)["u"]
+
+
+def held_out_rows(ctx: Context, which: str, split: str, count: int) -> np.ndarray:
+  """Snapshots [S, *space, C] that are judged: spread over the split, or the frames of its first series in order."""
+  if (length := ctx.config.sampling.series.frames) == 1:
+    return load_rows(ctx, which, split, count)
+  found = stretches(ctx, which, split, -(-count // length))
+  return found.reshape(-1, *found.shape[2:])[:count]
 
 
 def quadratic_of(config):
@@ -86,11 +109,16 @@ def quadratic_of(config):
 
 
 def conditions_of(ctx: Context, source: str) -> np.ndarray:
-  """Coarse fields [K, *coarse, C]: "ot" debiased, "raw" as simulated, "true" of held-out fine fields."""
+  """Coarse fields [K, *coarse, C]: "ot" debiased, "raw" as simulated, "true" of held-out fine fields.
+
+  Series are [K, L, *coarse, C].
+  """
   count, op = ctx.config.sampling.conditions, build.operator(ctx.config)
   if source == "true":
     return np.asarray(op.apply(true_rows(ctx, count)))
   rows = held_out(ctx)[{"ot": ctx.config.debias.map, "raw": "lflr"}[source]]
+  if (length := ctx.config.sampling.series.frames) > 1:
+    rows = rows[: len(rows) // length * length].reshape(-1, length, *rows.shape[1:])
   if len(rows) < count:
     raise ValueError(
       f"{count} conditions, but {len(rows)} debiased held-out fields: set --config.sampling.conditions={len(rows)} or "
@@ -100,10 +128,12 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
 
 
 def true_rows(ctx: Context, count: int) -> np.ndarray:
-  """The held-out fine fields [K, *space, C] behind the conditions "true"; of a larger count, these are the first."""
-  c = ctx.config
-  order = builders.spread(c.data.hfhr.validation, c.data.snapshots)
-  return builders.load(build.dataset(c, ctx.workdir, "hfhr"), "validation", index=order[:count])["u"]
+  """The held-out fine fields [K, *space, C] behind the conditions "true"; of a larger count, these are the first.
+
+  Series are [K, L, *space, C].
+  """
+  found = stretches(ctx, "hfhr", "validation", count)
+  return found[:, 0] if ctx.config.sampling.series.frames == 1 else found
 
 
 def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:

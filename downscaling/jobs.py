@@ -10,7 +10,7 @@ import functools
 import jax
 import numpy as np
 
-from downscaling import build, evaluators
+from downscaling import build, evaluators, series, stages
 from downscaling.baselines import interpolation
 from downscaling.common import mesh as meshes
 from downscaling.common import processes, runs
@@ -19,23 +19,20 @@ from downscaling.context import (
   by_row,
   conditions_of,
   held_out,
+  held_out_rows,
   load_rows,
+  load_windows,
   quadratic_of,
   readable,
   stage_statistics,
+  stretches,
   true_rows,
 )
-from downscaling.datasets import builders, generate, pipeline, statistics
+from downscaling.datasets import builders, generate, pipeline, statistics, windows
 from downscaling.debias import job as debias_room
 from downscaling.diffusion import errors, steps, training
-from downscaling.evaluation import evidence, report, tables
+from downscaling.evaluation import evidence, increments, report, tables
 from downscaling.sampling import ensemble
-
-# What a series of members is not, in the attributes of the store.
-INDEPENDENT = (
-  "Members are independent in time: the prior knows single fields, so member m of one condition does not go on in "
-  "member m of the next"
-)
 
 
 def generate_job(ctx: Context) -> str:
@@ -61,7 +58,7 @@ def train_job(ctx: Context) -> str:
   trained = ctx.done("train")
   stage, c = ctx.stage("train"), ctx.config
   stats = stage_statistics(ctx)
-  held = stats.normalise(load_rows(ctx, "hfhr", "validation", build.validation_rows(c)))
+  held = stats.repeated(c.grid.frames).normalise(load_windows(ctx, "validation", build.validation_rows(c)))
   network = build.denoising_network(c, stats)
   with stage.timed():
     summary = stage.summary if trained else _train(ctx, stage, stats, network, held)
@@ -80,6 +77,8 @@ def _train(ctx: Context, stage: runs.Stage, stats: statistics.Statistics, networ
   """The training run; its summary."""
   c = ctx.config
   source = builders.source(build.dataset(c, ctx.workdir, "hfhr"), "train", c.train.batch)
+  source = windows.view(source, c.data.snapshots, c.grid.frames)
+  many = stats.repeated(c.grid.frames)
   held = held[: len(held) // ctx.mesh.size * ctx.mesh.size]
 
   def validation(specs, key):
@@ -88,7 +87,7 @@ def _train(ctx: Context, stage: runs.Stage, stats: statistics.Statistics, networ
     return steps.make_validation(network, ctx.mesh, specs, x, training.SIGMAS, key)
 
   drawn = evaluators.unconditional(
-    build.watching_sampler(c, stats, network), ctx.mesh, c.watch.fields, held, stats, c.seed
+    build.watching_sampler(c, stats, network), ctx.mesh, c.watch.fields, held, many, c.seed
   )
   return training.train(
     stage.path,
@@ -96,7 +95,7 @@ def _train(ctx: Context, stage: runs.Stage, stats: statistics.Statistics, networ
     initialise=build.initial_state(c, network, held.shape[-1]),
     make_update=lambda specs: build.update(c, network, ctx.mesh, specs),
     make_validation=validation,
-    batches=pipeline.Batches(source, stats, c.train.batch, c.seed),
+    batches=pipeline.Batches(source, many, c.train.batch, c.seed),
     shape=held.shape[1:],
     evaluators={"unconditional": drawn},
     mesh=ctx.mesh,
@@ -125,7 +124,7 @@ def debias_job(ctx: Context) -> str:
       stage.path,
       load_rows(ctx, "lflr", "train", c.debias.points),
       np.asarray(op.apply(load_rows(ctx, "hfhr", "train", c.debias.points))),
-      load_rows(ctx, "lflr", "test", c.debias.held_out),
+      held_out_rows(ctx, "lflr", "test", c.debias.held_out),
       space=op.coarse,
       maps=tuple(c.debias.maps),
       chosen=c.debias.map,
@@ -147,7 +146,8 @@ def sample_job(ctx: Context) -> str:
   network = build.denoising_network(c, stats)
   space, channels = build.space(c), len(stats.mean)
   with ctx.stop.interruptible("restoring the prior"):
-    params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, channels, ctx.mesh)
+    wide = channels * c.grid.frames
+    params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, wide, ctx.mesh)
     table = errors.load(prior.path, runs.config_hash(prior.identity)) if build.needs_table(c) else None
   params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)  # as whole here as anywhere
   draw = build.sampler(c, stats, network, table)
@@ -162,13 +162,14 @@ def sample_job(ctx: Context) -> str:
         weights=params,
         space=space,
         channels=channels,
+        frames=c.sampling.series.frames,
         unit=tuple(c.sampling.unit) if source else (1, c.sampling.unit[0] * c.sampling.unit[1]),
         mesh=meshes.local(ctx.mesh),
         seed=c.seed,
         identity={"config": stage.identity, "source": source or "none"},
         attrs={
           "title": f"{c.experiment}: {name}",
-          "comment": f"{INDEPENDENT}. NaN: not yet drawn, see done_fraction.",
+          "comment": f"{series.comment(c)}. NaN: not yet drawn, see done_fraction.",
           "references": "Wan et al. 2023, https://arxiv.org/abs/2305.15618",
           "config_hash": runs.config_hash(stage.identity),
         },
@@ -177,7 +178,7 @@ def sample_job(ctx: Context) -> str:
         stop=ctx.stop.told,
         interruptible=ctx.stop.interruptible,
       )
-  stage.finish(sets=sorted(build.SOURCES), extent=build.extent(c))
+  stage.finish(sets=sorted(build.SOURCES), extent=stages.extent(c))
   return f"wrote {stage.path}; next: downscaling evaluate"
 
 
@@ -191,21 +192,21 @@ def evaluate_job(ctx: Context) -> str:
 
   with stage.timed(), contextlib.nullcontext() if meshes.is_main() else ctx.stop.waiting():
     processes.main_only("evaluate", measure)
-  stage.finish(html=str(stage.path / "report.html"), extent=build.extent(c))
+  stage.finish(html=str(stage.path / "report.html"), extent=stages.extent(c))
   return f"wrote {stage.path / 'report.html'} ({c.experiment}); open it in a browser"
 
 
 def evidence_of(ctx: Context) -> evidence.Evidence:
   """Everything the report is made from, read back from the work folder."""
   c, op = ctx.config, build.operator(ctx.config)
-  count = c.sampling.conditions
+  count, length = c.sampling.conditions, c.sampling.series.frames
   fine = load_rows(ctx, "hfhr", "test", c.evaluate.reference)[..., 0]
   rows, fitted = (by_row(c, held_out(ctx, name)) for name in ("held_out", "in_sample"))
-  most = max(count, len(rows["ot"]), len(fitted["ot"]), c.sampling.unconditional.fields)
-  floor = load_rows(ctx, "hfhr", "validation", most)[..., 0]
+  most = max(count * length, len(rows["ot"]), len(fitted["ot"]), c.sampling.unconditional.fields * length)
+  floor = held_out_rows(ctx, "hfhr", "validation", most)[..., 0]
   truth = true_rows(ctx, count)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
-  samples, conditions, misfits = {}, {}, {}
+  samples, conditions, misfits, in_time = {}, {}, {}, {}
   for name, source in build.SOURCES.items():
     path = ctx.folder("samples") / f"{name}.zarr"
     with readable(path, "sample"):
@@ -213,9 +214,10 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
       data = np.asarray(stored["sample"])
       if "misfit" in stored:
         misfits[name] = np.asarray(stored["misfit"])
-    samples[name] = data if source else data.swapaxes(0, 1)
+    in_time[name] = data if source else data.swapaxes(0, 1)
+    samples[name] = series.as_rows(in_time[name], c, 2)
     if source:
-      conditions[name] = conditions_of(ctx, source)[..., 0]
+      conditions[name] = series.as_rows(conditions_of(ctx, source)[..., 0], c, 1)
   samples["ot+cubic"] = interpolation.cubic(conditions["ot+diffusion"][..., None], op)[:, None, ..., 0]
   conditions["ot+cubic"] = conditions["ot+diffusion"]
   diagnostics = runs.read_json(ctx.folder("debias") / "diagnostics.json")
@@ -237,7 +239,8 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     samples=samples,
     conditions=conditions,
     misfits=misfits,
-    truth={"true+diffusion": truth},
+    truth={"true+diffusion": series.as_rows(truth, c, 1)},
+    series=None if length == 1 else _in_time(ctx, in_time, truth),
     guesses={"true+diffusion": interpolation.cubic(conditions["true+diffusion"][..., None], op)[..., 0]},
     fine_reference=fine,
     fine_floor=floor,
@@ -250,6 +253,19 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   )
 
 
+def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray) -> increments.Series:
+  """What the report knows of time; truth: [K, L, *space]."""
+  plan, most = series.plan(ctx.config), max(map(len, samples.values()))
+  return increments.Series(
+    samples=samples,
+    truth={"true+diffusion": truth},
+    reference=stretches(ctx, "hfhr", "test", -(-ctx.config.evaluate.reference // plan.series))[..., 0],
+    floor=stretches(ctx, "hfhr", "validation", most)[..., 0],
+    seams=plan.seams,
+    spacing=ctx.config.data.spacing,
+  )
+
+
 def provenance(ctx: Context) -> dict:
   """Who made the report's numbers: command, config, versions, times, which rows were seen in a fit."""
   c = ctx.config
@@ -258,7 +274,7 @@ def provenance(ctx: Context) -> dict:
   for name in ("data", "debias", "train", "samples"):
     times[name] = runs.read_json(ctx.folder(name) / runs.MARKER).get("seconds")
   return {
-    "config_hash": runs.config_hash(build.identity(c, "report")),
+    "config_hash": runs.config_hash(stages.identity(c, "report")),
     "config": runs.plain(c),
     "versions": runs.versions(),
     "commit": runs.commit(),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling import build
+from downscaling import build, series, stages
 from downscaling.common import costs
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
@@ -52,7 +52,7 @@ def _generate(c, ctx) -> list[str]:
       f"{which}: {dict(plan.trajectories)} trajectories of {steps} steps, {len(plan.times)} snapshots each, "
       f"{rows} fields {shape} float32 in {shards} shards; float64, {-(-plan.shard // ctx.mesh.size)} a device at a time"
     )
-  return [*lines, f"disk: {_size(disk)} in {build.data_dir(c, ctx.workdir)}"]
+  return [*lines, f"disk: {_size(disk)} in {stages.data_dir(c, ctx.workdir)}"]
 
 
 def _debias(c, ctx) -> list[str]:
@@ -98,7 +98,7 @@ def _sinkhorn(c, ctx, name: str) -> list[str]:
 
 def _statistics(c, ctx) -> statistics.Statistics:
   """Of the data if they are there, else of a unit field: shapes, and so memory, are the same."""
-  if (path := build.data_dir(c, ctx.workdir) / "statistics.npz").exists():
+  if (path := stages.data_dir(c, ctx.workdir) / "statistics.npz").exists():
     return statistics.load(path)
   return statistics.Statistics(
     np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*build.space(c), 1), np.float32)
@@ -107,7 +107,7 @@ def _statistics(c, ctx) -> statistics.Statistics:
 
 def _abstract_state(c, ctx, network):
   key = jax.random.key(0)
-  _, target, specs = states.make(ctx.mesh, build.initial_state(c, network, 1), key, key)
+  _, target, specs = states.make(ctx.mesh, build.initial_state(c, network, c.grid.frames), key, key)
   return target, specs
 
 
@@ -119,7 +119,7 @@ def _train(c, ctx) -> list[str]:
   network = build.denoising_network(c, _statistics(c, ctx))
   state, specs = _abstract_state(c, ctx, network)
   update = build.update(c, network, ctx.mesh, specs.params)
-  batch = {"x": _rows(ctx, c.train.batch, *build.space(c), 1)}
+  batch = {"x": _rows(ctx, c.train.batch, *build.space(c), c.grid.frames)}
   began = time.monotonic()
   program, flops = training.compiled(update, state, batch)
   seconds = time.monotonic() - began
@@ -164,7 +164,7 @@ def _sample(c, ctx) -> list[str]:
   rows, (k, m) = math.prod(s.unit), s.unit
   meshes.check_divides(rows, mine.size, "a unit (conditions × members)", "sampling.unit")
   program, params = _sampling_program(c, ctx, mine)
-  field = math.prod(build.space(c)) * 4
+  field, plan = math.prod(build.space(c)) * 4 * s.series.frames, series.plan(c)
   conditional = sum(source is not None for source in build.SOURCES.values())
   fields = conditional * s.conditions * s.members + s.unconditional.fields
   units = conditional * -(-s.conditions // k) * -(-s.members // m) + -(-s.unconditional.fields // rows)
@@ -177,7 +177,8 @@ def _sample(c, ctx) -> list[str]:
   advice = "" if per % m == 0 else f"; faster with whole conditions on each: --config.sampling.unit=({fits})"
   return [
     f"{conditional} sets of {s.conditions} conditions × {s.members} members, {s.unconditional.fields} unconditional: "
-    f"{fields} fields {build.space(c)}, {s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
+    f"{fields} {'fields' if plan.series == 1 else f'series of {plan.series} fields'} {build.space(c)}, "
+    f"{s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
     f"{units} units of {k} conditions × {m} members, {-(-units // jax.process_count())} a process, {per} fields a "
     f"device at a time{advice}",
     f"memory a device: {_size(memory['temporaries'])} temporary (compiled), {_size(params)} parameters, "
@@ -194,11 +195,11 @@ def _sampling_program(c, ctx, mesh):
   state, _ = _abstract_state(c, ctx, network)
   everywhere, rows = meshes.replicated(mesh), math.prod(s.unit)
   params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params)
-  sampler, coarse = build.sampler(c, stats, network, build.stand_in_table(c)), (*build.operator(c).coarse, 1)
+  time = () if (frames := s.series.frames) == 1 else (frames,)
+  sampler, coarse = build.sampler(c, stats, network, build.stand_in_table(c)), (*time, *build.operator(c).coarse, 1)
   row = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=meshes.rows(mesh))
-  layout = ensemble.layout_of(
-    sampler, params, conditions=s.conditions, members=s.members, space=build.space(c), coarse=coarse, unit=tuple(s.unit)
-  )
+  sizes = {"conditions": s.conditions, "members": s.members, "unit": tuple(s.unit), "frames": frames}
+  layout = ensemble.layout_of(sampler, params, space=build.space(c), coarse=coarse, **sizes)
   inputs = row(jnp.uint32), row(jnp.uint32), row(jnp.float32, *coarse)
   return ensemble.program(sampler, mesh, c.seed, layout).lower(*inputs, params).compile(), _bytes(params)
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from downscaling import build, jobs, plans
+from downscaling import build, jobs, plans, stages
 from downscaling.common import mesh as meshes
 from downscaling.common import supervision
 
@@ -63,8 +63,8 @@ def test_every_variant_builds(tmp_path, name, variant):
   assert rows["hfhr"]["test"] >= c.evaluate.reference
   judged = max(c.debias.held_out, min(4096, c.debias.points), c.sampling.unconditional.fields)
   assert rows["hfhr"]["validation"] >= judged  # a floor as large as every set
-  for stage in build.IDENTITY:
-    assert "dir" not in build.identity(c, stage).get("data", {})
+  for stage in stages.IDENTITY:
+    assert "dir" not in stages.identity(c, stage).get("data", {})
 
 
 def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_path):
@@ -85,9 +85,9 @@ def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_
 def test_prior_does_not_depend_on_the_coarse_world(tmp_path):
   """A new coarse solver must not cost a training run."""
   one, two = _context(tmp_path).config, _context(tmp_path, **{"coarse.dt": 0.05, "data.lflr.train": 64}).config
-  assert build.identity(one, "train") == build.identity(two, "train")
-  assert build.identity(one, "data") != build.identity(two, "data")
-  assert build.identity(one, "samples") != build.identity(two, "samples")
+  assert stages.identity(one, "train") == stages.identity(two, "train")
+  assert stages.identity(one, "data") != stages.identity(two, "data")
+  assert stages.identity(one, "samples") != stages.identity(two, "samples")
 
 
 def test_samples_do_not_depend_on_how_many_there_are(tmp_path):
@@ -95,8 +95,8 @@ def test_samples_do_not_depend_on_how_many_there_are(tmp_path):
   counts = {"sampling.members": 4, "sampling.conditions": 8, "sampling.unconditional.fields": 8}
   one, two = _context(tmp_path).config, _context(tmp_path, **counts).config
   for stage in ("samples", "report"):
-    assert build.identity(one, stage) == build.identity(two, stage)
-  assert build.identity(one, "samples") != build.identity(
+    assert stages.identity(one, stage) == stages.identity(two, stage)
+  assert stages.identity(one, "samples") != stages.identity(
     _context(tmp_path, **{"sampling.unit": (4, 2)}).config, "samples"
   )
-  assert build.extent(one) != build.extent(two)
+  assert stages.extent(one) != stages.extent(two)

@@ -11,6 +11,7 @@ The files are written by `downscaling generate` (see generate.py), which resumes
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -153,7 +154,11 @@ def spread(trajectories: int, snapshots: int) -> np.ndarray:
 
 
 def load(
-  builder: FieldsBuilder, split: str, count: int | None = None, index: np.ndarray | None = None
+  builder: FieldsBuilder,
+  split: str,
+  count: int | None = None,
+  index: np.ndarray | None = None,
+  view: Callable = lambda source: source,
 ) -> dict[str, np.ndarray]:
   """Snapshots of a split as arrays: {"u": [S, *space, C] float32, "trajectory": [S], "time": [S]}.
 
@@ -161,9 +166,10 @@ def load(
     builder, split: which.
     count: how many, evenly spread over all trajectories; None for all.
     index: instead, which rows.
+    view: source -> another one to take them from, as windows.view.
   Raises: ValueError if there are fewer, or a value is not finite (file and trajectory are named).
   """
-  data = source(builder, split, len(index) if index is not None else count or 1)
+  data = view(source(builder, split, len(index) if index is not None else count or 1))
   if index is None:
     count = count or len(data)
     # One row of every stratum, at a place that wanders: with as many strata as trajectories, one snapshot of each.

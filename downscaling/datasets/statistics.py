@@ -27,6 +27,12 @@ class Statistics:
     """The inverse of normalise."""
     return x * _last(self.std, x) + _last(self.mean, x)
 
+  def repeated(self, frames: int) -> "Statistics":
+    """Of so many frames folded into the channels (windows.py): on the attractor all times have the same statistics."""
+    if frames == 1:
+      return self
+    return Statistics(*(np.concatenate([values] * frames, axis=-1) for values in (self.mean, self.std, self.spectrum)))
+
   def save(self, path: str | os.PathLike) -> None:
     """All or nothing: a temporary file, then a rename."""
     path = pathlib.Path(path)

@@ -12,11 +12,13 @@ import numpy as np
 from downscaling.common import symmetry
 from downscaling.common.operators import Operator
 from downscaling.evaluation import calibration, tables
+from downscaling.evaluation.increments import Series
 
 CLIMATOLOGY = 256  # held-out fields that stand for an ensemble without a condition
 
 TITLES = {
   "ks-8x": "Kuramoto–Sivashinsky, 8×",
+  "ks-16x-series": "Kuramoto–Sivashinsky in time, 16×",
   "kolmogorov-8x": "Kolmogorov flow, 8×",
   "kolmogorov-16x": "Kolmogorov flow, 16×",
 }
@@ -42,6 +44,7 @@ class Evidence:
     fine_reference, fine_floor: [R, *fine] and [≥ K, *fine], independent held-out x.
     guesses: {row of truth: [K, *fine]}, an interpolation of its conditions, which a forecast should beat.
     operator: C′.
+    series: of samples in time, or None; above, their frames are rows, and K counts frames.
     history: the solver's checks, {"iteration": [...], "epsilon": [...], "error": [...]} (debias/diagnostics.json).
     mean_cost: of the solve, to print ε relative to it; threshold: marginal error at which it calls itself converged.
     loss: (steps, values).
@@ -67,6 +70,7 @@ class Evidence:
   fine_reference: np.ndarray | None = None
   fine_floor: np.ndarray | None = None
   operator: Operator | None = None
+  series: Series | None = None
   history: dict[str, list] | None = None
   mean_cost: float | None = None
   threshold: float | None = None
@@ -146,9 +150,11 @@ class Evidence:
       "commit": given.get("commit"),
       "seconds": dict(given.get("times", {})),
       "machine": dict(given.get("machine") or machine()),
+      **({} if self.series is None else {"series": self.series.rows()}),
       "notes": (
         "Floors: the same metric of independent true fields, as many as the row has. Distribution metrics of samples "
         "see member 0 of every condition; variability and constraint see all members."
+        + ("" if self.series is None else " Frames of series are rows, in the floors as well.")
       ),
     }
     tables.check_schema(metrics)

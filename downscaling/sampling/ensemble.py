@@ -59,6 +59,7 @@ def write_ensemble(
   sample_attrs: Mapping[str, str] | None = None,
   weights: Any = None,
   interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+  frames: int = 1,
 ) -> dict:
   """Draws what is missing of the ensemble and returns its summary (units, fields, seconds; drawn: units, by all).
 
@@ -82,6 +83,8 @@ def write_ensemble(
     coordinates: name (x, y, x_coarse, y_coarse) -> (values, attributes); point numbers by default.
     sample_attrs: units, long_name, ... of the variable `sample`.
     weights: tree of arrays for the sampler's third argument, kept out of the compiled program; None: it has but two.
+    frames: L. With more than one, conditions are series [K, L, *coarse, C], and the sampler takes and returns an axis
+      of time before those of space.
     interruptible: what is done -> a block in which this process may be ended, as nothing could be lost (supervision).
   Raises:
     ValueError: impossible sizes, NaN in a condition, a store of another identity (keys are named), fewer conditions or
@@ -91,7 +94,7 @@ def write_ensemble(
     OSError: the disk is full; what is marked done is whole.
   """
   began, path = time.monotonic(), pathlib.Path(path)
-  layout = _layout(conditions, members, space, channels, unit)
+  layout = _layout(conditions, members, space, channels, unit, frames)
   meshes.check_divides(math.prod(layout.unit), mesh.size, "a unit (conditions × members)", "sampling.unit")
   ids = _ids(condition_ids, layout.conditions)
   layout = layout._replace(misfit=_has_misfit(sampler, layout, weights))
@@ -189,9 +192,9 @@ def block(layout: Layout, unit: Unit, ids: np.ndarray, conditions: np.ndarray | 
   return ids[c].astype(np.uint32), m.astype(np.uint32), y
 
 
-def layout_of(sampler: Sampler, weights, *, conditions, members, space, coarse, unit, channels=1) -> Layout:
+def layout_of(sampler: Sampler, weights, *, conditions, members, space, coarse, unit, channels=1, frames=1) -> Layout:
   """The layout of a store from sizes alone, as write_ensemble has it. coarse: shape of a condition, or None."""
-  layout = Layout(conditions, members, space, channels, coarse, unit)
+  layout = Layout(conditions, members, space, channels, coarse, unit, frames=frames)
   return layout._replace(misfit=_has_misfit(sampler, layout, weights))
 
 
@@ -202,7 +205,7 @@ def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
   key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
   made = jax.eval_shape(sampler, key, y, *(() if weights is None else (weights,)))
   fields, *misfit = made if isinstance(made, tuple) else (made,)
-  need = (count, *layout.space, layout.channels)
+  need = (count, *layout.made)
   if fields.shape != need or [m.shape for m in misfit] not in ([], [(count,)]):
     came = [fields.shape, *(m.shape for m in misfit)]
     raise ValueError(
@@ -306,21 +309,23 @@ def _to_host(layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]) -> dic
 # ---------------------------------------------------------------- the door
 
 
-def _layout(conditions, members: int, space, channels: int, unit) -> Layout:
+def _layout(conditions, members: int, space, channels: int, unit, frames: int) -> Layout:
   space, unit = tuple(space), tuple(unit)
   if members < 1 or channels < 1 or len(unit) != 2 or min(unit) < 1:
     raise ValueError(f"{members} members, {channels} channels in units of {unit}: each must be at least 1.")
   if len(space) not in (1, 2):
     raise ValueError(f"fields on a grid {space} came, need [x] or [y, x].")
   if conditions is None:
-    return Layout(1, members, space, channels, None, unit)
-  if conditions.ndim < 3 or len(conditions) < 1:
-    raise ValueError(f"conditions of shape {conditions.shape} came, need [conditions, *coarse, channels].")
+    return Layout(1, members, space, channels, None, unit, frames=frames)
+  time = () if frames == 1 else (frames,)
+  if conditions.ndim < 3 + len(time) or len(conditions) < 1 or conditions.shape[1 : 1 + len(time)] != time:
+    need = ", ".join(["conditions", *map(str, time), "*coarse", "channels"])
+    raise ValueError(f"conditions of shape {conditions.shape} came, need [{need}].")
   if bad := [i for i, y in enumerate(conditions) if not np.isfinite(y).all()]:
     raise ValueError(
       f"{len(bad)} of {len(conditions)} conditions hold NaN or infinity, first number {bad[0]}: repair or drop them."
     )
-  return Layout(len(conditions), members, space, channels, conditions.shape[1:], unit)
+  return Layout(len(conditions), members, space, channels, conditions.shape[1:], unit, frames=frames)
 
 
 def _ids(condition_ids, count: int) -> np.ndarray:

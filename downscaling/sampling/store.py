@@ -1,8 +1,8 @@
 """The ensemble on disk: one Zarr v3 store that grows, and beside it what is finished.
 
-NAME.zarr    sample (condition, member, [y,] x[, channel]) float32, NaN where not yet drawn; misfit (condition, member)
-             where the sampler tells it; coordinates; the coarse fields it was drawn from as condition_field. One shard
-             a unit, so one writer a shard.
+NAME.zarr    sample (condition, member, [time,] [y,] x[, channel]) float32, NaN where not yet drawn; misfit (condition,
+             member) where the sampler tells it; coordinates; the coarse fields it was drawn from as condition_field.
+             One shard a unit, so one writer a shard.
 NAME.units   stage.json: what the samples depend on, and how many conditions and members there are; one marker a
              finished unit, written after the unit's bytes are durable; lock.json while a job writes.
 
@@ -43,7 +43,10 @@ class Unit(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """Shapes of one store. conditions, members: counts. unit: (conditions, members) drawn and written together."""
+  """Shapes of one store. conditions, members: counts. unit: (conditions, members) drawn and written together.
+
+  frames: of a series; 1: single fields, without a time axis. coarse: of a condition, with its time axis and channels.
+  """
 
   conditions: int
   members: int
@@ -52,15 +55,22 @@ class Layout(NamedTuple):
   coarse: tuple[int, ...] | None
   unit: tuple[int, int]
   misfit: bool = False  # does the sampler tell one number a field beside it?
+  frames: int = 1
+
+  @property
+  def made(self) -> tuple[int, ...]:
+    """Of one field or series as a sampler returns it: ([L,] *space, C)."""
+    return (*((self.frames,) if self.frames > 1 else ()), *self.space, self.channels)
 
   @property
   def fields(self) -> tuple[int, ...]:
-    """Of one field as stored: without the channel axis if there is one channel."""
-    return self.space if self.channels == 1 else (*self.space, self.channels)
+    """The same as stored: without the channel axis if there is one channel."""
+    return self.made[:-1] if self.channels == 1 else self.made
 
   @property
   def axes(self) -> tuple[str, ...]:
-    return ("y", "x")[-len(self.space) :]
+    """Names of time, if there is any, and space."""
+    return (*(("time",) if self.frames > 1 else ()), *("y", "x")[-len(self.space) :])
 
   @property
   def drawn(self) -> dict[str, tuple[int, ...]]:
@@ -85,7 +95,8 @@ class Found(NamedTuple):
 
 def open_stage(path: pathlib.Path, layout: Layout, seed: int, identity: Mapping) -> runs.Stage:
   """The folder of markers, refused if the samples there depend on anything else."""
-  fixed = {k: v for k, v in layout._asdict().items() if k not in ("conditions", "members")}
+  fixed = {k: v for k, v in layout._asdict().items() if k not in ("conditions", "members", "frames")}
+  fixed |= {"frames": layout.frames} if layout.frames > 1 else {}  # stores of single fields are older than series
   full = runs.plain(dict(identity)) | {"seed": seed, "layout": runs.plain(fixed), "dtype": "float32"}
   units = path.with_suffix(".units")
   if path.exists() and not (units / runs.MARKER).exists():
@@ -210,10 +221,11 @@ def variables(layout: Layout, ids, conditions, coordinates: Coordinates, units: 
     "condition": (ids, ("condition",), {"long_name": "condition id", "units": "1"}),
     "member": (np.arange(layout.members), ("member",), member),
   }
-  points = dict(zip(layout.axes, layout.space, strict=True))
+  points = dict(zip(layout.axes, layout.made[:-1], strict=True))
   if layout.coarse:
     *coarse, channels = layout.coarse
-    axes = tuple(f"{a}_coarse" for a in layout.axes) if len(coarse) == len(layout.axes) else ("place",)
+    time, space = layout.axes[: -len(layout.space)], layout.axes[-len(layout.space) :]
+    axes = (*time, *(tuple(f"{a}_coarse" for a in space) if len(coarse) == len(layout.axes) else ("place",)))
     points |= dict(zip(axes, coarse, strict=True))
     field = np.asarray(conditions, np.float32)
     field, last = (field[..., 0], ()) if channels == 1 else (field, ("channel",))

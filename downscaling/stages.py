@@ -1,0 +1,53 @@
+"""Stages of a work folder as a config names them: where each lies, and what its result depends on."""
+
+import pathlib
+from typing import Any
+
+from downscaling import series
+from downscaling.common import runs
+
+# What each stage's result depends on; anything else may change between restarts.
+IDENTITY = {
+  "data": ("seed", "grid", "fine", "coarse", "data"),
+  "debias": ("seed", "grid", "fine", "coarse", "data", "debias"),
+  "samples": (
+    *("seed", "grid", "fine", "coarse", "data", "debias"),
+    *("noise", "schedule", "model", "optimizer", "train", "sampling"),
+  ),
+  "report": (
+    *("experiment", "seed", "grid", "fine", "coarse", "data", "debias"),
+    *("noise", "schedule", "model", "optimizer", "train", "sampling", "evaluate"),
+  ),
+  "train": ("seed", "grid", "fine", "data", "noise", "schedule", "model", "optimizer", "train"),
+}
+
+
+def identity(config, stage: str) -> dict[str, Any]:
+  """The config blocks that the stage's result depends on, as plain values; where the data lie does not matter."""
+  blocks = {key: runs.plain(config[key]) for key in IDENTITY[stage]}
+  unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
+  blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
+  if "sampling" in blocks:  # counts decide how much there is, not what: an ensemble grows
+    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members")}
+    few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
+    blocks["sampling"] = sampling | {"unconditional": few}
+  if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
+    blocks["debias"] = {k: v for k, v in blocks["debias"].items() if k not in ("path", "save_seconds")}
+  return series.settled(blocks, config, stage)
+
+
+def extent(config) -> dict[str, int]:
+  """How much is to be drawn; grows from one call to the next, and what depends on it is made anew."""
+  s = config.sampling
+  return {"conditions": s.conditions, "members": s.members, "unconditional.fields": s.unconditional.fields}
+
+
+def data_dir(config, workdir: pathlib.Path) -> pathlib.Path:
+  return pathlib.Path(config.data.dir).expanduser() if config.data.dir else workdir / "data"
+
+
+def folder(config, workdir: pathlib.Path, stage: str) -> pathlib.Path:
+  """Where a stage lies; config.label keeps a second set of samples, and its report, beside the first."""
+  if stage == "data":
+    return data_dir(config, workdir)
+  return workdir / (f"{stage}-{config.label}" if config.label and stage in ("samples", "report") else stage)
