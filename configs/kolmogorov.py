@@ -55,7 +55,7 @@ def get_config(variant="cpu"):
     # Which maps are fitted and shown (downscaling/debias/maps.py), and behind which one of them samples are drawn.
     maps=("entropic", "gaussian", "equivariant"),
     map="equivariant",
-    points=pick(65536, 12288, 64),  # snapshots a side in the fit
+    points=pick(65536, 6144, 64),  # snapshots a side in the fit
     epsilon=pick(0.0003, 0.0003, 0.01),  # entropic regularisation relative to the mean cost
     threshold=1e-3,  # L1 error of the marginals
     max_iterations=pick(2000, 2000, 100),
