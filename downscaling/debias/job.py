@@ -30,8 +30,8 @@ def debias(
   """Fits (or goes on fitting) maps from `source` to `target`, saves them, maps held-out rows, writes diagnostics.
 
   Args:
-    folder: the stage's folder. Written there: NAME/ of every map, held_out.zarr and in_sample.zarr (of as many rows; lflr and
-      one of every map, dims row and space), and last diagnostics.json.
+    folder: the stage's folder. Written there: NAME/ of every map, held_out.zarr and in_sample.zarr (of as many rows, as
+      floors need no more then; variable lflr and one of every map, dims row and space), and last diagnostics.json.
     source, target, held_out: [S, *space, C] float32; held-out rows are biased rows that no fit sees.
     maps: names in maps.FITS. chosen: the one of them that samples are drawn behind.
     evaluators: name -> function of (rows, mapped rows) -> metrics.
