@@ -45,7 +45,7 @@ def get_config(variant="cpu"):
     # Trajectories of each split; no split shares one with another.
     hfhr=pick(
       dict(train=512, validation=64, test=64),
-      dict(train=64, validation=16, test=32),
+      dict(train=64, validation=24, test=24),
       dict(train=16, validation=16, test=8),
     ),
     lflr=pick(dict(train=512, test=64), dict(train=192, test=64), dict(train=16, test=8)),
@@ -55,7 +55,7 @@ def get_config(variant="cpu"):
     # Which maps are fitted and shown (downscaling/debias/maps.py), and behind which one of them samples are drawn.
     maps=("entropic", "gaussian", "equivariant"),
     map="equivariant",
-    points=pick(65536, 12288, 64),  # snapshots a side in the fit
+    points=pick(65536, 6144, 64),  # snapshots a side in the fit
     epsilon=pick(0.0003, 0.0003, 0.01),  # entropic regularisation relative to the mean cost
     threshold=1e-3,  # L1 error of the marginals
     max_iterations=pick(2000, 2000, 100),
@@ -64,7 +64,7 @@ def get_config(variant="cpu"):
     save_seconds=30.0,  # between two checkpoints
     recipe="GQG",  # of equivariant, letter by letter: see downscaling/debias/equivariant.py
     minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source
-    held_out=pick(4096, 4096, 16),  # LFLR test snapshots that are debiased, in this order
+    held_out=pick(4096, 2048, 16),  # LFLR test snapshots that are debiased, in this order
   )
 
   # The prior is trained on fields of unit variance: every sigma is in that unit.

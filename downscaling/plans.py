@@ -16,7 +16,6 @@ from downscaling.common import costs
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
 from downscaling.debias import iterations, recipes, sinkhorn
-from downscaling.debias import job as debias_room
 from downscaling.diffusion import state as states
 from downscaling.diffusion import training
 from downscaling.sampling import ensemble
@@ -69,7 +68,7 @@ def _debias(c, ctx) -> list[str]:
       order = recipes.letters("G" if name == "gaussian" else build.debias_setting(c).recipe, build.quadratic(c))
       rows = -(-n // jax.process_count())
       lines.append(f"{name}: recipe {order}, {rows} rows a process, {_size(8 * rows * d)} of them in memory")
-  stored = (len(c.debias.maps) + 1) * 4 * d * (c.debias.held_out + debias_room.IN_SAMPLE_ROWS)
+  stored = (len(c.debias.maps) + 1) * 4 * d * (c.debias.held_out + min(c.debias.held_out, c.debias.points))
   return [*lines, f"disk: {_size(stored)} of rows before and after the maps"]
 
 

@@ -11,7 +11,6 @@ from downscaling.common import runs
 from downscaling.debias import maps as maps_room
 from downscaling.debias import transport
 
-IN_SAMPLE_ROWS = 4096
 FEW = 0.01  # of the rows may lie outside the fit before it is said: the largest of n rows is passed by about one in n
 Evaluators = Mapping[str, Callable[[np.ndarray, np.ndarray], Mapping[str, float]]]
 
@@ -31,8 +30,8 @@ def debias(
   """Fits (or goes on fitting) maps from `source` to `target`, saves them, maps held-out rows, writes diagnostics.
 
   Args:
-    folder: the stage's folder. Written there: NAME/ of every map, held_out.zarr and in_sample.zarr (variable lflr and
-      one of every map, dims row and space), and last diagnostics.json.
+    folder: the stage's folder. Written there: NAME/ of every map, held_out.zarr and in_sample.zarr (of as many rows, as
+      floors need no more then; variable lflr and one of every map, dims row and space), and last diagnostics.json.
     source, target, held_out: [S, *space, C] float32; held-out rows are biased rows that no fit sees.
     maps: names in maps.FITS. chosen: the one of them that samples are drawn behind.
     evaluators: name -> function of (rows, mapped rows) -> metrics.
@@ -49,7 +48,7 @@ def debias(
   for name in maps:
     fitted[name], facts[name] = _fitted(name, folder / name, source, target, setting)
   if meshes.is_main():
-    some = np.linspace(0, len(source) - 1, min(len(source), IN_SAMPLE_ROWS)).astype(int)
+    some = np.linspace(0, len(source) - 1, min(len(source), len(held_out))).astype(int)
     sizes = {"source": len(source), "target": len(target), "held_out": len(held_out)}
     report = {
       "map": chosen,
