@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from downscaling.datasets import windows
-from downscaling.debias import job
 from downscaling.sampling.windows import Stitching
 
 # What a row of members is not, in the attributes of the store.
@@ -106,11 +105,11 @@ def check(config) -> None:
     )
   if (length := whole.series) == 1:
     return
-  most = max(c.debias.held_out, min(c.debias.points, job.IN_SAMPLE_ROWS), length * c.sampling.unconditional.fields)
+  most = max(c.debias.held_out, length * c.sampling.unconditional.fields)
   needs = (
     ("debias.held_out", c.debias.held_out, "lflr", "test"),
     ("sampling.conditions", length * c.sampling.conditions, "hfhr", "validation"),
-    ("debias.held_out, debias.points or sampling.unconditional.fields", most, "hfhr", "validation"),  # of the floors
+    ("debias.held_out or sampling.unconditional.fields", most, "hfhr", "validation"),  # of the floors
     ("evaluate.reference", 2 * length, "hfhr", "test"),  # two series, to compare increments with
   )
   for key, need, which, split in needs:

@@ -1,0 +1,165 @@
+"""Series in time, as a config asks for them: identities, refusals, and the whole pipeline on little data."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import xarray
+
+from downscaling import build, context, jobs, series, stages
+from downscaling.common import mesh as meshes
+from downscaling.common import runs, supervision
+from downscaling.sampling import ensemble
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Trajectories of 6 frames, series of all 6 by windows of 4 that have 2 in common.
+TINY = {
+  "data.snapshots": 6, "data.shard": 8, "data.hfhr.train": 16, "data.hfhr.validation": 8, "data.hfhr.test": 8,
+  "data.lflr.train": 16, "data.lflr.test": 8, "debias.maps": ("gaussian",), "debias.map": "gaussian",
+  "debias.points": 64, "debias.held_out": 40, "model.channels": (8, 8), "model.strides": (4, 4), "model.embedding": 8,
+  "train.batch": 16, "train.total_steps": 4, "optimizer.warmup_steps": 1, "plan.log_every": 2, "plan.eval_every": 4,
+  "plan.save_every": 4, "watch.fields": 8, "watch.steps": 2, "sampling.conditions": 4, "sampling.members": 2,
+  "sampling.unit": (4, 2), "sampling.series.frames": 6, "sampling.levels.steps": 3, "sampling.unconditional.fields": 4,
+  "sampling.unconditional.steps": 3, "evaluate.reference": 48,
+}  # fmt: skip
+
+
+def config(variant="series", **changes):
+  scope = {}
+  exec((ROOT / "configs" / "ks.py").read_text(), scope)  # as config_flags does
+  c = scope["get_config"](variant)
+  c.update_from_flattened_dict(changes)
+  return c.lock()
+
+
+# ---------------------------------------------------------------- identities
+
+
+@pytest.mark.parametrize("stage", stages.IDENTITY)
+def test_single_frames_leave_no_trace_in_an_identity(stage):
+  """Work folders that are older than series stay valid: the hash is that of a config without the new keys."""
+  c = config("quick")
+  older = c.copy_and_resolve_references().unlock()
+  del older.grid.frames, older.sampling.series
+  blocks = {key: runs.plain(older[key]) for key in stages.IDENTITY[stage]}
+  found = stages.identity(c, stage)
+  assert found["grid"] == blocks["grid"]
+  assert found.get("debias", {}).keys() <= blocks.get("debias", {}).keys()
+  if "sampling" in blocks:
+    assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members"}
+
+
+def test_what_depends_on_series_and_what_does_not():
+  """The data are the same snapshots; held-out rows of debiasing depend on L alone; the prior on F alone."""
+  base = config(**TINY)
+  other = {
+    "frames": config(**TINY | {"grid.frames": 2, "sampling.series.overlap": 0}),
+    "overlap": config(**TINY | {"sampling.series.overlap": 3}),
+    "length": config(**TINY | {"sampling.series.frames": 4}),
+  }
+  changed = {name: {s for s in stages.IDENTITY if _hash(base, s) != _hash(c, s)} for name, c in other.items()}
+  assert changed == {
+    "frames": {"train", "samples", "report"},
+    "overlap": {"samples", "report"},
+    "length": {"debias", "samples", "report"},
+  }
+
+
+def _hash(c, stage):
+  return runs.config_hash(stages.identity(c, stage))
+
+
+# ---------------------------------------------------------------- the door
+
+
+@pytest.mark.parametrize(
+  ("changes", "words"),
+  [
+    ({"grid.frames": 7, "sampling.series.frames": 7}, r"config.grid.frames=7.*--config.grid.frames=6 or fewer"),
+    ({"grid.frames": 0}, "at least one window of at least one frame"),
+    ({"sampling.series.frames": 8}, r"config.sampling.series.frames=8, but a trajectory has .*snapshots=6"),
+    ({"sampling.series.frames": 5}, r"--config.sampling.series.frames=4 or 6\."),
+    ({"sampling.series.frames": 3}, r"--config.sampling.series.frames=4 or more"),
+    ({"sampling.series.overlap": 4}, r"need 0 to 3.*--config.sampling.series.overlap=3"),
+    ({"sampling.conditions": 9}, r"asks for 54 hfhr validation frames in series of 6: 48.*hfhr.validation=9"),
+    ({"sampling.conditions": 7}, r"held_out=40 fields.*conditions=6 or fewer, or --config.debias.held_out=42"),
+    ({"sampling.unconditional.fields": 9}, r"sampling.unconditional.fields asks for 54 hfhr validation frames"),
+    ({"train.batch": 52, "grid.frames": 6, "data.hfhr.train": 11}, r"has 11 windows of 6 frames"),
+  ],
+)
+def test_the_door(changes, words):
+  with pytest.raises(ValueError, match=words):
+    build.check(config(**TINY | changes), meshes.make())
+
+
+def test_what_attributes_say():
+  assert series.comment(config("quick")).startswith("Members are independent in time: the prior knows single fields")
+  assert "6 frames were drawn together, by windows of 4 frames with 2 in common" in series.comment(config(**TINY))
+  alone = config(**TINY | {"grid.frames": 1, "sampling.series.overlap": 0})
+  assert series.comment(alone).startswith("Frames of a member are independent in time, but for their conditions")
+
+
+# ---------------------------------------------------------------- the pipeline
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A whole pipeline in this process."""
+  ctx = context.Context(
+    config(**TINY), tmp_path_factory.mktemp("series") / "run", meshes.make(), supervision.Stop(), "test"
+  )
+  build.check(ctx.config, ctx.mesh)
+  jobs.run("pipeline", ctx)
+  return ctx
+
+
+def test_the_pipeline_end_to_end(run):
+  """Stores with an axis of time, conditions that are stretches in order of time, a report that knows both."""
+  for name, source in build.SOURCES.items():
+    with xarray.open_zarr(run.folder("samples") / f"{name}.zarr") as data:
+      assert data["sample"].dims == ("condition", "member", "time", "x")
+      assert data["sample"].shape == ((4, 2, 6, 192) if source else (1, 4, 6, 192))
+      assert np.isfinite(data["sample"].values).all()
+      np.testing.assert_array_equal(data["time"], np.arange(6.0))  # spacing 1
+      assert "drawn together, by windows of 4 frames" in data.attrs["comment"]
+      if source:
+        assert data["condition_field"].dims == ("condition", "time", "x_coarse")
+        seen, field = data["sample"].values[..., ::16], data["condition_field"].values
+        np.testing.assert_allclose(seen, np.broadcast_to(field[:, None], seen.shape), atol=1e-4)  # float32, of size 3
+  true = context.true_rows(run, 4)
+  assert true.shape == (4, 6, 192, 1)
+  # A field keeps its shape from one frame to the next, as frames of different trajectories do not.
+  along, across = np.diff(true, axis=1), true[1:] - true[:-1]
+  assert (along**2).mean() < 0.5 * (across**2).mean()
+  stored = ensemble.read(run.folder("samples") / "true+diffusion.zarr")["condition_field"]
+  np.testing.assert_array_equal(stored, true[:, :, ::16, 0])
+  metrics = json.loads((run.folder("report") / "metrics.json").read_text())
+  assert {"ot+diffusion", "ot+diffusion, members exchanged", "floor"} <= {*metrics["series"]}
+  assert metrics["series"]["floor"]["increment"] == pytest.approx(1, abs=0.5)  # 8 series of chaos
+  assert metrics["sizes"]["samples.ot+diffusion"] == [24, 2, 192]  # frames are rows
+  assert (run.folder("report") / "hovmoeller_true_diffusion.png").exists()
+
+
+def test_members_do_not_depend_on_devices(run):
+  """One device draws the same series as four, but for the order of float32 sums."""
+  import jax
+
+  c, stats = run.config, context.stage_statistics(run)
+  network = build.denoising_network(c, stats)
+  prior = run.stage("train")
+  params = jobs.training.load_prior(prior.path, runs.config_hash(prior.identity), network, (192,), 4, run.mesh)
+  params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
+  table = jobs.errors.load(prior.path, runs.config_hash(prior.identity))
+  unit = ensemble.Unit(0, 4, 0, 2)
+  y = context.conditions_of(run, "true")
+  layout = ensemble.layout_of(
+    build.sampler(c, stats, network, table), params, conditions=4, members=2, space=(192,), coarse=y.shape[1:],
+    unit=(4, 2), frames=6,
+  )  # fmt: skip
+  with jax.default_device(jax.devices()[0]):
+    ids, members, fields = ensemble.block(layout, unit, np.arange(4), y)
+    drawn, _ = jax.jit(build.sampler(c, stats, network, table))(ensemble.keys(c.seed, ids, members), fields, params)
+  with xarray.open_zarr(run.folder("samples") / "true+diffusion.zarr") as data:
+    stored = data["sample"].values
+  np.testing.assert_allclose(np.asarray(drawn)[..., 0].reshape(stored.shape), stored, atol=1e-3)  # of size 3
