@@ -44,7 +44,10 @@ def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
 
 @pytest.mark.parametrize(
   ("name", "variant"),
-  [*(("ks", v) for v in ("quick", "full", "smoke")), *(("kolmogorov", v) for v in ("8x", "16x", "cpu", "smoke"))],
+  [
+    *(("ks", v) for v in ("quick", "full", "smoke", "series")),
+    *(("kolmogorov", v) for v in ("8x", "16x", "cpu", "smoke")),
+  ],
 )
 def test_every_variant_builds(tmp_path, name, variant):
   """What a typo in a config would break: every block is accepted by its constructor, and sizes fit each other."""

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 import xarray
@@ -114,6 +115,7 @@ def run(tmp_path_factory):
   return ctx
 
 
+@pytest.mark.slow
 def test_the_pipeline_end_to_end(run):
   """Stores with an axis of time, conditions that are stretches in order of time, a report that knows both."""
   for name, source in build.SOURCES.items():
@@ -141,10 +143,9 @@ def test_the_pipeline_end_to_end(run):
   assert (run.folder("report") / "hovmoeller_true_diffusion.png").exists()
 
 
+@pytest.mark.slow
 def test_members_do_not_depend_on_devices(run):
   """One device draws the same series as four, but for the order of float32 sums."""
-  import jax
-
   c, stats = run.config, context.stage_statistics(run)
   network = build.denoising_network(c, stats)
   prior = run.stage("train")
