@@ -77,18 +77,22 @@ def _sinkhorn(c, ctx, name: str) -> list[str]:
   meshes.check_divides(n, ctx.mesh.size, "a cloud", "debias.points")
   group = build.group(c) if name == "symmetric" else None
   elements = len(group) if group else 1
-  path = sinkhorn.path_of(c.debias.path, n, n, ctx.mesh.size, elements)
+  path = sinkhorn.path_of(c.debias.path, n, n, d, ctx.mesh.size, elements)
   cloud, potential = _rows(ctx, n, d), _rows(ctx, n)
   chunk = iterations.make_chunk(iterations=c.debias.check_every, momentum=1.5, path=path, mesh=ctx.mesh)
   moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
-  program = chunk.lower(cloud, cloud, potential, potential, jax.ShapeDtypeStruct((), jnp.float32), moves).compile()
+  products = _rows(ctx, n, n) if iterations.keeps_products(path, d, elements) else None
+  epsilon = jax.ShapeDtypeStruct((), jnp.float32)
+  program = chunk.lower(cloud, cloud, potential, potential, epsilon, moves, products).compile()
   memory = costs.memory(program)
   return [
     f"ε {c.debias.epsilon:g} of the mean cost, annealed; at most {c.debias.max_iterations} iterations to a marginal "
     f"error of {c.debias.threshold:g}",
     f"path {path}: {n * n * elements * (2 if path == 'ring' else 1) / ctx.mesh.size:.3g} pairs a device an iteration"
     + (", their exponentials once in " + f"{c.debias.check_every}" if path == "dense" else ""),
-    f"memory a device: {_size(memory['arguments'])} clouds and potentials, {_size(memory['temporaries'])} temporary "
+    f"memory a device: {_size(memory['arguments'])} clouds and potentials"
+    + (" and x·y" if products else "")
+    + f", {_size(memory['temporaries'])} temporary "
     f"(compiled; the whole plan would be {_size(4 * n * n)})",
     *_communication(program),
     f"disk: {_size(4 * n * (d + 1))} and three checkpoints of {_size(8 * n)}",

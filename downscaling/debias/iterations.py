@@ -6,7 +6,8 @@
          holds all of y.
   dense  keeps E for a whole chunk and scales its rows and columns (the exponential once a chunk; Peyré & Cuturi 2019,
          arXiv:1803.00567, section 4.2), absorbing the scalings into the potentials at its end (Schmitzer 2019,
-         arXiv:1610.06519). n × m/devices numbers.
+         arXiv:1610.06519). n × m/devices numbers; for rows of WIDE values or more twice as many, as x_i·y_j is
+         then dearer than all else and kept for the whole solve.
   ring   two soft-mins, the other cloud going around the devices, so that none ever holds all of it.
 
 ω is the over-relaxation. Sums of E are sums of the current plan, so they stay near the weights; where they leave SAFE
@@ -33,42 +34,57 @@ PATHS = ("dense", "fused", "ring")
 SAFE = geometry.SAFE
 SCALE = 1e15  # scalings of the dense path up to this: what underflowed in E, below 1e-38, then still weighs nothing
 DENSE_BYTES = 2**29  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
-ORBIT_BYTES = 2**31  # the same with a group, where the others take so many more exponentials
+MORE_BYTES = 2**31  # the same with a group, and for wide rows: there the others pay for so much more in every iteration
+WIDE = 128  # values of a row from which a product costs more than an iteration
 TILE_NUMBERS = 2**21  # in a tile of `fused`: 8 MB in float32
 
 
-def choose(n: int, m: int, devices: int, elements: int = 1) -> str:
-  """The path for n × m points: dense while a device's part of the plan takes at most DENSE_BYTES, else fused.
+def choose(n: int, m: int, d: int, devices: int, elements: int = 1) -> str:
+  """The path for n × m rows of d values: dense while what a device keeps takes at most DENSE_BYTES, else fused.
 
-  elements: of the group; with more than one, up to ORBIT_BYTES.
+  elements: of the group; with more than one, and for wide rows, up to MORE_BYTES.
 
-  Measured by `python benchmarks/sinkhorn.py --paths`, docs/results/sinkhorn.txt. `ring` is for clouds of which a device
+  Measured by `python benchmarks/sinkhorn.py`, docs/results/sinkhorn.txt. `ring` is for clouds of which a device
   cannot hold one whole; it does twice the work of fused.
   """
-  return "dense" if 4 * n * m / devices <= (DENSE_BYTES if elements == 1 else ORBIT_BYTES) else "fused"
+  kept = 4 * n * m / devices * (2 if keeps_products("dense", d, elements) else 1)
+  return "dense" if kept <= (DENSE_BYTES if elements == 1 and d < WIDE else MORE_BYTES) else "fused"
+
+
+def keeps_products(path: str, d: int, elements: int = 1) -> bool:
+  """Whether a solve hands `products` to its chunks."""
+  return path == "dense" and d >= WIDE and elements == 1
+
+
+@functools.cache
+def make_products(mesh: Mesh) -> Callable:
+  """The jitted (x [n, d], y [m, d]) -> x_i·y_j [n, m], rows over all devices of the mesh like those of x."""
+  product = lambda x, y: jnp.matmul(x, _whole(y).T, precision="highest")
+  run = jax.shard_map(product, mesh=mesh, in_specs=(meshes.ROWS,) * 2, out_specs=meshes.ROWS, check_vma=False)
+  return jax.jit(run, out_shardings=meshes.rows(mesh))
 
 
 @functools.cache
 def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Callable:
-  """The jitted (x, y, f, g, ε, moves) -> (f, g, error): `iterations` steps at one ε.
+  """The jitted (x, y, f, g, ε, moves, products) -> (f, g, error): `iterations` steps at one ε.
 
   x [n, d], y [m, d]: clouds, centred, rows over all devices of the mesh. f [n], g [m]: potentials, likewise; donated.
-  ε: scalar > 0, in units of the cost. moves: (index [G, d], sign [G]) of a group, or None. error: the larger L1 error
-  of the two marginals of the plan that f and g give.
+  ε: scalar > 0, in units of the cost. moves: (index [G, d], sign [G]) of a group, or None. products: of make_products,
+  for `dense` where keeps_products, else None. error: the larger L1 error of the two marginals of the plan of f and g.
 
   Args: momentum: ω, 1 to < 2. path: one of PATHS.
   """
   body = {"dense": _dense, "fused": _fused, "ring": _ring}[path]
 
-  def chunk(x, y, f, g, epsilon, moves=None):
+  def chunk(x, y, f, g, epsilon, moves=None, products=None):
     run = jax.shard_map(
       functools.partial(body, n=len(x), m=len(y), iterations=iterations, momentum=momentum, devices=mesh.size),
       mesh=mesh,
-      in_specs=(*(meshes.ROWS,) * 4, PartitionSpec(), PartitionSpec()),
+      in_specs=(*(meshes.ROWS,) * 4, PartitionSpec(), PartitionSpec(), meshes.ROWS),
       out_specs=(meshes.ROWS, meshes.ROWS, PartitionSpec()),
       check_vma=False,  # what is equal on all devices after a psum is known to us, not to the checker
     )
-    f, g, error = run(x, y, f, g, epsilon, moves)
+    f, g, error = run(x, y, f, g, epsilon, moves, products)
     drift = f.mean()  # f and −g wander off together, and lose digits
     return f - drift, g + drift, error
 
@@ -112,8 +128,8 @@ def _exponentials(rows, right, moves):
   return lax.scan(add, jnp.zeros((len(x), len(right[1])), x.dtype), moves)[0]
 
 
-def _fused(x, y, f, g, eps, moves, *, n, m, iterations, momentum, devices):
-  del devices
+def _fused(x, y, f, g, eps, moves, products, *, n, m, iterations, momentum, devices):
+  del products, devices
   whole_y, whole_g = _whole(y), _whole(g)
   step = functools.partial(_fused_step, x, whole_y, eps, moves, n, m)
   (f, g), _ = lax.scan(lambda fg, _: (step(*fg, momentum)[0], None), (f, whole_g), length=iterations)
@@ -165,12 +181,15 @@ def _soft_columns(x, y, f, g, eps, moves):
   return top + jnp.log(_sum(jnp.exp(mine - top)))
 
 
-def _dense(x, y, f, g, eps, moves, *, n, m, iterations, momentum, devices):
+def _dense(x, y, f, g, eps, moves, products, *, n, m, iterations, momentum, devices):
   whole_y, whole_g = _whole(y), _whole(g)
   right = whole_y, (whole_g - jnp.sum(whole_y**2, 1)) / eps
-  rows = _row_tiles(x, f, eps, m, moves)
-  kernel = lax.map(lambda tile: _exponentials(tile, right, moves), rows)
-  kernel = kernel.reshape(-1, m)[: len(x)]
+  if products is None:
+    rows = _row_tiles(x, f, eps, m, moves)
+    kernel = lax.map(lambda tile: _exponentials(tile, right, moves), rows)
+    kernel = kernel.reshape(-1, m)[: len(x)]
+  else:
+    kernel = jnp.exp((2 / eps) * products + ((f - jnp.sum(x**2, 1)) / eps)[:, None] + right[1][None])
   dot = functools.partial(jnp.matmul, precision="highest")
 
   def step(uv, _):
@@ -185,11 +204,13 @@ def _dense(x, y, f, g, eps, moves, *, n, m, iterations, momentum, devices):
   wild = lambda s: ~jnp.all((s > 1 / SCALE) & (s < SCALE))
   bad = (_sum(wild(u).astype(jnp.int32)) > 0) | wild(v)
   good = lambda: (f + eps * jnp.log(u), _own(whole_g + eps * jnp.log(v), len(y)), error)
-  again = lambda: _fused(x, y, f, g, eps, moves, n=n, m=m, iterations=iterations, momentum=momentum, devices=devices)
+  sizes = {"n": n, "m": m, "iterations": iterations, "momentum": momentum, "devices": devices}
+  again = lambda: _fused(x, y, f, g, eps, moves, None, **sizes)
   return lax.cond(bad, again, good)
 
 
-def _ring(x, y, f, g, eps, moves, *, n, m, iterations, momentum, devices):
+def _ring(x, y, f, g, eps, moves, products, *, n, m, iterations, momentum, devices):
+  del products
   soft = functools.partial(_ring_soft, eps=eps, moves=moves, devices=devices)
 
   def step(fg, _):

@@ -81,7 +81,7 @@ def fit(
   """
   mesh = mesh or meshes.make(1)
   x, y, mean_cost = _clouds(source, target, epsilon, threshold, group)
-  path = path_of(path, len(x), len(y), mesh.size, 1 if group is None else len(group))
+  path = path_of(path, len(x), len(y), x.shape[1], mesh.size, 1 if group is None else len(group))
   ladder = [epsilon * mean_cost * factor for factor in _factors(*anneal)]
   _check_counts(max_iterations, check_every, momentum)
   run = _Run(x, y, ladder, check_every, momentum, group, path, mesh, checkpoints)
@@ -117,7 +117,9 @@ class _Run:
       None if group is None else tuple(map(jnp.asarray, (group.index.astype(np.int32), group.sign.astype(x.dtype))))
     )
     spread = lambda rows: meshes.to_global(mesh, rows[meshes.host_rows(mesh, len(rows))], len(rows))
-    self.x, self.y = spread(x), spread(y)
+    self.x, self.y, self.products = spread(x), spread(y), None
+    if iterations.keeps_products(path, x.shape[1], 1 if group is None else len(group)):
+      self.products = iterations.make_products(mesh)(self.x, self.y)
     self.f, self.g = spread(np.zeros(len(x), x.dtype)), spread(np.zeros(len(y), y.dtype))
     self.history: dict[str, list] = {"iteration": [], "epsilon": [], "error": []}
     self.identity = _identity(x, y, ladder, check_every, momentum, group)
@@ -137,7 +139,8 @@ class _Run:
     """One chunk at the rung its number says -> (ε, marginal error)."""
     done = len(self.history["error"])
     epsilon = self.ladder[min(done, len(self.ladder) - 1)]
-    f, g, error = self.chunk(self.x, self.y, self.f, self.g, jnp.asarray(epsilon, self.x.dtype), self.moves)
+    epsilon_there = jnp.asarray(epsilon, self.x.dtype)
+    f, g, error = self.chunk(self.x, self.y, self.f, self.g, epsilon_there, self.moves, self.products)
     if not math.isfinite(error := float(error)):
       raise FloatingPointError(
         f"the potentials diverged after {self.last()}, at ε = {epsilon:.3g}: set momentum=1 (it is "
@@ -161,13 +164,13 @@ class _Run:
     return last_check(self.history)
 
 
-def path_of(path: str, n: int, m: int, devices: int, elements: int = 1) -> str:
-  """The path that is meant, for clouds that the devices can hold in equal parts."""
+def path_of(path: str, n: int, m: int, d: int, devices: int, elements: int = 1) -> str:
+  """The path that is meant, for clouds of d values a row that the devices can hold in equal parts."""
   if path not in ("auto", *iterations.PATHS):
     raise ValueError(f"config.debias.path={path!r} is unknown; use one of {['auto', *iterations.PATHS]}.")
   for count, which in ((n, "a source"), (m, "a target")):
     meshes.check_divides(count, devices, f"{which} cloud", "debias.points")
-  return iterations.choose(n, m, devices, elements) if path == "auto" else path
+  return iterations.choose(n, m, d, devices, elements) if path == "auto" else path
 
 
 def _clouds(source, target, epsilon, threshold, group) -> tuple[np.ndarray, np.ndarray, float]:

@@ -19,12 +19,14 @@ def clouds(n, m, d, seed=0, spread=1.3):
 
 
 def chunk(path, devices, x, y, f, g, epsilon, count, momentum, group=None):
-  """One chunk, on host arrays."""
-  mesh = meshes.make(devices)
+  """One chunk, on host arrays; path "products": dense, with the products kept."""
+  mesh, kept = meshes.make(devices), path == "products"
+  path = "dense" if kept else path
   placed = [jax.device_put(a, meshes.rows(mesh)) for a in (x, y, f, g)]
   step = iterations.make_chunk(iterations=count, momentum=momentum, path=path, mesh=mesh)
   moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
-  return [np.asarray(a) for a in step(*placed, jnp.float32(epsilon), moves)]
+  products = iterations.make_products(mesh)(*placed[:2]) if kept else None
+  return [np.asarray(a) for a in step(*placed, jnp.float32(epsilon), moves, products)]
 
 
 def reference(x, y, f, g, epsilon, count, momentum):
@@ -49,7 +51,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("path", iterations.PATHS)
+@pytest.mark.parametrize("path", [*iterations.PATHS, "products"])
 @pytest.mark.parametrize("devices", [1, 4])
 def test_three_iterations_equal_float64(path, devices):
   x, y = clouds(76, 52, 6)  # 19 rows a device: two tiles of 8 and a rest
@@ -146,9 +148,26 @@ def test_what_the_paths_hold():
 
 
 def test_the_path_is_chosen_by_what_fits():
-  assert iterations.choose(4096, 4096, 1) == "dense"
-  assert iterations.choose(65536, 65536, 1) == "fused"
-  assert iterations.choose(32768, 32768, 64) == "dense"
+  assert iterations.choose(4096, 4096, 24, 1) == "dense"
+  assert iterations.choose(65536, 65536, 24, 1) == "fused"
+  assert iterations.choose(32768, 32768, 24, 64) == "dense"
+  assert iterations.choose(16384, 16384, 24, 1) == "fused"
+  assert iterations.choose(16384, 16384, 1024, 1) == "dense"  # a product of 1024 is dearer than what it is kept for
+  assert iterations.keeps_products("dense", 1024)
+  assert not iterations.keeps_products("dense", 1024, elements=512)  # one product an element would have to be kept
+
+
+def test_a_wide_solve_keeps_its_products(monkeypatch):
+  x, y = clouds(48, 52, iterations.WIDE)
+  wide = sinkhorn.fit(x, y, epsilon=0.05)
+  monkeypatch.setattr(iterations, "WIDE", 1000)
+  plain = sinkhorn.fit(x, y, epsilon=0.05)
+  assert wide.history["iteration"] == plain.history["iteration"]
+  # 2⁻²⁴ of |x|² + |y|², which is the mean cost, rounded a few times
+  assert np.abs(wide.f - plain.f).max() < 1e-6 * wide.mean_cost
+
+
+def test_an_unknown_path_and_rows_that_do_not_divide():
   with pytest.raises(ValueError, match=r"config.debias.path='rings' is unknown; use one of \['auto', 'dense'"):
     sinkhorn.fit(*clouds(8, 8, 2), epsilon=0.1, path="rings")
   with pytest.raises(ValueError, match=r"a source cloud of 10 over 4 devices.* --config.debias.points=8 or 12"):
