@@ -123,7 +123,7 @@ def get_config(variant="quick"):
 def _in_time(c):
   """What series ask for: neighbouring snapshots, a prior of windows, conditions that leave much open."""
   c.experiment = "ks-16x-series"
-  c.grid.update(factor=16, frames=4)  # at every 8th point one snapshot determines the field, and time adds little
+  c.grid.update(factor=16, frames=8)  # at every 8th point one snapshot determines the field, and time adds little
   c.data.update(spacing=1.0, snapshots=16)  # the field decorrelates within about 8 time units
   c.data.hfhr.update(train=4096, validation=1024, test=1024)
   c.data.lflr.update(train=4096, test=512)
@@ -131,7 +131,7 @@ def _in_time(c):
   # Selection acts on χ², which grows with the number of coarse values: off. The start from a draw of the Gaussian
   # posterior knows each frame alone, so it lies at a σ where what frames know of each other is still to come.
   c.sampling.update(conditions=64, members=8, unit=(16, 8))
-  c.sampling.series.update(frames=16, overlap=2)
+  c.sampling.series.update(frames=16, overlap=4)  # of windows and overlaps: docs/method.md
   c.sampling.resample.strength = 0.0
   c.sampling.levels.update(steps=32, sigma_max=10.0)
   c.sampling.unconditional.fields = 64

@@ -43,6 +43,7 @@ def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
     "ensemble.py --units=3 --megabytes=1 --points=32",
     "gaussian.py --members=64",
     "ks_coarse.py --trajectories=64",
+    "series.py --members=8",
     "sinkhorn.py --points=256 --rounds=1 --solvers=dense,fused,ring,ott,ott-online",
     "training.py --rounds=1 --case=64x64",
   ],
