@@ -16,7 +16,8 @@ from downscaling.sampling import ensemble
 ROOT = pathlib.Path(__file__).parents[1]
 # Trajectories of 6 frames, series of all 6 by windows of 4 that have 2 in common.
 TINY = {
-  "grid.frames": 4, "sampling.series.overlap": 2, "data.snapshots": 6, "data.shard": 8, "data.hfhr.train": 16, "data.hfhr.validation": 8, "data.hfhr.test": 8,
+  "grid.frames": 4, "sampling.series.overlap": 2, "data.snapshots": 6,
+  "data.shard": 8, "data.hfhr.train": 16, "data.hfhr.validation": 8, "data.hfhr.test": 8,
   "data.lflr.train": 16, "data.lflr.test": 8, "debias.maps": ("gaussian",), "debias.map": "gaussian",
   "debias.points": 64, "debias.held_out": 40, "model.channels": (8, 8), "model.strides": (4, 4), "model.embedding": 8,
   "train.batch": 16, "train.total_steps": 4, "optimizer.warmup_steps": 1, "plan.log_every": 2, "plan.eval_every": 4,
