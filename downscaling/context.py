@@ -120,9 +120,10 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
   if (length := ctx.config.sampling.series.frames) > 1:
     rows = rows[: len(rows) // length * length].reshape(-1, length, *rows.shape[1:])
   if len(rows) < count:
+    what = "fields" if length == 1 else f"series of {length} frames"
     raise ValueError(
-      f"{count} conditions, but {len(rows)} debiased held-out fields: set --config.sampling.conditions={len(rows)} or "
-      f"fewer, or --config.debias.held_out={count} in another --workdir."
+      f"{count} conditions, but {len(rows)} debiased held-out {what}: set --config.sampling.conditions={len(rows)} or "
+      f"fewer, or --config.debias.held_out={length * count} in another --workdir."
     )
   return rows[:count]
 

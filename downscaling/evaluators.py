@@ -41,7 +41,7 @@ def unconditional(
   shells = spectra.shell_energies(truth[: len(truth) // 2])
   reference = shells.mean(0)
   floor = spectra.energies(truth[len(truth) // 2 :])
-  floors = spectra.melr(floor, reference)
+  floors, few = spectra.melr(floor, reference), min(8, count, len(truth))
 
   def evaluate(state) -> dict:
     drawn = np.asarray(draw(state.ema[0]))[..., 0]
@@ -53,13 +53,13 @@ def unconditional(
       return metrics
     half, held = spectra.band(shells, count), spectra.energy_holding_shells(reference)
     spectrum = figures.spectrum(reference, {"unconditional": energy}, floor, half, held)
-    return metrics | {"spectrum": canvas.pixels(spectrum), "fields": canvas.pixels(gallery(drawn[:8], truth[:8]))}
+    return metrics | {"spectrum": canvas.pixels(spectrum), "fields": canvas.pixels(gallery(drawn[:few], truth[:few]))}
 
   return evaluate
 
 
 def gallery(drawn: np.ndarray, truth: np.ndarray) -> figures.Draw:
-  """Drawn fields over true ones, both [8, *space]."""
+  """Drawn fields over as many true ones, both [S, *space]."""
 
   def draw(theme):
     figure = canvas.page(3.2)

@@ -21,7 +21,7 @@ TINY = {
   "data.lflr.train": 16, "data.lflr.test": 8, "debias.maps": ("gaussian",), "debias.map": "gaussian",
   "debias.points": 64, "debias.held_out": 40, "model.channels": (8, 8), "model.strides": (4, 4), "model.embedding": 8,
   "train.batch": 16, "train.total_steps": 4, "optimizer.warmup_steps": 1, "plan.log_every": 2, "plan.eval_every": 4,
-  "plan.save_every": 4, "watch.fields": 8, "watch.steps": 2, "sampling.conditions": 4, "sampling.members": 2,
+  "plan.save_every": 4, "watch.fields": 4, "watch.steps": 2, "sampling.conditions": 4, "sampling.members": 2,
   "sampling.unit": (4, 2), "sampling.series.frames": 6, "sampling.levels.steps": 3, "sampling.unconditional.fields": 4,
   "sampling.unconditional.steps": 3, "evaluate.reference": 48,
 }  # fmt: skip
