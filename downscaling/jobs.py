@@ -240,7 +240,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     conditions=conditions,
     misfits=misfits,
     truth={"true+diffusion": series.as_rows(truth, c, 1)},
-    series=None if length == 1 else _in_time(ctx, in_time, truth),
+    series=None if length == 1 else _in_time(ctx, in_time, truth, coarsen),
     guesses={"true+diffusion": interpolation.cubic(conditions["true+diffusion"][..., None], op)[..., 0]},
     fine_reference=fine,
     fine_floor=floor,
@@ -253,13 +253,16 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   )
 
 
-def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray) -> increments.Series:
+def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, coarsen) -> increments.Series:
   """What the report knows of time; truth: [K, L, *space]."""
   plan, most = series.plan(ctx.config), max(map(len, samples.values()))
+  reference = stretches(ctx, "hfhr", "test", -(-ctx.config.evaluate.reference // plan.series))[..., 0]
   return increments.Series(
     samples=samples,
     truth={"true+diffusion": truth},
-    reference=stretches(ctx, "hfhr", "test", -(-ctx.config.evaluate.reference // plan.series))[..., 0],
+    conditions={name: conditions_of(ctx, source)[..., 0] for name, source in build.SOURCES.items() if source},
+    coarse_reference=coarsen(reference),
+    reference=reference,
     floor=stretches(ctx, "hfhr", "validation", most)[..., 0],
     seams=plan.seams,
     spacing=ctx.config.data.spacing,

@@ -11,6 +11,7 @@ import xarray
 from downscaling import build, context, jobs, series, stages
 from downscaling.common import mesh as meshes
 from downscaling.common import runs, supervision
+from downscaling.datasets import statistics
 from downscaling.sampling import ensemble
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -100,6 +101,30 @@ def test_what_attributes_say():
   assert "6 frames were drawn together, by windows of 4 frames with 2 in common" in series.comment(config(**TINY))
   alone = config(**TINY | {"grid.frames": 1, "sampling.series.overlap": 0})
   assert series.comment(alone).startswith("Frames of a member are independent in time, but for their conditions")
+
+
+# ---------------------------------------------------------------- the sampler
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("ks", "measured"), ("kolmogorov", "moment")])
+def test_series_of_both_equations_meet_their_conditions(name, guidance):
+  """Lines and planes, an untrained network: frames come as an axis, each on its own coarse field."""
+  scope = {}
+  exec((ROOT / "configs" / f"{name}.py").read_text(), scope)
+  c = scope["get_config"]("smoke")
+  small = {"sampling.levels.steps": 2, "sampling.guidance.name": guidance, "sampling.unit": (2, 2)}
+  c.update_from_flattened_dict(small | {"grid.frames": 2, "sampling.series": {"frames": 4, "overlap": 1}})
+  space, op = build.space(c), build.operator(c)
+  ones = np.ones(1, np.float32)
+  stats = statistics.Statistics(0 * ones, 2 * ones, np.ones((*space, 1), np.float32))
+  network = build.denoising_network(c, stats)
+  params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, *space, 2), np.float32), ones)["params"]
+  y = jax.random.normal(jax.random.key(1), (2, 4, *op.coarse, 1))
+  keys = jax.random.split(jax.random.key(2), 2)
+  fields, misfit = jax.jit(build.sampler(c, stats, network, build.stand_in_table(c)))(keys, y, params)
+  assert fields.shape == (2, 4, *space, 1)
+  assert misfit.shape == (2,)
+  np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)  # float32, fields of size 2
 
 
 # ---------------------------------------------------------------- the pipeline

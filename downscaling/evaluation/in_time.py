@@ -8,7 +8,13 @@ from downscaling.evaluation.evidence import Evidence
 from downscaling.evaluation.increments import EXCHANGED, exchanged
 from downscaling.evaluation.page import Panel, Section
 
-COLUMNS = {"increment": "all steps", "within": "within windows", "seams": "across seams", "melr": "MELRw"}
+COLUMNS = {
+  "increment": "all steps",
+  "within": "within windows",
+  "seams": "across seams",
+  "melr": "MELRw",
+  "condition": "its conditions",
+}
 
 
 def section(e: Evidence) -> Section:
@@ -30,7 +36,9 @@ def section(e: Evidence) -> Section:
   note = (
     '<p class="note">Across seams: steps at which another set of windows takes over; they should be like the others. '
     "MELRw: mean |ln| of the increments’ energies over the truth’s, by shell. Members exchanged: the set above with "
-    "each frame taken from another member, as good frame by frame, but independent in time beyond its condition.</p>"
+    "each frame taken from another member, as good frame by frame, but independent in time beyond its condition. Its "
+    "conditions: increments of the coarse series over those of coarsened true ones; debiasing acts frame by frame and "
+    "does not change how fast the coarse world moves.</p>"
   )
   panels = [] if np.ndim(e.series.reference) != 3 else [_hovmoeller(e, name) for name in e.series.truth]
   return Section("series", "In time", lead, page.table(["", *COLUMNS.values()], rows) + note, panels)

@@ -6,6 +6,9 @@ Over all points, members and conditions: of all steps, of those within windows, 
 set of windows takes over. 1 is right: more means jumps, less that frames stick together. By shells of the spectrum it
 is the melr of increments: the mean |ln| of their energies' ratio, weighted by the truth's energy (spectra.py).
 
+Beside it stands the same ratio of the conditions, over coarsened true series: debiasing acts on snapshots and leaves to
+the coarse world how fast it moves, and series follow their conditions.
+
 Below each set stands the same set with members exchanged from frame to frame: frames as good as before, each with its
 own condition, but independent of each other beyond it, as draws of single frames are.
 """
@@ -17,7 +20,7 @@ import numpy as np
 
 from downscaling.evaluation import spectra
 
-KEYS = ("increment", "within", "seams", "melr")
+KEYS = ("increment", "within", "seams", "melr", "condition")
 EXCHANGED = ", members exchanged"  # after the name of a set
 
 
@@ -26,12 +29,15 @@ class Series:
   """What the report knows of time.
 
   samples: {row: [K, M, L, *space]}. truth: {row: [K, L, *space]}, the series whose own C′x were the conditions.
+  conditions: {row: y′ [K, L, *coarse]}. coarse_reference: [S, L, *coarse], C′ of the reference.
   reference, floor: [S, L, *space] each, independent true series.
   seams: [L − 1], does the step from frame l to l + 1 lead to another set of windows? spacing: Δ.
   """
 
   samples: Mapping[str, np.ndarray]
   truth: Mapping[str, np.ndarray]
+  conditions: Mapping[str, np.ndarray]
+  coarse_reference: np.ndarray
   reference: np.ndarray
   floor: np.ndarray
   seams: np.ndarray
@@ -44,11 +50,15 @@ class Series:
     """
     table, true = {}, _steps(self.reference[:, None])
     for name, x in self.samples.items():
-      table[name] = self._measured(x, true)
+      paced = {"condition": None if name not in self.conditions else self._pace(self.conditions[name])}
+      table[name] = self._measured(x, true) | paced
       if np.shape(x)[1] > 1:
-        table[name + EXCHANGED] = self._measured(exchanged(x), true)
+        table[name + EXCHANGED] = self._measured(exchanged(x), true) | paced
     count = max(len(x) for x in self.samples.values())
-    return table | {"floor": self._measured(self.floor[:count, None], true)}
+    return table | {"floor": self._measured(self.floor[:count, None], true) | {"condition": None}}
+
+  def _pace(self, y: np.ndarray) -> float:
+    return float(np.mean(_steps(y[:, None]) ** 2) / np.mean(_steps(self.coarse_reference[:, None]) ** 2))
 
   def _measured(self, x: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
     steps = _steps(x)

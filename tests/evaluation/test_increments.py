@@ -19,8 +19,9 @@ def chain(rng, *shape, rho=RHO):
 
 def rows(**samples):
   rng = np.random.default_rng(0)
-  series = increments.Series(samples, {}, chain(rng, 200), chain(rng, 200), SEAMS, 1.0)
-  return series.rows()
+  true, floor = chain(rng, 200), chain(rng, 200)
+  paced = {name: 2 * x[:, 0, :, ::4] for name, x in samples.items()}  # conditions that move twice as far
+  return increments.Series(samples, {}, paced, true[..., ::4], true, floor, SEAMS, 1.0).rows()
 
 
 def test_true_series_have_increments_of_one():
@@ -30,6 +31,8 @@ def test_true_series_have_increments_of_one():
     assert found[name]["within"] == pytest.approx(1, abs=0.05)
     assert found[name]["seams"] == pytest.approx(1, abs=0.08)
     assert found[name]["melr"] < 0.15  # 16 shells of two modes each: √(1/640) of an energy
+  assert found["a"]["condition"] == pytest.approx(4, rel=0.1)
+  assert found["floor"]["condition"] is None
   # Members here share nothing but their law: exchanged, each step is between two independent fields.
   apart = found["a, members exchanged"]
   assert apart["increment"] == pytest.approx(1 / (1 - RHO), rel=0.1)
@@ -55,6 +58,6 @@ def test_exchanged_members_are_the_same_fields_frame_by_frame():
 def test_one_window_has_no_seams():
   rng = np.random.default_rng(0)
   true = chain(rng, 20)
-  found = increments.Series({"a": true[:, None]}, {}, true, true, np.zeros(FRAMES - 1, bool), 1.0).rows()
+  found = increments.Series({"a": true[:, None]}, {}, {}, true, true, true, np.zeros(FRAMES - 1, bool), 1.0).rows()
   assert found["a"]["seams"] is None
   assert found["a"]["within"] == pytest.approx(1)  # of itself
