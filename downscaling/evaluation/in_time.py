@@ -46,10 +46,10 @@ def section(e: Evidence) -> Section:
 
 def _hovmoeller(e: Evidence, name: str) -> Panel:
   """Space across, time upwards: truth, one member, and what exchanged members make of it."""
-  x, true = e.series.samples[name][:1], e.series.truth[name][0]
-  shown = {"truth": true, "one member": x[0, 0]}
-  if x.shape[1] > 1:
-    shown["members exchanged"] = exchanged(x)[0, 0]
+  members, true = e.series.samples[name][0], e.series.truth[name][0]
+  shown = {"truth": true, "one member": members[0]}
+  if len(members) > 1:
+    shown["members exchanged"] = exchanged(members)[0]
   unit = f" ({e.length_unit})" if e.length_unit else ""
   extent = (0, e.length, 0, len(true) * e.series.spacing)
   draw = figures.images(shown, e.u, (f"x{unit}", "time"), extent)

@@ -14,7 +14,7 @@ own condition, but independent of each other beyond it, as draws of single frame
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -48,38 +48,45 @@ class Series:
 
     The floor is of as many true series as the rows have conditions. None: there are no such steps.
     """
-    table, true = {}, _steps(self.reference[:, None])
+    table, true = {}, _moves(self.reference[:, None])
     for name, x in self.samples.items():
       paced = {"condition": None if name not in self.conditions else self._pace(self.conditions[name])}
-      table[name] = self._measured(x, true) | paced
+      table[name] = self._compared(_moves(x), true) | paced
       if np.shape(x)[1] > 1:
-        table[name + EXCHANGED] = self._measured(exchanged(x), true) | paced
+        table[name + EXCHANGED] = self._compared(_moves(x, exchanged), true) | paced
     count = max(len(x) for x in self.samples.values())
-    return table | {"floor": self._measured(self.floor[:count, None], true) | {"condition": None}}
+    return table | {"floor": self._compared(_moves(self.floor[:count, None]), true) | {"condition": None}}
 
   def _pace(self, y: np.ndarray) -> float:
-    return float(np.mean(_steps(y[:, None]) ** 2) / np.mean(_steps(self.coarse_reference[:, None]) ** 2))
+    drawn, true = (_moves(x[:, None])[0].mean() for x in (y, self.coarse_reference))
+    return float(drawn / true)
 
-  def _measured(self, x: np.ndarray, true: np.ndarray) -> dict[str, float | None]:
-    steps = _steps(x)
-    each = (steps**2).mean(axis=(0, 1, *range(3, steps.ndim))) / (true**2).mean()  # [L − 1]
+  def _compared(self, drawn: tuple, true: tuple) -> dict[str, float | None]:
+    each = drawn[0] / true[0].mean()
     part = lambda which: float(each[which].mean()) if which.any() else None
-    ratio = spectra.melr(*(spectra.energies(s.reshape(-1, *s.shape[3:]), "increments") for s in (steps, true)))
     return {
       "increment": float(each.mean()),
       "within": part(~self.seams),
       "seams": part(self.seams),
-      "melr": ratio["weighted"],
+      "melr": spectra.melr(drawn[1], true[1])["weighted"],
     }
 
 
-def _steps(x: np.ndarray) -> np.ndarray:
-  """[K, M, L, *space] -> [K, M, L − 1, *space]."""
-  return np.diff(np.asarray(x, np.float64), axis=2)
+def _moves(x: np.ndarray, change: Callable = lambda members: members) -> tuple[np.ndarray, np.ndarray]:
+  """(mean square of every step [L − 1], energies of the increments by shell) of [K, M, L, *space].
+
+  One condition at a time: ensembles are large. change: of its members [M, L, *space], before.
+  """
+  squares, energies = [], []
+  for members in x:
+    steps = np.diff(np.asarray(change(members), np.float64), axis=1)
+    squares.append((steps**2).mean(axis=(0, *range(2, steps.ndim))))
+    energies.append(spectra.energies(steps.reshape(-1, *steps.shape[2:]), "increments"))
+  return np.mean(squares, axis=0), np.mean(energies, axis=0)
 
 
-def exchanged(x: np.ndarray) -> np.ndarray:
-  """[K, M, L, *space]: frame l of member m becomes that of member m + l, around."""
-  members, frames = np.shape(x)[1:3]
-  place = (np.arange(members)[:, None] + np.arange(frames)) % members
-  return np.asarray(x)[:, place, np.arange(frames)]
+def exchanged(members: np.ndarray) -> np.ndarray:
+  """[M, L, *space]: frame l of member m becomes that of member m + l, around."""
+  count, frames = np.shape(members)[:2]
+  place = (np.arange(count)[:, None] + np.arange(frames)) % count
+  return np.asarray(members)[place, np.arange(frames)]

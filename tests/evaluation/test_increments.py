@@ -31,6 +31,7 @@ def test_true_series_have_increments_of_one():
     assert found[name]["within"] == pytest.approx(1, abs=0.05)
     assert found[name]["seams"] == pytest.approx(1, abs=0.08)
     assert found[name]["melr"] < 0.15  # 16 shells of two modes each: √(1/640) of an energy
+  assert all(list(row) == list(increments.KEYS) for row in found.values())
   assert found["a"]["condition"] == pytest.approx(4, rel=0.1)
   assert found["floor"]["condition"] is None
   # Members here share nothing but their law: exchanged, each step is between two independent fields.
@@ -49,10 +50,10 @@ def test_a_jump_at_the_seams_shows_there_alone():
 
 
 def test_exchanged_members_are_the_same_fields_frame_by_frame():
-  x = chain(np.random.default_rng(3), 2, 4)
+  x = chain(np.random.default_rng(3), 4)
   y = increments.exchanged(x)
-  np.testing.assert_array_equal(np.sort(x, axis=1), np.sort(y, axis=1))
-  np.testing.assert_array_equal(y[:, 1, 5], x[:, (1 + 5) % 4, 5])
+  np.testing.assert_array_equal(np.sort(x, axis=0), np.sort(y, axis=0))
+  np.testing.assert_array_equal(y[1, 5], x[(1 + 5) % 4, 5])
 
 
 def test_one_window_has_no_seams():
