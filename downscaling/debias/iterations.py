@@ -33,7 +33,7 @@ from downscaling.debias import geometry
 PATHS = ("dense", "fused", "ring")
 SAFE = geometry.SAFE
 SCALE = 1e15  # scalings of the dense path up to this: what underflowed in E, below 1e-38, then still weighs nothing
-DENSE_BYTES = 2**29  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
+DENSE_BYTES = 2**30  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
 MORE_BYTES = 2**31  # the same with a group, and for wide rows: there the others pay for so much more in every iteration
 WIDE = 128  # values of a row from which a product costs more than an iteration
 TILE_NUMBERS = 2**21  # in a tile of `fused`: 8 MB in float32
