@@ -131,12 +131,40 @@ def tiled(a: jax.Array, size: int, value: float = 0.0) -> jax.Array:
   return jnp.pad(a, padding, constant_values=value).reshape(-1, size, *a.shape[1:])
 
 
-def _operands(x, y, f, g, eps, tile):
-  """Row tiles (2x/ε, (f − |x|²)/ε) and column tiles (y, (g − |y|²)/ε)."""
-  rows, columns = min(tile[0], len(x)), min(tile[1], len(y))
-  left = tiled(x * (2 / eps), rows), tiled((f - jnp.sum(x**2, 1)) / eps, rows)
-  right = tiled(y, columns), tiled(jnp.maximum((g - jnp.sum(y**2, 1)) / eps, PAD), columns, PAD)
-  return left, right
+def scan_tiles(body, carry, arrays: tuple[jax.Array, ...], size: int):
+  """lax.scan over tiles of rows of arrays [n, ...], sliced out one by one, so that no cloud is ever copied.
+
+  body: (carry, tile of the arrays [size, ...], there [size] bool) -> (carry, tree of [size, ...]). The last tile ends
+  with the last row; of its rows those are not `there` that the tile before had.
+  Returns: the carry, and the outputs of all rows, [n, ...].
+  """
+  n = len(arrays[0])
+  size = min(size, n)
+  count = -(-n // size)
+
+  def step(carry, i):
+    first = jnp.minimum(i * size, n - size)
+    tile = tuple(lax.dynamic_slice_in_dim(a, first, size) for a in arrays)
+    return body(carry, tile, first + jnp.arange(size) >= i * size)
+
+  carry, out = lax.scan(step, carry, jnp.arange(count))
+  last = count * size - n  # where the last tile's own rows begin
+  return carry, jax.tree.map(lambda a: jnp.concatenate([a[:-1].reshape(-1, *a.shape[2:]), a[-1, last:]]), out)
+
+
+def _rows(x, f, eps):
+  """What a row tile is cut from: x and (f − |x|²)/ε; `exponents` wants 2x/ε."""
+  return x, (f - jnp.sum(x**2, 1)) / eps
+
+
+def _columns(y, g, eps, *more):
+  """What a column tile is cut from: y, (g − |y|²)/ε and more."""
+  return y, jnp.maximum((g - jnp.sum(y**2, 1)) / eps, PAD), *more
+
+
+def _present(columns, there):
+  """A column tile whose columns that are not there weigh nothing."""
+  return columns[0], jnp.where(there, columns[1], PAD), *columns[2:]
 
 
 def exponents(left, right) -> jax.Array:
@@ -151,39 +179,43 @@ def log_sum_exp(x, y, f, g, eps, vec=None, tile=TILE) -> tuple[jax.Array, jax.Ar
 
   Args: x [n, d], y [m, d], f [n], g [m]; eps: scalar; vec: [m] or None for ones. Returns: [n], [n].
   """
-  left, right = _operands(x, y, f, g, eps, tile)
-  if vec is not None:
-    weights = tiled(vec, right[1].shape[1])
-    log_sum, sign = lax.map(lambda rows: _by_running_max(rows, right, weights), left)
-    return log_sum.reshape(-1)[: len(x)], sign.reshape(-1)[: len(x)]
+  weights = jnp.ones_like(g) if vec is None else vec
+  right = _columns(y, g, eps, weights)
 
-  def one_tile(rows):
-    total = _scan_sum(rows, right)
+  def one_tile(_, rows, there):
+    del there
+    rows = rows[0] * (2 / eps), rows[1]
+    careful = lambda: _by_running_max(rows, right, tile[1])
+    if vec is not None:
+      return None, careful()
+    total = _scan_sum(rows, right, tile[1])
     safe = jnp.all((total > SAFE[0]) & (total < SAFE[1]))
-    return lax.cond(safe, lambda: jnp.log(total), lambda: _by_running_max(rows, right, jnp.ones_like(right[1]))[0])
+    return None, lax.cond(safe, lambda: (jnp.log(total), jnp.ones_like(total)), careful)
 
-  log_sum = lax.map(one_tile, left).reshape(-1)[: len(x)]
-  return log_sum, jnp.ones_like(log_sum)
+  return scan_tiles(one_tile, None, _rows(x, f, eps), tile[0])[1]
 
 
-def _scan_sum(rows, right) -> jax.Array:
+def _scan_sum(rows, right, size) -> jax.Array:
   """Σ_j exp t_ij of one row tile, column tile by column tile."""
-  add = lambda total, columns: (total + jnp.exp(exponents(rows, columns)).sum(1), None)
-  return lax.scan(add, jnp.zeros_like(rows[1]), right)[0]
+
+  def add(total, columns, there):
+    return total + jnp.exp(exponents(rows, _present(columns, there)[:2])).sum(1), None
+
+  return scan_tiles(add, jnp.zeros_like(rows[1]), right, size)[0]
 
 
-def _by_running_max(rows, right, weights) -> tuple[jax.Array, jax.Array]:
+def _by_running_max(rows, right, size) -> tuple[jax.Array, jax.Array]:
   """log |Σ_j v_j exp t_ij| and sign of one row tile, rescaled whenever a larger exponent comes."""
 
-  def add(carry, columns):
+  def add(carry, columns, there):
     top, total = carry
-    *columns, v = columns
+    *columns, v = _present(columns, there)
     t = exponents(rows, columns)
     new = jnp.maximum(top, t.max(1))
     return (new, total * jnp.exp(top - new) + jnp.matmul(jnp.exp(t - new[:, None]), v, precision="highest")), None
 
   start = jnp.full_like(rows[1], PAD), jnp.zeros_like(rows[1])
-  (top, total), _ = lax.scan(add, start, (*right, weights))
+  (top, total), _ = scan_tiles(add, start, right, size)
   return top + jnp.log(jnp.abs(total)), jnp.sign(total)
 
 
@@ -235,11 +267,15 @@ def soft_average(x, y, g, eps, tile=TILE) -> tuple[jax.Array, jax.Array]:
 
 def _soft_average(x, y, g, eps, tile):
   """The same, and log Σ_j exp((g_j − |x_i − y_j|²)/ε), [n]."""
-  left, right = _operands(x, y, jnp.zeros_like(x[:, 0]), g, eps, tile)
+  right = _columns(y, g, eps)
 
-  def one_tile(rows):
-    def add(carry, columns):
+  def one_tile(_, rows, there):
+    del there
+    rows = rows[0] * (2 / eps), rows[1]
+
+    def add(carry, columns, there):
       top, total, mean, energy = carry
+      columns = _present(columns, there)
       t = exponents(rows, columns)
       new = jnp.maximum(top, t.max(1))
       kept, t = jnp.exp(top - new), t - new[:, None]
@@ -251,8 +287,7 @@ def _soft_average(x, y, g, eps, tile):
 
     zero = jnp.zeros_like(rows[1])
     start = zero + PAD, zero, jnp.zeros_like(rows[0]), zero
-    top, total, mean, energy = lax.scan(add, start, right)[0]
-    return mean / total[:, None], jnp.log(total) - energy / total, top + jnp.log(total)
+    top, total, mean, energy = scan_tiles(add, start, right, tile[1])[0]
+    return None, (mean / total[:, None], jnp.log(total) - energy / total, top + jnp.log(total))
 
-  mean, entropy, log_sum = lax.map(one_tile, left)
-  return mean.reshape(-1, x.shape[1])[: len(x)], entropy.reshape(-1)[: len(x)], log_sum.reshape(-1)[: len(x)]
+  return scan_tiles(one_tile, None, _rows(x, jnp.zeros_like(x[:, 0]), eps), tile[0])[1]

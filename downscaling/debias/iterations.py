@@ -33,7 +33,7 @@ from downscaling.debias import geometry
 PATHS = ("dense", "fused", "ring")
 SAFE = geometry.SAFE
 SCALE = 1e15  # scalings of the dense path up to this: what underflowed in E, below 1e-38, then still weighs nothing
-DENSE_BYTES = 2**29  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
+DENSE_BYTES = 2**30  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
 MORE_BYTES = 2**31  # the same with a group, and for wide rows: there the others pay for so much more in every iteration
 WIDE = 128  # values of a row from which a product costs more than an iteration
 TILE_NUMBERS = 2**21  # in a tile of `fused`: 8 MB in float32
@@ -97,7 +97,9 @@ def _sum(value):
 
 
 def _whole(rows):
-  """All rows of what lies split over the devices."""
+  """All rows of what lies split over the devices; of one device, without a copy."""
+  if lax.axis_size(meshes.AXES) == 1:
+    return rows
   return lax.all_gather(rows, meshes.AXES, axis=0, tiled=True)
 
 
@@ -111,17 +113,15 @@ def _outside(sums):
   return ~jnp.all((sums > SAFE[0]) & (sums < SAFE[1]))
 
 
-def _row_tiles(x, f, eps, columns, moves):
-  """x and f -> tiles (2x/ε, (f − |x|²)/ε, is it a row or padding), about TILE_NUMBERS exponents each."""
-  size = max(8, min(len(x), max(TILE_NUMBERS // columns, min(256, x.shape[1] // 4))))
-  bias = (f - jnp.sum(x**2, 1)) / eps - (0.0 if moves is None else math.log(len(moves[1])))
-  tiles = geometry.tiled(x * (2 / eps), size), geometry.tiled(bias, size), geometry.tiled(jnp.ones_like(f), size)
-  return tiles
+def _rows(x, f, eps, columns, moves):
+  """What tiles are cut from, x and (f − |x|²)/ε, and how many rows make about TILE_NUMBERS exponents."""
+  size = max(8, TILE_NUMBERS // columns, min(256, x.shape[1] // 4))
+  return (x, (f - jnp.sum(x**2, 1)) / eps - (0.0 if moves is None else math.log(len(moves[1])))), size
 
 
-def _exponentials(rows, right, moves):
+def _exponentials(rows, right, eps, moves):
   """E of a tile, [rows, columns]."""
-  x, bias, _ = rows
+  x, bias = rows[0] * (2 / eps), rows[1]
   if moves is None:
     return jnp.exp(geometry.exponents((x, bias), right))
   add = lambda e, move: (e + jnp.exp(geometry.exponents((geometry.moved(move, x), bias), right)), None)
@@ -141,15 +141,15 @@ def _fused_step(x, y, eps, moves, n, m, f, g, momentum):
   """((f, g) one iteration later, marginal error of the plan of the f and g that came); g [m] is whole."""
   right = y, (g - jnp.sum(y**2, 1)) / eps
 
-  def add(columns, rows):
-    e = _exponentials(rows, right, moves)
+  def add(columns, rows, there):
+    e = _exponentials(rows, right, eps, moves)
     r = e.sum(1)
-    ratio = jnp.where(rows[2] > 0, -jnp.log(n * r), 0.0)  # log a/r
-    scale = jnp.where(rows[2] > 0, jnp.exp(momentum * ratio), 0.0)
+    ratio = -jnp.log(n * r)  # log a/r
+    scale = jnp.where(there, jnp.exp(momentum * ratio), 0.0)
     return columns + jnp.matmul(scale, e, precision="highest"), (r, ratio)
 
-  columns, (r, ratio) = lax.scan(add, jnp.zeros_like(g), _row_tiles(x, f, eps, len(y), moves))
-  r, ratio, columns = r.reshape(-1)[: len(x)], ratio.reshape(-1)[: len(x)], _sum(columns)
+  columns, (r, ratio) = geometry.scan_tiles(add, jnp.zeros_like(g), *_rows(x, f, eps, len(y), moves))
+  columns = _sum(columns)
   bad = (_sum(_outside(r * n).astype(jnp.int32)) > 0) | _outside(columns * m)
 
   def plain():
@@ -185,9 +185,8 @@ def _dense(x, y, f, g, eps, moves, products, *, n, m, iterations, momentum, devi
   whole_y, whole_g = _whole(y), _whole(g)
   right = whole_y, (whole_g - jnp.sum(whole_y**2, 1)) / eps
   if products is None:
-    rows = _row_tiles(x, f, eps, m, moves)
-    kernel = lax.map(lambda tile: _exponentials(tile, right, moves), rows)
-    kernel = kernel.reshape(-1, m)[: len(x)]
+    one_tile = lambda _, rows, there: (None, _exponentials(rows, right, eps, moves))
+    kernel = geometry.scan_tiles(one_tile, None, *_rows(x, f, eps, m, moves))[1]
   else:
     kernel = jnp.exp((2 / eps) * products + ((f - jnp.sum(x**2, 1)) / eps)[:, None] + right[1][None])
   dot = functools.partial(jnp.matmul, precision="highest")

@@ -151,7 +151,7 @@ def test_the_path_is_chosen_by_what_fits():
   assert iterations.choose(4096, 4096, 24, 1) == "dense"
   assert iterations.choose(65536, 65536, 24, 1) == "fused"
   assert iterations.choose(32768, 32768, 24, 64) == "dense"
-  assert iterations.choose(16384, 16384, 24, 1) == "fused"
+  assert iterations.choose(32768, 32768, 24, 1) == "fused"
   assert iterations.choose(16384, 16384, 1024, 1) == "dense"  # a product of 1024 is dearer than what it is kept for
   assert iterations.keeps_products("dense", 1024)
   assert not iterations.keeps_products("dense", 1024, elements=512)  # one product an element would have to be kept
