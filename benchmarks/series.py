@@ -9,8 +9,8 @@ DPM-Solver++(2M) SDE, η 5, end with. equal: all frames of a window have one wei
 window's edges and one more; ours: that distance (sampling/windows.py).
 
 Then with conditions: 32 points, S_k ∝ 1/(1 + (k/3)⁴), every 8th observed in each of 16 frames, correlation in time
-exp(−τ²/32), τ in frames, so that neighbours have .97 in common; exact denoisers of F frames, wiener guidance with the
-gain of each frame's exact error, 2M SDE with η 5. mean: |mean − exact| in units of the posterior's total spread; spread: over exact.
+exp(−τ²/32), τ in frames, so that neighbours have .97 in common; exact denoisers of F frames, guided by the gain of each
+frame's exact error, 2M SDE with η 5. mean: |mean − exact| over the posterior's total spread; spread: over exact.
 """
 
 import argparse
