@@ -114,8 +114,9 @@ def _outside(sums):
 
 
 def _rows(x, f, eps, columns, moves):
-  """What tiles are cut from, x and (f − |x|²)/ε, and how many rows make about TILE_NUMBERS exponents."""
-  size = max(8, TILE_NUMBERS // columns, min(256, x.shape[1] // 4))
+  """What tiles are cut from, x and (f − |x|²)/ε, and how many rows make about TILE_NUMBERS exponents, or eight times
+  that where rows are wide: a product of few rows reads all of y for little work."""
+  size = max(8, TILE_NUMBERS // columns, min(256, x.shape[1] // 4, 8 * TILE_NUMBERS // columns))
   return (x, (f - jnp.sum(x**2, 1)) / eps - (0.0 if moves is None else math.log(len(moves[1])))), size
 
 
