@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from downscaling.common import runs
-from downscaling.evaluation import canvas, page, sections, tables
+from downscaling.evaluation import canvas, in_time, page, sections, tables
 from downscaling.evaluation.evidence import Evidence
 
 __all__ = ["Evidence", "write"]
@@ -24,6 +24,8 @@ def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
   folder = pathlib.Path(folder)
   metrics = evidence.metrics
   parts = sections.every(evidence)
+  if evidence.series is not None:
+    parts.insert(-1, in_time.section(evidence))  # before how all was made
   body = [_head(evidence, parts)]
   for part in parts:
     pictures = []

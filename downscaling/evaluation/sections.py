@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from downscaling.evaluation import calibration, distances, figures, fronts, in_time, page, pictures, spectra, tables
+from downscaling.evaluation import calibration, distances, figures, fronts, page, pictures, spectra, tables
 from downscaling.evaluation.canvas import label
 from downscaling.evaluation.evidence import Evidence
 from downscaling.evaluation.page import Panel, Section
@@ -14,10 +14,9 @@ POOLED = 100_000  # values in a one-point density
 
 def every(e: Evidence) -> list[Section]:
   """All sections in the order of the page."""
-  parts = [scores, spectrum, density, pictures.gallery, pictures.rows, covariance, fits, truth, run]
-  if e.series is not None:
-    parts.insert(-1, in_time.section)
-  return [part(e) for part in parts]
+  return [
+    part(e) for part in (scores, spectrum, density, pictures.gallery, pictures.rows, covariance, fits, truth, run)
+  ]
 
 
 def _ones(x: np.ndarray) -> np.ndarray:
