@@ -70,21 +70,21 @@ def get_config(variant="cpu"):
   # The prior is trained on fields of unit variance: every sigma is in that unit.
   c.schedule = dict(name="vp_linear", beta_min=0.1, beta_max=20.0, sigma_min=1e-3)
   c.noise = dict(kind="log_normal", mean=-1.2, std=1.6)  # levels to train on; the paper has uniform_time
-  # Blocks run from 64² down to 8² at 256², from 32² down to 8² at 128².
+  # Blocks run from 64² down to 8² at 256², from 32² (a stem of 4) down to 8² at 128².
   c.model = dict(
-    channels=pick((64, 128, 256, 512), (64, 128, 192), (8, 16)),
-    strides=pick((2, 2, 2, 2), (2, 2, 2), (2, 2)),
+    channels=pick((64, 128, 256, 512), (64, 96, 128), (8, 16)),
+    strides=pick((2, 2, 2, 2), (1, 2, 2), (2, 2)),
     blocks=pick(2, 1, 1),
-    stem=2,
+    stem=pick(2, 4, 2),
     heads=pick(8, 0, 0),  # attention at the coarsest level
     embedding=pick(256, 128, 32),
     convolution="auto",
     dtype=pick("bfloat16", "float32", "float32"),
     preconditioning="wiener",  # or edm
   )
-  c.optimizer = dict(peak=pick(5e-4, 1e-3, 1e-3), end=1e-6, warmup_steps=pick(2000, 500, 2), clip=1.0)
+  c.optimizer = dict(peak=pick(5e-4, 1e-3, 1e-3), end=1e-6, warmup_steps=pick(2000, 300, 2), clip=1.0)
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.
-  c.train = dict(batch=pick(256, 16, 8), total_steps=pick(200_000, 12_000, 4), ema_decay=pick(0.9999, 0.999, 0.9))
+  c.train = dict(batch=pick(256, 16, 8), total_steps=pick(200_000, 6000, 4), ema_decay=pick(0.9999, 0.999, 0.9))
   # What follows, up to profile, is free to change between restarts. How often, in steps; save_minutes: by the clock.
   c.plan = dict(
     log_every=pick(100, 50, 2), eval_every=pick(5000, 1000, 4), save_every=pick(1000, 500, 2), save_minutes=10.0
@@ -100,11 +100,11 @@ def get_config(variant="cpu"):
   # solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
   c.sampling = dict(
-    conditions=pick(1024, 128, 8),  # held-out coarse fields, or series of them
+    conditions=pick(1024, 192, 8),  # held-out coarse fields, or series of them
     # A condition is `frames` consecutive snapshots, drawn by windows of grid.frames with `overlap` in common.
     series=dict(frames=1, overlap=0),
-    members=pick(16, 8, 2),  # of each
-    unit=pick((16, 16), (8, 8), (4, 2)),  # conditions × members drawn and written together
+    members=pick(16, 4, 2),  # of each
+    unit=pick((16, 16), (16, 4), (4, 2)),  # conditions × members drawn and written together
     start="gaussian",
     guidance=dict(name="measured", alpha=3.0, normalise="none", final="gain", variance="measured"),
     observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
@@ -112,7 +112,7 @@ def get_config(variant="cpu"):
     resample=dict(strength=0.0, dead_zone=3.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn
     solver=dict(name="dpm_solver_pp_2m_sde", eta=5.0, churn=0.0),  # eta: of the SDE; churn: of heun
-    levels=dict(name="edm", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
+    levels=dict(name="edm", steps=pick(24, 16, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(2048, 256, 8), steps=pick(48, 32, 4), sigma_max=80.0),
   )
   c.evaluate = dict(reference=pick(4096, 2048, 16))  # true fields to compare with
