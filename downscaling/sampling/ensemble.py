@@ -5,10 +5,11 @@ its own devices in turn and writes them. Processes agree at the start on what is
 and when told to stop; hosts may be of different speed; a restart on any topology does exactly what is missing.
 
 Every device runs the same program, compiled for one device: the bits of a unit do not depend on how many there are, if
-they are of one kind. A unit split over devices would have float32 sums in another order on each number of them. Nor
-would one program over all devices of a process do, a unit on each and no communication: XLA simplifies a program of
-several partitions otherwise than that of one, and fields differ by 1e-6. The price is one compilation a device, side
-by side, and that a unit must fit a device. Nothing would be won by more: fields are independent of each other.
+they are of one kind. A unit split over devices would have float32 sums in another order on each number of them. One
+program over all devices of a process, a unit on each and no communication, would not do either: where there are several
+partitions, XLA simplifies a program before it partitions it, and then otherwise; fields of KS differ by 1e-6 from those
+of one device. The price is one compilation a device, and that a unit must fit a device. Nothing would be won by
+larger units: fields are independent of each other.
 
 Member m of condition c has the key fold_in(fold_in(key(seed), c), m): what it is depends on no device, unit or order.
 A sampler in which the members of a condition act on each other sees one block of unit[1] members of it at a time, the

@@ -56,7 +56,7 @@ def stop_after(polls):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, sampler):
-  """Drawn by four devices: every test that compares with it compares one device with four, too."""
+  """Drawn by four devices, where other tests use one: what they compare with it is compared across devices, too."""
   path = tmp_path_factory.mktemp("whole") / "a.zarr"
   summary = write(path, sampler, devices=jax.devices())
   assert summary["units"] == summary["drawn"] == 6
@@ -185,7 +185,7 @@ def test_members_that_act_on_each_other_are_drawn_again_alone(tmp_path):
 
 
 def test_every_device_has_the_program_of_one(sampler):
-  """One partition, no collective, and the same text but for what counts the threads of the machine."""
+  """One partition, no collective, and the same text for each."""
   layout = ensemble.Layout(5, 6, (24,), 1, (6, 1), (2, 4))
   programs = ensemble.compiled(sampler, 1, layout, None, jax.devices())
   assert len(programs) == 4
@@ -215,7 +215,7 @@ def test_shards_that_are_no_units_are_refused(tmp_path, sampler):
 
 @pytest.mark.parametrize("devices", [1, 2, 3])
 def test_any_number_of_devices_draws_what_four_draw(tmp_path, whole, sampler, devices):
-  """Bit for bit; 3 does not divide the 6 units' rounds of 2, and of 4 devices two had one unit, two had two."""
+  """Byte for byte. Of 6 units the four devices drew 2, 2, 1 and 1."""
   write(tmp_path / "a.zarr", sampler, devices=jax.devices()[-devices:])
   assert files(tmp_path / "a.zarr" / "sample") == files(whole / "sample")
 
