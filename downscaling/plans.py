@@ -173,7 +173,7 @@ def _sample(c, ctx) -> list[str]:
   limit, whose = _device_memory(mine)
   most = int(max(0.9 * limit - params, 0) / (once / rows) / m)  # a tenth for what XLA itself needs
   idle = ctx.mesh.size - of_a_set
-  advice = "" if idle <= 0 else f"; {idle} device(s) have none of a set's {of_a_set}: make units smaller"
+  advice = "" if idle <= 0 else f"; {of_a_set} a set leave {idle} of {ctx.mesh.size} devices idle: make units smaller"
   return [
     f"{conditional} sets of {s.conditions} conditions × {s.members} members, {s.unconditional.fields} unconditional: "
     f"{fields} fields {build.space(c)}, {s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
