@@ -163,7 +163,7 @@ def sample_job(ctx: Context) -> str:
         space=space,
         channels=channels,
         unit=tuple(c.sampling.unit) if source else (1, c.sampling.unit[0] * c.sampling.unit[1]),
-        mesh=meshes.local(ctx.mesh),
+        devices=[*meshes.local(ctx.mesh).devices.flat],
         seed=c.seed,
         identity={"config": stage.identity, "source": source or "none"},
         attrs={
