@@ -1,6 +1,6 @@
 """Does 128² stand for 256² as seen at 32² and 16²? The same flow states, carried on at 256², at 128² and at 64².
 
-  python benchmarks/kolmogorov_audit.py [--states=12] [--snapshots=7] [--out=docs/results/kolmogorov]     6 minutes
+  python benchmarks/kolmogorov_audit.py [--states=12] [--snapshots=7] [--out=docs/results/kolmogorov]     10 minutes
 
 Developed 128² states (t = 40), put on 256² through Fourier space, are carried on by Fine(256, .005) for 4 time units,
 in which the small scales that 128² has not can fill, and kept then and every 2.5 units on; beside them the same states
