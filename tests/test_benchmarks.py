@@ -41,9 +41,11 @@ def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
   "line",
   [
     "convolution.py --rounds=1 --only=1",
+    "cost_growth.py --parts=solver --seconds=0.01 --largest=64",
     "debias_sweep.py --points=256 --epsilons=0.01 --most=512",
     "ensemble.py --units=3 --megabytes=1 --points=32",
     "gaussian.py --members=64",
+    "kolmogorov_audit.py --states=2 --snapshots=2 --adjust=0.1 --spacing=0.1 --burn_in=0.1",
     "ks_coarse.py --trajectories=64",
     "sinkhorn.py --points=256 --rounds=1 --solvers=dense,fused,ring,ott,ott-online",
     "training.py --rounds=1 --case=64x64",
