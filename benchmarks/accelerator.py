@@ -4,7 +4,7 @@
 
 training: the compiled step of a config with a batch that lies on the devices; samples/s, model FLOP/s (products and
   convolutions, forward and backward) and their share of the chip's dense peak for the dtype, where that is known.
-sampling: a whole unit of conditional fields, as the `sample` job draws it.
+sampling: a whole unit of conditional fields on each device, as the `sample` job draws it.
 Sinkhorn: iterations on Gaussian clouds; a pair is one exponential of an n × n kernel, two kernels an iteration.
 
 All over every local device. compile: seconds, without a cache. temp: the compiler's temporary memory of one device.
@@ -31,6 +31,7 @@ from downscaling.datasets import statistics
 from downscaling.debias import sinkhorn
 from downscaling.diffusion import state as states
 from downscaling.diffusion import training
+from downscaling.sampling import ensemble
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FULL = {
@@ -115,17 +116,22 @@ def training_row(mesh, seconds, trace, name, variant, dtype, batch):
 def sampling_row(mesh, seconds, trace, name, variant, dtype):
   c = config_of(name, variant, **{"model.dtype": dtype})
   stats, network = network_of(c)
-  space, rows = build.space(c), math.prod(c.sampling.unit)
+  space, unit = build.space(c), tuple(c.sampling.unit)
   init = lambda key: network.init(key, jnp.zeros((1, *space, 1)), jnp.ones(1))["params"]
   params = jax.jit(init, out_shardings=meshes.replicated(mesh))(jax.random.key(0))
-  make = lambda key: (jax.random.split(key, rows), jax.random.normal(key, (rows, *build.operator(c).coarse, 1)))
-  keys, y = jax.jit(make, out_shardings=meshes.rows(mesh))(jax.random.key(1))
+  draw, devices = build.sampler(c, stats, network, build.stand_in_table(c)), [*mesh.devices.flat]
+  y = np.random.default_rng(1).normal(size=(unit[0], *build.operator(c).coarse, 1)).astype(np.float32)
+  layout = ensemble.layout_of(
+    draw, params, conditions=unit[0], members=unit[1], space=space, coarse=y.shape[1:], unit=unit
+  )
   began = time.perf_counter()
-  draw = build.sampler(c, stats, network, build.stand_in_table(c))
-  program = jax.jit(draw).lower(keys, y, params).compile()
-  row = {"compile_seconds": time.perf_counter() - began, "temporary_bytes": costs.memory(program)["temporaries"]}
-  each = repeated(lambda: program(keys, y, params), seconds)
-  return row | {"unit": rows, "seconds_per_unit": each, "fields_per_second": rows / each}
+  programs = ensemble.compiled(draw, 0, layout, params, devices)
+  took, temporary = time.perf_counter() - began, costs.memory(programs[0])["temporaries"]
+  block = ensemble.block(layout, layout.units()[0], np.arange(unit[0]), y)
+  inputs = [jax.device_put((*block, params), device) for device in devices]
+  each = repeated(lambda: [p(*x) for p, x in zip(programs, inputs, strict=True)], seconds)
+  row = {"compile_seconds": took, "temporary_bytes": temporary, "unit": math.prod(unit), "seconds_per_unit": each}
+  return row | {"fields_per_second": math.prod(unit) * len(devices) / each}
 
 
 def sinkhorn_row(mesh, seconds, trace, n, d):

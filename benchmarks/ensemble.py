@@ -19,10 +19,10 @@ import sys
 import tempfile
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common import mesh as meshes
 from downscaling.common import runs
 from downscaling.sampling import ensemble, store
 
@@ -47,15 +47,10 @@ class Drawn:
 
 
 class Device:
-  """In the place of what ensemble.program compiles: units one after the other, `seconds` each; the host is free."""
+  """In the place of a compiled program: units one after the other, `seconds` each; the host is free."""
 
   def __init__(self, points, rows, seconds):
     self.table, self.rows, self.seconds, self.free = noise(points), np.arange(rows), seconds, 0.0
-
-  def lower(self, *_):
-    return self
-
-  compile = lower
 
   def __call__(self, condition_ids, *_):
     self.free = max(self.free, time.monotonic()) + self.seconds
@@ -71,10 +66,10 @@ def draw(path, points, conditions, unit, seconds=0.0):
     began.append(time.monotonic())
     return False
 
-  ensemble.program = lambda *_: Device(points, unit[0] * unit[1], seconds)
+  ensemble.compiled = lambda *_: [Device(points, unit[0] * unit[1], seconds)]
   ensemble.write_ensemble(
     path, conditions=np.zeros((conditions, 4, 4, 1), np.float32), members=unit[1], space=(points, points), unit=unit,
-    sampler=lambda keys, y: jnp.zeros((len(keys), points, points, 1)), mesh=meshes.make(1), seed=0, identity={},
+    sampler=lambda keys, y: jnp.zeros((len(keys), points, points, 1)), devices=jax.devices()[:1], seed=0, identity={},
     attrs={}, stop=stop,
   )  # fmt: skip
   return time.monotonic() - began[0]

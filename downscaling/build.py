@@ -73,7 +73,7 @@ def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.
     shard=d.shard,
     times=d.burn_in + d.spacing * np.arange(d.snapshots),
     rollout=lambda ids: rollout(ids)[..., None],
-    check=rollouts.check_finite,
+    check=functools.partial(rollouts.check, solver),
   )
 
 
@@ -311,7 +311,8 @@ def coordinates(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
 
 def group(config) -> symmetry.Group:
   """The equation's symmetry group on the coarse grid."""
-  return physics(config).group(operator(config).coarse[0])
+  room, points = physics(config), operator(config).coarse[0]
+  return room.group(points, equation(config, "lflr").wave) if room is kolmogorov else room.group(points)
 
 
 # ---------------------------------------------------------------- the door

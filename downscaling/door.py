@@ -4,7 +4,6 @@ Every check raises ValueError naming the key, what came, what is needed and what
 """
 
 import functools
-import math
 
 import jax
 
@@ -56,26 +55,6 @@ def sizes(config, mesh: jax.sharding.Mesh) -> None:
   if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
-    )
-  devices = meshes.local(mesh).size
-  if (fields := math.prod(c.sampling.unit)) % devices:
-    raise ValueError(
-      f"config.sampling.unit={tuple(c.sampling.unit)}: a unit of {fields} over {devices} devices of a process: each "
-      f"draws as many fields. Make conditions × members a multiple of {devices}."
-    )
-  if c.sampling.resample.strength or c.sampling.spread != 1:
-    _blocks_of_members(config, devices)
-
-
-def _blocks_of_members(config, devices: int) -> None:
-  """Where members depend on each other: those of a condition in a unit lie on one device."""
-  conditions, members = config.sampling.unit
-  if conditions % devices:
-    fits = -(-conditions // devices) * devices
-    raise ValueError(
-      f"config.sampling.unit={tuple(config.sampling.unit)}: {conditions} conditions over {devices} devices, and "
-      "resampling and spread keep the members of a condition on one device. Set "
-      f"--config.sampling.unit={fits},{members}, or --config.sampling.resample.strength=0 and spread=1."
     )
 
 

@@ -164,7 +164,7 @@ def sample_job(ctx: Context) -> str:
         channels=channels,
         frames=c.sampling.series.frames,
         unit=tuple(c.sampling.unit) if source else (1, c.sampling.unit[0] * c.sampling.unit[1]),
-        mesh=meshes.local(ctx.mesh),
+        devices=[*meshes.local(ctx.mesh).devices.flat],
         seed=c.seed,
         identity={"config": stage.identity, "source": source or "none"},
         attrs={
@@ -283,11 +283,36 @@ def provenance(ctx: Context) -> dict:
     "commit": runs.commit(),
     "command": ctx.command,
     "times": times,
+    "cost": cost(ctx),
     "seeds": {"config.seed": c.seed},
     "sizes": {"debias.points": c.debias.points},
     "rows": dict.fromkeys((*coarse, *build.SOURCES, "ot+cubic"), "held-out")
     | {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"},
   }
+
+
+def cost(ctx: Context) -> dict[str, dict]:
+  """{stage: what it made, how many of them, seconds and devices of all its calls}, as markers and stores have it."""
+  made = {
+    "data": sum(split.num_examples for w in ("hfhr", "lflr") for split in _splits(ctx, w)),
+    "train": runs.read_json(ctx.folder("train") / runs.MARKER)["summary"]["steps"],
+    "samples": sum(
+      runs.read_json(ctx.folder("samples") / f"{name}.units" / runs.MARKER)["summary"]["fields"]
+      for name in build.SOURCES
+    ),
+  }
+  rows = {}
+  for stage, count in made.items():
+    marker = runs.read_json(ctx.folder(stage) / runs.MARKER)
+    rows[stage] = {"count": count, "seconds": marker.get("seconds"), "devices": marker.get("devices", [])}
+  rows["train"]["batch"] = ctx.config.train.batch
+  if steps := runs.read_scalars(ctx.folder("train"), "seconds_per_step", "speed")[1]:
+    rows["train"]["median"] = float(np.median(steps))
+  return rows
+
+
+def _splits(ctx: Context, which: str):
+  return build.dataset(ctx.config, ctx.workdir, which).info.splits.values()
 
 
 def pipeline_job(ctx: Context) -> str:

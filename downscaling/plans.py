@@ -165,25 +165,24 @@ def _bytes(tree) -> int:
 def _sample(c, ctx) -> list[str]:
   s, mine = c.sampling, meshes.local(ctx.mesh)
   rows, (k, m) = math.prod(s.unit), s.unit
-  meshes.check_divides(rows, mine.size, "a unit (conditions × members)", "sampling.unit")
-  program, params = _sampling_program(c, ctx, mine)
+  program, params = _sampling_program(c, ctx, mine.devices.flat[0])
   field, plan = math.prod(build.space(c)) * 4 * s.series.frames, series.plan(c)
   conditional = sum(source is not None for source in build.SOURCES.values())
   fields = conditional * s.conditions * s.members + s.unconditional.fields
-  units = conditional * -(-s.conditions // k) * -(-s.members // m) + -(-s.unconditional.fields // rows)
-  per = rows // mine.size
+  of_a_set, free = -(-s.conditions // k) * -(-s.members // m), -(-s.unconditional.fields // rows)
+  units = conditional * of_a_set + free
   memory = costs.memory(program)
   once = memory["temporaries"] + memory["arguments"] - params + 2 * memory["outputs"]  # of a unit, on a device
   limit, whose = _device_memory(mine)
-  most = int(max(0.9 * limit - params, 0) / (once / per) / m) * mine.size  # a tenth for what XLA itself needs
-  fits = f"{-(-k // mine.size) * mine.size},{m}"
-  advice = "" if per % m == 0 else f"; faster with whole conditions on each: --config.sampling.unit=({fits})"
+  most = int(max(0.9 * limit - params, 0) / (once / rows) / m)  # a tenth for what XLA itself needs
+  idle = ctx.mesh.size - of_a_set
+  advice = "" if idle <= 0 else f"; {of_a_set} a set leave {idle} of {ctx.mesh.size} devices idle: make units smaller"
   return [
     f"{conditional} sets of {s.conditions} conditions × {s.members} members, {s.unconditional.fields} unconditional: "
     f"{fields} {'fields' if plan.series == 1 else f'series of {plan.series} fields'} {build.space(c)}, "
     f"{s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
-    f"{units} units of {k} conditions × {m} members, {-(-units // jax.process_count())} a process, {per} fields a "
-    f"device at a time{advice}",
+    f"{units} units of {k} conditions × {m} members, {-(-units // jax.process_count())} a process, one a device at a "
+    f"time{advice}",
     f"memory a device: {_size(memory['temporaries'])} temporary (compiled), {_size(params)} parameters, "
     f"{_size(2 * memory['outputs'])} fields of two units",
     f"there is room for about {most} conditions × {m} members in a unit: {_size(limit)} {whose}",
@@ -191,20 +190,16 @@ def _sample(c, ctx) -> list[str]:
   ]
 
 
-def _sampling_program(c, ctx, mesh):
-  """The compiled program that draws a unit of conditions, and bytes of its parameters, on a device each."""
+def _sampling_program(c, ctx, device):
+  """The compiled program that draws a unit of conditions on one device, and bytes of its parameters."""
   s, stats = c.sampling, _statistics(c, ctx)
   network = build.denoising_network(c, stats)
   state, _ = _abstract_state(c, ctx, network)
-  everywhere, rows = meshes.replicated(mesh), math.prod(s.unit)
-  params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state.params)
   time = () if (frames := s.series.frames) == 1 else (frames,)
   sampler, coarse = build.sampler(c, stats, network, build.stand_in_table(c)), (*time, *build.operator(c).coarse, 1)
-  row = lambda dtype, *shape: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=meshes.rows(mesh))
   sizes = {"conditions": s.conditions, "members": s.members, "unit": tuple(s.unit), "frames": frames}
-  layout = ensemble.layout_of(sampler, params, space=build.space(c), coarse=coarse, **sizes)
-  inputs = row(jnp.uint32), row(jnp.uint32), row(jnp.float32, *coarse)
-  return ensemble.program(sampler, mesh, c.seed, layout).lower(*inputs, params).compile(), _bytes(params)
+  layout = ensemble.layout_of(sampler, state.params, space=build.space(c), coarse=coarse, **sizes)
+  return ensemble.compiled(sampler, c.seed, layout, state.params, [device])[0], _bytes(state.params)
 
 
 def _device_memory(mesh) -> tuple[int, str]:

@@ -145,7 +145,6 @@ def test_help_is_no_error(execute):
     ({"coarse.cells": 100}, ("100 cells cannot be strided to 24 points", "--config.coarse.cells=96")),
     ({"coarse.scheme": "upwind"}, ("config.coarse.scheme='upwind'", "godunov")),
     ({"train.batch": 18}, ("a batch of 18 over 4 devices", "--config.train.batch=16 or 20")),
-    ({"sampling.unit": (3, 2)}, ("of 6 over 4 devices", "config.sampling.unit")),
     ({"train.ema_decay": 2.0}, ("config.train.ema_decay=2.0", "[0, 1)")),
     ({"data.burn_in": 25.03}, ("25.03", "dt")),
     ({"sampling.unit": (4,)}, ("config.sampling.unit=(4,)", "conditions × members", "(64,4)")),

@@ -56,6 +56,12 @@ def test_every_stage_left_its_files(finished):
     *("report/metrics.json", "report/report.html"),
   ):
     assert (workdir / path).exists(), path
+  cost = runs.read_json(workdir / "report" / "metrics.json")["cost"]
+  # 4 snapshots of each trajectory of both worlds; 3 sets of 16 conditions × 2 members and 16 without a condition
+  counts = {stage: row["count"] for stage, row in cost.items()}
+  assert counts == {"data": (128 + 64 + 64 + 128 + 64) * 4, "train": 20, "samples": 3 * 16 * 2 + 16}
+  assert all(row["seconds"] > 0 and row["devices"][0].startswith("4 × cpu on ") for row in cost.values())
+  assert 0 < cost["train"]["median"] < cost["train"]["seconds"]
   assert list((workdir / "train").glob("events.out.tfevents.*"))
   assert not list(workdir.rglob("*.tmp")), "temporary files were left"
 

@@ -30,9 +30,9 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
   assert "256 × 256 points in 24 dimensions" in text
   assert "20 steps of batch 16 (4 a device, in 1 part(s)) = 320 samples" in text
   assert "112 fields (192,)" in text  # 3 sets × 16 conditions × 2 members + 16
-  assert "7 units of 8 conditions × 2 members, 7 a process, 4 fields a device at a time\n" in text
-  # 4 fields × 192 × 4 bytes and their misfits, aligned to 32 bytes, of two units
-  assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 6.21 kB fields", text)) == 1
+  assert "7 units of 8 conditions × 2 members, 7 a process, one a device at a time; 2 a set leave 2 of 4" in text
+  # 16 fields × 192 × 4 bytes, their misfits and the pointers to both, of two units: what a device holds
+  assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 24.7 kB fields", text)) == 1
 
 
 def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):

@@ -98,8 +98,6 @@ def test_no_table_no_measured_error(changes):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"unit": (2, 4)}, r"2 conditions over 4 devices.*--config.sampling.unit=4,4"),
-    ({"resample.strength": 0.0, "spread": 0.5, "unit": (2, 4)}, r"2 conditions over 4 devices"),
     ({"spread": 0.0}, "need a factor > 0"),
     ({"unit": (4, 1)}, "among 1 member"),
     ({"unit": (4, 4), "solver.name": "dpm_solver_pp_2m"}, "part by noise alone"),

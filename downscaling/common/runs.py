@@ -80,7 +80,10 @@ class Stage:
 
   @contextlib.contextmanager
   def timed(self) -> Iterator[None]:
-    """Adds the wall time of the block to the marker, also when it is interrupted: restarts add up."""
+    """Adds the wall time of the block to the marker, also when it is interrupted: restarts add up; and on what devices.
+
+    What an interruption loses and the next call makes again counts twice.
+    """
     began = time.monotonic()
     try:
       yield
@@ -88,7 +91,8 @@ class Stage:
       if _is_main():
         record = read_json(self.path / MARKER)
         seconds = record.get("seconds", 0.0) + time.monotonic() - began
-        write_json(self.path / MARKER, record | {"seconds": round(seconds, 2)})
+        devices = sorted({*record.get("devices", []), _devices()})
+        write_json(self.path / MARKER, record | {"seconds": round(seconds, 2), "devices": devices})
 
   def finish(self, **summary: Any) -> None:
     """Marks the stage complete, with figures worth keeping; the main process does."""
@@ -283,6 +287,15 @@ class Progress:
       self._bar.stop()
 
 
+def _devices() -> str:
+  """All devices in words, "8 × NVIDIA H200"; of a CPU also its cores, since virtual devices share them."""
+  import jax
+
+  kinds = ", ".join(sorted({d.device_kind for d in jax.devices()}))
+  cores = f" on {os.cpu_count()} cores a host" if jax.default_backend() == "cpu" else ""
+  return f"{jax.device_count()} × {kinds}{cores}"
+
+
 def _is_main() -> bool:
   import jax
 
@@ -370,10 +383,10 @@ def _keep_rows(path: pathlib.Path, after: int, evaluated: bool) -> None:
   os.replace(temporary, path)
 
 
-def read_scalars(folder: str | os.PathLike, name: str) -> tuple[list[int], list[float]]:
-  """Steps and values of one scalar from metrics.csv; a step logged twice (after a restart) keeps its last value."""
+def read_scalars(folder: str | os.PathLike, name: str, kind: str = "metrics") -> tuple[list[int], list[float]]:
+  """Steps and values of one scalar from KIND.csv; a step logged twice (after a restart) keeps its last value."""
   values: dict[int, float] = {}
-  with open(pathlib.Path(folder) / "metrics.csv", newline="") as file:
+  with open(pathlib.Path(folder) / f"{kind}.csv", newline="") as file:
     for row in csv.reader(file):
       if len(row) == 3 and row[1] == name:
         values[int(row[0])] = float(row[2])

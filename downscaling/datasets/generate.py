@@ -28,7 +28,7 @@ class Plan:
   builder: a FieldsBuilder. trajectories: {split: how many}. shard: trajectories a shard.
   times: [S] times of the snapshots, in units of the equation.
   rollout: ids [T], sharded over the mesh -> fields [T, S, *space, C], sharded likewise; compiled by the equation.
-  check: (fields, ids, times) raises FloatingPointError, naming trajectory and time, where a field is not finite.
+  check: (fields, ids, times) raises FloatingPointError, naming trajectory and time, where a field is no solution.
   """
 
   builder: builders.FieldsBuilder

@@ -23,6 +23,10 @@ from downscaling.common import symmetry
 
 RANK, SYMBOL = 1, "u"
 TERMS, WAVES = 30, (1, 2, 3)  # of the initial condition
+# √⟨u²⟩ that no snapshot exceeds: rigorous for the initial condition (terms of at most ½, all in phase); afterwards
+# measured, as proven bounds are larger by orders: 512 trajectories each to t = 95 of Fine and of Coarse with every flux
+# had at most 2.4 at t = 0 and 2.1 after.
+BOUND = TERMS / 2 / math.sqrt(2)
 
 
 def initial_condition(key: jax.Array, x: jax.Array, length: float) -> jax.Array:
@@ -85,6 +89,8 @@ class Fine:
   length: float = 64.0
   dt: float = 0.125
   stream: ClassVar[int] = 0
+  block: ClassVar[str] = "fine"
+  bound: ClassVar[float] = BOUND
 
   def __post_init__(self):
     _check_grid(self.points, self.length, self.dt)
@@ -205,6 +211,8 @@ class Coarse:
   points: int = 24
   integrator: str = "euler"
   stream: ClassVar[int] = 1
+  block: ClassVar[str] = "coarse"
+  bound: ClassVar[float] = BOUND
 
   def __post_init__(self):
     _check_grid(self.cells, self.length, self.dt)

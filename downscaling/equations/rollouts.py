@@ -19,10 +19,17 @@ class Solver(Protocol):
 
   stream: number of its random stream. Solvers of different worlds have different ones, so that equal ids give
     unrelated initial conditions: the worlds are unpaired.
+  block: of the config that its dt stands in, for messages. bound: no snapshot's rms is larger, or it is no solution.
   """
 
   dt: float
   stream: int
+  block: str
+
+  @property
+  def bound(self) -> float:
+    """See above; infinite where none is known."""
+    ...
 
   def start(self, key: jax.Array) -> jax.Array:
     """A random initial state u [*space]."""
@@ -140,4 +147,31 @@ def check_finite(u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) 
     f"trajectory {int(np.asarray(ids)[row])} is not finite at t = {float(np.asarray(times)[when]):g} (so ended "
     f"{int(bad.any(1).sum())} of {len(u)} in this block): the solver blew up. Set a smaller dt (--config.coarse.dt or "
     "--config.fine.dt, whichever was running)."
+  )
+
+
+def check(solver: Solver, u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) -> None:
+  """Raises FloatingPointError, naming trajectory and time, where u [T, S, *space] cannot be a solution.
+
+  That is where it is not finite, or where √⟨u²⟩ over a snapshot exceeds solver.bound: a run that is blowing up passes
+  through absurd values before it ends in NaN, and one of them may be the last that is kept.
+
+  Args: as of `check_finite`, and the solver that made u.
+  """
+  u = np.asarray(u)
+  flat = u.reshape(*u.shape[:2], -1)
+  with np.errstate(over="ignore", invalid="ignore"):  # a trajectory at a time: float64 of a whole block is large
+    size = np.sqrt([np.mean(np.square(x, dtype=np.float64), axis=1) for x in flat])  # [T, S]
+  bad = ~(size <= solver.bound)  # NaN is neither below nor above
+  if not bad.any():
+    return
+  when = int(bad.any(0).argmax())
+  row = int(bad[:, when].argmax())
+  if not np.isfinite(u[row, when]).all():
+    check_finite(u, ids, times)
+  raise FloatingPointError(
+    f"trajectory {int(np.asarray(ids)[row])} has an rms of {size[row, when]:.3g} at t = "
+    f"{float(np.asarray(times)[when]):g}, where no solution has more than {solver.bound:.3g} (so ended "
+    f"{int(bad.any(1).sum())} of {len(u)} in this block): the solver is blowing up. Set a smaller dt, e.g. "
+    f"--config.{solver.block}.dt={solver.dt / 2:g}"
   )

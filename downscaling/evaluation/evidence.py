@@ -49,8 +49,8 @@ class Evidence:
     mean_cost: of the solve, to print ε relative to it; threshold: marginal error at which it calls itself converged.
     loss: (steps, values).
     symbol, unit, length, length_unit: what axes say; length is the box size.
-    provenance: config_hash (str), versions, config, times (seconds by stage), sizes, seeds (dicts), machine (dict),
-      rows ({row: "held-out" or "in-sample"}), command, commit (str). All optional.
+    provenance: config_hash (str), versions, config, times (seconds by stage), cost (see costs.py), sizes, seeds,
+      machine (dicts), rows ({row: "held-out" or "in-sample"}), command, commit (str). All optional.
   """
 
   experiment: str
@@ -149,6 +149,7 @@ class Evidence:
       "command": given.get("command"),
       "commit": given.get("commit"),
       "seconds": dict(given.get("times", {})),
+      "cost": dict(given.get("cost", {})),
       "machine": dict(given.get("machine") or machine()),
       **({} if self.series is None else {"series": self.series.rows()}),
       "notes": (

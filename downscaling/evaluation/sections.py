@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from downscaling.evaluation import calibration, distances, figures, fronts, page, pictures, spectra, tables
+from downscaling.evaluation import calibration, costs, distances, figures, fronts, page, pictures, spectra, tables
 from downscaling.evaluation.canvas import label
 from downscaling.evaluation.evidence import Evidence
 from downscaling.evaluation.page import Panel, Section
@@ -15,7 +15,19 @@ POOLED = 100_000  # values in a one-point density
 def every(e: Evidence) -> list[Section]:
   """All sections in the order of the page."""
   return [
-    part(e) for part in (scores, spectrum, density, pictures.gallery, pictures.rows, covariance, fits, truth, run)
+    part(e)
+    for part in (
+      scores,
+      spectrum,
+      density,
+      pictures.gallery,
+      pictures.rows,
+      covariance,
+      fits,
+      truth,
+      costs.section,
+      run,
+    )
   ]
 
 

@@ -1,26 +1,30 @@
 """The `sample` job's core: a work list of (condition block × member block), drawn by all processes into one store.
 
-Units are dealt out one by one to whichever process asks next, and each draws and writes them on its own devices alone.
-The other way, every unit over the global mesh with each process writing its rows, would need all processes at every
-unit: one program that the slowest host paces, shards that depend on how many hosts there are, and a unit lost on all
-of them when one dies. Fields are independent of each other, so nothing would be won by it. As it is, processes agree
-at the start on what is missing, at the end that it is there, and when told to stop; hosts may be of different speed; a
-restart on any topology does exactly what is missing; and the numbers depend only on how many devices a process has, if
-the order of float32 sums does.
+One device draws one unit, always. Units are dealt out one by one to whichever process asks next, and each hands them to
+its own devices in turn and writes them. Processes agree at the start on what is missing, at the end that it is there,
+and when told to stop; hosts may be of different speed; a restart on any topology does exactly what is missing.
+
+Every device runs the same program, compiled for one device: the bits of a unit do not depend on how many there are, if
+they are of one kind. A unit split over devices would have float32 sums in another order on each number of them. One
+program over all devices of a process, a unit on each and no communication, would not do either: where there are several
+partitions, XLA simplifies a program before it partitions it, and then otherwise; fields of KS differ by 1e-6 from those
+of one device. The price is one compilation a device, and that a unit must fit a device. Nothing would be won by
+larger units: fields are independent of each other.
 
 Member m of condition c has the key fold_in(fold_in(key(seed), c), m): what it is depends on no device, unit or order.
 A sampler in which the members of a condition act on each other sees one block of unit[1] members of it at a time, the
 last one filled up with members beyond the ensemble: that block is what can be drawn again alone (`block`, `keys`).
-Host and device memory hold two units, however large the ensemble.
+Each device holds two units and the host two of each device, however large the ensemble.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +36,7 @@ from downscaling.common import mesh as meshes
 from downscaling.sampling import store
 from downscaling.sampling.store import Coordinates, Layout, Unit, read
 
-__all__ = ["Layout", "Unit", "block", "keys", "layout_of", "program", "read", "write_ensemble"]
+__all__ = ["Layout", "Unit", "block", "compiled", "keys", "layout_of", "program", "read", "write_ensemble"]
 
 Sampler = Callable[..., Any]  # (keys [B], conditions or None[, weights]) -> fields, or (fields, misfit [B])
 
@@ -49,7 +53,7 @@ def write_ensemble(
   space: tuple[int, ...],
   channels: int = 1,
   unit: tuple[int, int],
-  mesh: jax.sharding.Mesh,
+  devices: Sequence[jax.Device],
   seed: int,
   identity: Mapping,
   attrs: Mapping[str, str],
@@ -73,8 +77,8 @@ def write_ensemble(
     sampler: pure and jittable, (keys [B], conditions [B, *coarse, C] or None[, weights]) -> fields [B, *space, C] or
       (fields, misfit [B]). B = conditions × members of a unit, the members of a condition adjacent.
     space, channels: of a drawn field.
-    unit: conditions × members drawn in one call and written as one shard; B, their product, must divide over the mesh.
-    mesh: of this process's devices alone (mesh.local); B is split over it.
+    unit: conditions × members drawn by one device in one call and written as one shard.
+    devices: this process's; each draws units of its own.
     seed: of the whole ensemble.
     identity: what else the samples depend on (config blocks, checkpoint step): plain values.
     attrs: global attributes (title, config_hash, ...); Conventions, history and done_fraction are added.
@@ -95,7 +99,6 @@ def write_ensemble(
   """
   began, path = time.monotonic(), pathlib.Path(path)
   layout = _layout(conditions, members, space, channels, unit, frames)
-  meshes.check_divides(math.prod(layout.unit), mesh.size, "a unit (conditions × members)", "sampling.unit")
   ids = _ids(condition_ids, layout.conditions)
   layout = layout._replace(misfit=_has_misfit(sampler, layout, weights))
   about = {"sample": {"long_name": "sampled field"} | dict(sample_attrs or {}), "misfit": MISFIT}
@@ -114,13 +117,16 @@ def write_ensemble(
 
     found, lock = _agree(path, layout, prepare)
     if found.missing:
-      extra = () if weights is None else (jax.device_put(weights, meshes.replicated(mesh)),)
-      rows = math.prod(layout.unit)
-      inputs = lambda unit: (*meshes.to_global(mesh, block(layout, unit, ids, conditions), rows), *extra)
       with interruptible("compiling the sampler"):
-        compiled = program(sampler, mesh, seed, layout).lower(*inputs(found.missing[0])).compile()
-      draw = lambda unit: compiled(*inputs(unit))
-      drawn = _draw(store.Writer(path, layout), found, draw, stop, lock)
+        programs = compiled(sampler, seed, layout, weights, devices)
+      extra = [() if weights is None else (jax.device_put(weights, device),) for device in devices]
+
+      def draw(count, unit):
+        """Unit number `count` of this process, on the device whose turn it is."""
+        i = count % len(devices)
+        return programs[i](*jax.device_put(block(layout, unit, ids, conditions), devices[i]), *extra[i])
+
+      drawn = _draw(store.Writer(path, layout), found, draw, len(devices), stop, lock)
     drawn = sum(processes.gather("ensemble/drawn", drawn, processes.LONG))
     return _conclude(path, layout, total - len(found.missing), drawn, began)
 
@@ -215,39 +221,55 @@ def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
   return bool(misfit) and layout.coarse is not None
 
 
-def program(sampler: Sampler, mesh, seed: int, layout: Layout) -> Callable[..., dict[str, jax.Array]]:
-  """Jitted (condition ids, member ids, conditions[, weights]) -> {array of the store: values [B, ...]}, rows over mesh.
+def program(sampler: Sampler, seed: int, layout: Layout) -> Callable[..., dict[str, jax.Array]]:
+  """Jitted (condition ids [B], member ids [B], conditions[, weights]) -> {array of the store: values [B, ...]}."""
 
-  Where each device holds whole blocks of members it draws them alone, under shard_map: XLA's partitioner would gather
-  the batch before every FFT of a gain. Make unit[0] a multiple of the devices. Else the partitioner does what it can.
-  """
-  rows, everywhere = meshes.rows(mesh), meshes.replicated(mesh)
-
+  @jax.jit
   def draw(condition_ids, member_ids, y, *weights):
     made = sampler(keys(seed, condition_ids, member_ids), y, *weights)
     made = made if isinstance(made, tuple) else (made,)
     return {name: x.astype(np.float32) for name, x in zip(layout.drawn, made, strict=False)}  # no misfit to nothing
 
-  whole = layout.coarse is None or math.prod(layout.unit) // mesh.size % layout.unit[1] == 0
-
-  @functools.partial(jax.jit, out_shardings=rows)
-  def over_the_mesh(*inputs):
-    if not whole:
-      return draw(*inputs)
-    specs = (meshes.ROWS,) * 3 + (everywhere.spec,) * (len(inputs) - 3)
-    return jax.shard_map(draw, mesh=mesh, in_specs=specs, out_specs=meshes.ROWS, check_vma=False)(*inputs)
-
-  return over_the_mesh
+  return draw
 
 
-def _draw(writer: store.Writer, found: store.Found, draw, stop, lock: locks.Lock | None) -> int:
+def compiled(sampler: Sampler, seed: int, layout: Layout, weights, devices) -> tuple[jax.stages.Compiled, ...]:
+  """The program, compiled for each device alone. weights: arrays or their shapes, or None.
+
+  Kept for the next store of the same process: the sets of a job have one sampler, seed and unit.
+  """
+  leaves, form = jax.tree.flatten(weights)
+  kinds = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
+  return _compiled(sampler, seed, layout._replace(conditions=1, members=1), form, kinds, tuple(devices))
+
+
+@functools.lru_cache(maxsize=2)  # with conditions, and without
+def _compiled(sampler, seed, layout, form, kinds, devices):
+  draw, rows = program(sampler, seed, layout), math.prod(layout.unit)
+
+  def lower(device):
+    here = jax.sharding.SingleDeviceSharding(device)
+    array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+    y = None if layout.coarse is None else array((rows, *layout.coarse), jnp.float32)
+    weights = jax.tree.unflatten(form, [array(*kind) for kind in kinds])
+    extra = () if weights is None else (weights,)
+    return draw.lower(array((rows,), jnp.uint32), array((rows,), jnp.uint32), y, *extra)
+
+  first, *others = map(lower, devices)
+  first = first.compile()  # before the others, which find it in jax's cache on disk if there is one and they are GPUs
+  with concurrent.futures.ThreadPoolExecutor(max(1, len(others))) as pool:
+    return first, *pool.map(lambda lowered: lowered.compile(), others)
+
+
+def _draw(writer: store.Writer, found: store.Found, draw, devices: int, stop, lock: locks.Lock | None) -> int:
   """Draws units as long as there are any, and returns how many this process did.
 
-  Three things go on at a time: the device draws a unit, the one before is on its way to the host, and the files of the
-  one before that are written. What is slowest sets the pace.
+  Three things go on at a time: each device draws a unit, its one before is on its way to the host, and the files of the
+  one before that are written. What is slowest sets the pace. A device has its next unit before it has finished one.
   """
   path, total = writer.path, len(writer.layout.units())
-  take, before, count = processes.counter("ensemble"), total - len(found.missing), 0
+  ahead = 2 * devices - 1  # units under way on the devices while the host waits for the oldest
+  take, before, begun, count = processes.counter("ensemble"), total - len(found.missing), 0, 0
   drawing, writing = collections.deque(), collections.deque()
   said = time.monotonic()
 
@@ -269,12 +291,13 @@ def _draw(writer: store.Writer, found: store.Found, draw, stop, lock: locks.Lock
     try:
       while not (asked := stop()) and (turn := take()) < len(found.missing):
         unit = found.missing[turn]
-        arrays = draw(unit)
+        arrays = draw(begun, unit)
+        begun += 1
         for array in arrays.values():
           array.copy_to_host_async()
         drawing.append((unit, found.parts.get(turn), arrays))
-        settle(1, 1)
-        if (reached := before + turn - 1) > bar.done:  # by all processes, but for what is under way
+        settle(ahead, devices)
+        if (reached := before + turn - ahead) > bar.done:  # by all processes, but for what is under way
           bar.advance(reached - bar.done)
         if lock and time.monotonic() - said > _SAY_DONE_SECONDS:
           store.say_done(path, 1 - len(store.find(path, writer.layout).missing) / total)

@@ -4,14 +4,23 @@ Before the constraint is put in, D(x, σ) of a member in the wrong mode misses y
 
     χ² = rᵀA⁻¹r,  r = y′ − C′D(x, σ),   log w −= strength · max(χ²/s − dead_zone·d′, 0),   s = max(1, min χ²/d′)
 
-and when the effective size 1/Σw² of a condition's members falls to half of them, they are drawn anew in proportion
-to w (systematically) and all w are equal again; the noise of the step then parts the copies. d′: values of a coarse
-field. The dead zone spares members that are merely as uncertain as they should be. A Gaussian field, for which χ² has
-mean d′ and standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much open, states differ in
-how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence ZONE.
+for d′ ≤ 24 values of a coarse field; for more see below. When the effective size 1/Σw² of a condition's members falls
+to half of them, they are drawn anew in proportion to w (systematically) and all w are equal again; the noise of the
+step then parts the copies. The dead zone spares members that are merely as uncertain as they should be. A Gaussian
+field, for which χ² has mean d′ and standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much
+open, states differ in how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence ZONE.
 
 s is the misfit of a condition's best member. Where y′ lies outside what the prior knows, as debiased fields do a
 little, all members miss it, and without s they would become copies of one: docs/method.md has how much.
+
+With more coarse values χ²/d′ of right members crowds about 1, with standard deviation √(2/d′). What was measured at
+d′ = 24 is carried over in that unit, z = (χ²/d′ − 1)/√(2/d′): at any d′ > 24 too, log w falls by .87 for a unit of z
+beyond z = 6.9 (strength 1/8, dead zone 3), as
+
+    dead_zone(d′) = 1 + (dead_zone − 1) √(24/d′),   strength(d′) = strength √(24/d′)
+
+Taken as they stand at 32² = 1024 values, 3 and 1/8 would pass a member that is off by 45 standard deviations, and take
+5.7 from log w for each one beyond, at every step: no network's A is right to so many nats.
 
 Members of a condition now depend on each other, so a block of members is the unit that can be drawn again; the block
 draws its selection from the key of its first member, folded with the step.
@@ -24,13 +33,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+REFERENCE = 24  # coarse values, of KS, that strength and dead_zone are stated for; fewer are treated alike
 ZONE = 3.0  # dead zone in units of d′, measured on KS: smaller ones take members that are right (docs/method.md)
 _STREAM = 2**31 - 3  # apart from every step's noise and from the start's two draws
 
 
 @dataclasses.dataclass(frozen=True)
 class Resampling:
-  """members: M of a condition, adjacent rows of a batch. strength > 0; dead_zone >= 1, in units of d′.
+  """members: M of a condition, adjacent rows of a batch. strength > 0; dead_zone >= 1, in units of d′: for d′ ≤ 24.
 
   below: the noise level under which members are weighed; above it D is vague, and what is selected there is luck.
 
@@ -62,8 +72,9 @@ class Resampling:
     """Log weights after a step at level sigma, []. score: χ²/d′ [B]; values: d′."""
     score = score.reshape(log_weights.shape).astype(jnp.float32)
     score = score / jnp.maximum(score.min(axis=1, keepdims=True), 1)
-    excess = jnp.maximum(score - self.dead_zone, 0) * values
-    log_weights = log_weights - jnp.where(sigma < self.below, self.strength, 0) * excess
+    share = min(1.0, math.sqrt(REFERENCE / values))
+    excess = jnp.maximum(score - (1 + (self.dead_zone - 1) * share), 0) * values
+    log_weights = log_weights - jnp.where(sigma < self.below, self.strength * share, 0) * excess
     return log_weights - log_weights.max(axis=1, keepdims=True)
 
   def select(self, keys: jax.Array, step: jax.Array, log_weights: jax.Array, rows: Any) -> tuple[jax.Array, Any]:

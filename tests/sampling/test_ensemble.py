@@ -10,7 +10,6 @@ import tensorstore
 import xarray
 
 from downscaling.common import costs, runs
-from downscaling.common import mesh as meshes
 from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
 from downscaling.sampling import ensemble, gain, guidance, solvers, store
@@ -37,7 +36,7 @@ def sampler():
 
 def write(path, sampler, **kwargs):
   defaults = {
-    "conditions": CONDITIONS, "members": 6, "space": (24,), "unit": (2, 4), "mesh": meshes.make(), "seed": 1,
+    "conditions": CONDITIONS, "members": 6, "space": (24,), "unit": (2, 4), "devices": jax.devices()[:1], "seed": 1,
     "identity": {"sampling": {"steps": 4}}, "attrs": {"title": "test", "config_hash": "abc"}, "stop": never,
   }  # fmt: skip
   return ensemble.write_ensemble(path, sampler=sampler, **(defaults | kwargs))
@@ -57,8 +56,9 @@ def stop_after(polls):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, sampler):
+  """Drawn by four devices, where other tests use one: what they compare with it is compared across devices, too."""
   path = tmp_path_factory.mktemp("whole") / "a.zarr"
-  summary = write(path, sampler)
+  summary = write(path, sampler, devices=jax.devices())
   assert summary["units"] == summary["drawn"] == 6
   return path
 
@@ -184,12 +184,16 @@ def test_members_that_act_on_each_other_are_drawn_again_alone(tmp_path):
     assert np.isnan(data.misfit[2:]).all()
 
 
-def test_devices_do_not_talk(sampler):
-  """Where each holds whole conditions: XLA would gather the batch before every FFT of the gain."""
-  mesh, layout = meshes.make(), ensemble.Layout(8, 2, (24,), 1, (6, 1), (4, 2))
-  rows = lambda *shape, dtype=np.uint32: jax.ShapeDtypeStruct((8, *shape), dtype, sharding=meshes.rows(mesh))
-  inputs = rows(), rows(), rows(6, 1, dtype=np.float32)
-  assert costs.collectives(ensemble.program(sampler, mesh, 0, layout).lower(*inputs).compile()) == []
+def test_every_device_has_the_program_of_one(sampler):
+  """One partition, no collective, and the same text for each."""
+  layout = ensemble.Layout(5, 6, (24,), 1, (6, 1), (2, 4))
+  programs = ensemble.compiled(sampler, 1, layout, None, jax.devices())
+  assert len(programs) == 4
+  assert {p.input_shardings[0][0].device_set.copy().pop() for p in programs} == {*jax.devices()}
+  assert all(costs.collectives(p) == [] and "num_partitions" not in p.as_text() for p in programs)
+  assert len({p.as_text() for p in programs}) == 1
+  # Compiled once for the sets of a job, however large each is.
+  assert ensemble.compiled(sampler, 1, layout._replace(conditions=9), None, jax.devices()) is programs
 
 
 def test_shards_that_are_no_units_are_refused(tmp_path, sampler):
@@ -209,21 +213,39 @@ def test_shards_that_are_no_units_are_refused(tmp_path, sampler):
   }
 
 
-def test_one_device_draws_what_four_draw(tmp_path, whole, sampler):
-  write(tmp_path / "a.zarr", sampler, mesh=meshes.make(1))
-  # Same draws; only the order of float32 sums may differ. Keys by device, or by row, would differ by O(1).
-  np.testing.assert_allclose(samples(tmp_path / "a.zarr"), samples(whole), atol=2e-5)
+@pytest.mark.parametrize("devices", [1, 2, 3])
+def test_any_number_of_devices_draws_what_four_draw(tmp_path, whole, sampler, devices):
+  """Byte for byte. Of 6 units the four devices drew 2, 2, 1 and 1."""
+  write(tmp_path / "a.zarr", sampler, devices=jax.devices()[-devices:])
+  assert files(tmp_path / "a.zarr" / "sample") == files(whole / "sample")
+
+
+def test_more_devices_than_units(tmp_path, whole, sampler):
+  path = tmp_path / "a.zarr"
+  assert write(path, sampler, conditions=CONDITIONS[:3], members=4, devices=jax.devices())["drawn"] == 2
+  np.testing.assert_array_equal(samples(path), samples(whole)[:3, :4])
+
+
+def test_units_in_flight_are_finished_when_told_to_stop(tmp_path, whole, sampler):
+  """Five polls are four units on four devices and one more behind the first."""
+  path = tmp_path / "a.zarr"
+  with pytest.raises(runs.Interrupted, match="5 of 6 units"):
+    write(path, sampler, devices=jax.devices(), stop=stop_after(5))
+  assert write(path, sampler)["drawn"] == 1
+  np.testing.assert_array_equal(samples(path), samples(whole))
 
 
 @pytest.mark.parametrize("unit", [(1, 8), (3, 4), (4, 1)])
 def test_other_units_draw_the_same(tmp_path, whole, sampler, unit):
   write(tmp_path / "a.zarr", sampler, unit=unit)
-  np.testing.assert_allclose(samples(tmp_path / "a.zarr"), samples(whole), atol=2e-5)  # float32 rounding, as above
+  # Same draws by another program: the order of float32 sums. Keys by device, or by row, would differ by O(1).
+  np.testing.assert_allclose(samples(tmp_path / "a.zarr"), samples(whole), atol=2e-5)
 
 
 def test_a_condition_is_drawn_by_its_id(tmp_path, whole, sampler):
   path = tmp_path / "a.zarr"
   write(path, sampler, conditions=CONDITIONS[3:4], condition_ids=np.array([3]), members=2)
+  # Another row of its unit: vector instructions take the rows of a batch in groups, and the last ones singly.
   np.testing.assert_allclose(samples(path)[0], samples(whole)[3, :2], atol=2e-5)
   assert ensemble.read(path).condition.values.tolist() == [3]
 
@@ -314,7 +336,6 @@ def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
   ("change", "words"),
   [
     ({"members": 0}, "at least 1"),
-    ({"unit": (1, 2)}, "over 4 devices"),
     ({"conditions": np.where(np.arange(5)[:, None, None] == 3, np.nan, CONDITIONS)}, "1 of 5 conditions hold NaN"),
     ({"conditions": CONDITIONS[..., 0]}, r"\[conditions, \*coarse, channels\]"),
     ({"condition_ids": np.zeros(5, int)}, "5 different numbers"),

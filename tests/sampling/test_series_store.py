@@ -1,9 +1,9 @@
 """The ensemble store of series: an axis of time, stopped and resumed, grown; single fields as they were."""
 
+import jax
 import numpy as np
 import pytest
 
-from downscaling.common import mesh as meshes
 from downscaling.common import runs
 from downscaling.sampling import ensemble, solvers
 
@@ -20,7 +20,7 @@ def sampler(keys, y):
 
 def write(path, conditions=CONDITIONS, members=3, stop=lambda: False, **changes):
   settings = {
-    "space": (24,), "unit": UNIT, "mesh": meshes.make(), "seed": 1, "identity": {"sampling": {"steps": 4}},
+    "space": (24,), "unit": UNIT, "devices": jax.devices(), "seed": 1, "identity": {"sampling": {"steps": 4}},
     "attrs": {"title": "test"}, "frames": FRAMES, "sampler": sampler,
     "coordinates": {"time": (0.5 * np.arange(FRAMES), {"long_name": "time", "units": "1"})},
   }  # fmt: skip

@@ -11,7 +11,6 @@ import time
 import jax
 import numpy as np
 
-from downscaling.common import mesh as meshes
 from downscaling.common import processes, runs, supervision
 from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
@@ -31,11 +30,11 @@ def sampler(keys, y):
   return x, (x**2).sum((1, 2))
 
 
-def draw(path, conditions, members, stop):
+def draw(path, conditions, members, stop, devices=None):
   fields = np.random.default_rng(0).normal(size=(conditions, 6, 1)).astype(np.float32)
   return ensemble.write_ensemble(
     pathlib.Path(path), conditions=fields, members=members, sampler=sampler, space=(24,), unit=(4, 2),
-    mesh=meshes.local(meshes.make()), seed=1, identity={}, attrs={"title": "test"}, stop=stop,
+    devices=devices or jax.local_devices(), seed=1, identity={}, attrs={"title": "test"}, stop=stop,
   )  # fmt: skip
 
 
