@@ -26,6 +26,7 @@ from downscaling.common import symmetry
 from downscaling.debias import moments
 
 MOST = 400  # statistics of one grid; triads of short waves beyond are left out
+LOW = 6  # in 2-D, waves up to it along either axis have a spectrum of squares of their own each
 RIDGE = 1e-6  # of the largest eigenvalue of the Gram matrix in units of its diagonal
 LARGEST = 0.2  # rms displacement of one step over the field's
 CLOSE = 1e-9  # of a statistic: more is no rounding, and the group does not leave it alone
@@ -37,13 +38,15 @@ def statistics(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.A
   """φ of one row y [*space], by name, each [its count].
 
   energy: |ŷ_k|² by wave (1-D) or shell. triads, 1-D: Re and Im ŷ_j ŷ_k ŷ*_{j+k}, 1 ≤ k ≤ j, j + k < N/2.
-  transfer, with a quadratic term N: Re ŷ* N̂ by shell. squares: |(y²)ˆ_k|², by wave or shell; their sum is the mean
-  of y⁴. slopes: mean fourth power of the differences between neighbours.
+  transfer, with a quadratic term N: Re ŷ* N̂ by shell. squares: |(y²)ˆ_k|² by wave, in 2-D by |k_x| and |k_y| up to LOW,
+  as large eddies are not isotropic, and by shell beyond; their sum is the mean of y⁴. slopes: mean fourth power of the
+  differences between neighbours.
   """
   shell = moments.shells(space).ravel()
   weight = np.broadcast_to(moments.multiplicity(space), moments.shells(space).shape).ravel()
-  count = shell.max() + 1
-  by_shell = lambda values: jax.ops.segment_sum(values.ravel() * weight, shell, count)
+  bins = _squares(space)
+  total = lambda values, place: jax.ops.segment_sum(values.ravel() * weight, place, place.max() + 1)
+  by_shell = lambda values: total(values, shell)
   waves = lambda y: jnp.fft.rfftn(y) / math.prod(space)
   top = (space[0] - 1) // 2
   triads = sorted(((j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top), key=sum)
@@ -51,7 +54,7 @@ def statistics(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.A
 
   def of(y):
     z = waves(y)
-    found = {"energy": by_shell(jnp.abs(z) ** 2)[1:], "squares": by_shell(jnp.abs(waves(y**2)) ** 2)}
+    found = {"energy": by_shell(jnp.abs(z) ** 2)[1:], "squares": total(jnp.abs(waves(y**2)) ** 2, bins)}
     if len(space) == 1:
       triad = z[j] * z[k] * jnp.conj(z[j + k])
       found |= {"triads": jnp.concatenate([triad.real, triad.imag])}
@@ -62,6 +65,15 @@ def statistics(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.A
     return found | {"slopes": sum(slopes)[None]}
 
   return of
+
+
+def _squares(space: tuple[int, ...]) -> np.ndarray:
+  """Which value of `squares` every mode of rfftn counts in, [modes]: its shell, or one of (|k_x|, |k_y|) up to LOW."""
+  shell = moments.shells(space)
+  if len(space) == 2:
+    ky, kx = np.abs(np.fft.fftfreq(space[0], 1 / space[0])).astype(int)[:, None], np.arange(space[1] // 2 + 1)[None]
+    shell = np.where((ky <= LOW) & (kx <= LOW), shell.max() + 1 + ky * (LOW + 1) + kx, shell)
+  return np.unique(shell, return_inverse=True)[1].ravel()
 
 
 @functools.cache
