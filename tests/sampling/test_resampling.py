@@ -60,7 +60,7 @@ def test_implausible_members_go_and_the_others_stay():
   late = resampling.Resampling(members=4, strength=0.5, dead_zone=1.6, below=1.0)
   assert (np.asarray(late.weigh(late.start(8), score, values=6, sigma=1.0)) == 0).all()
   rows = {"x": jnp.arange(8.0), "y": jnp.arange(16.0).reshape(8, 2)}
-  # Two equal members of four are an effective size of two, half of them: due, whatever the third step adds.
+  # Two equal members of four are an effective size of two: due, whatever the third step adds.
   weights = among.weigh(weights, jnp.asarray([1.0, 1, 1.7, 1, 1, 1, 1, 1]), values=6, sigma=1.0)
   after, picked = jax.jit(lambda w, r: among.select(keys, 3, w, r))(weights, rows)
   assert set(np.asarray(picked["x"][:4]).tolist()) <= {0.0, 2.0}
