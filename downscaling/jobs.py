@@ -65,7 +65,8 @@ def train_job(ctx: Context) -> str:
     agree = functools.partial(processes.gather, "error table")
     prior = runs.config_hash(stage.identity)
     params = training.load_prior(stage.path, prior, network, held.shape[1:-1], held.shape[-1], ctx.mesh, agree)
-    table = errors.tabulate(network, params, held, build.error_levels(c), ctx.mesh, c.seed, ctx.stop)
+    few = held[:: max(1, len(held) // max(errors.rows(held.shape[1:]), ctx.mesh.size))]
+    table = errors.tabulate(network, params, few, build.error_levels(c), ctx.mesh, c.seed, ctx.stop)
     if meshes.is_main():
       errors.save(stage.path, table, prior)
     processes.barrier("error table")

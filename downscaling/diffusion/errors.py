@@ -24,6 +24,7 @@ from downscaling.common import runs
 FILE = "denoising_error.npz"  # beside the prior
 LEVELS = 44
 ROWS = 64  # fields a device takes at a time
+VALUES, FEWEST = 2**21, 32
 FLOOR = 1e-14  # of a level's largest mode: below float32's rounding, and above 0
 
 
@@ -32,6 +33,12 @@ class ErrorTable(NamedTuple):
 
   sigmas: np.ndarray
   errors: np.ndarray
+
+
+def rows(shape: tuple[int, ...]) -> int:
+  """Fields of that shape that a table needs: VALUES in all, but FEWEST; each has as many modes as values, and a gain
+  sums over many of them, so that larger fields may be fewer."""
+  return max(FEWEST, VALUES // int(np.prod(shape)))
 
 
 def levels(sigma_min: float, sigma_max: float) -> np.ndarray:
