@@ -62,8 +62,8 @@ def get_config(variant="cpu"):
     check_every=10,  # iterations between two looks at the marginals
     path="auto",  # dense | fused | ring: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints
-    # Of equivariant, letter by letter: see downscaling/debias/equivariant.py. An M is limited to small moves, so it takes
-    # several; each disturbs the covariance a little, which the G after it mends.
+    # Of equivariant, letter by letter: see downscaling/debias/equivariant.py. An M is limited to small moves: several
+    # are needed, and each disturbs the covariance a little, which the G after it mends.
     recipe=pick("GMQGMMGMG", "GMQGMMGMG", "GQG"),
     minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source
     held_out=pick(4096, 2048, 16),  # LFLR test snapshots that are debiased, in this order
