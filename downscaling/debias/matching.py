@@ -39,8 +39,9 @@ def statistics(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.A
 
   energy: |ŷ_k|² by wave (1-D) or shell. triads, 1-D: Re and Im ŷ_j ŷ_k ŷ*_{j+k}, 1 ≤ k ≤ j, j + k < N/2.
   transfer, with a quadratic term N: Re ŷ* N̂ by shell. squares: |(y²)ˆ_k|² by wave, in 2-D by |k_x| and |k_y| up to LOW,
-  as large eddies are not isotropic, and by shell beyond; their sum is the mean of y⁴. slopes: mean fourth power of the
-  differences between neighbours.
+  as large eddies are not isotropic, and by shell beyond; their sum is the mean of y⁴. pairs, 2-D: Re (y²)ˆ_k (y²)ˆ*_l
+  of k_x = l_x and k_y > l_y, all up to LOW, with the same of the mirrored k_x: of these a forcing along y leaves some
+  that are not 0. slopes: mean fourth power of the differences between neighbours.
   """
   shell = moments.shells(space).ravel()
   weight = np.broadcast_to(moments.multiplicity(space), moments.shells(space).shape).ravel()
@@ -50,6 +51,7 @@ def statistics(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.A
   waves = lambda y: jnp.fft.rfftn(y) / math.prod(space)
   top = (space[0] - 1) // 2
   triads = sorted(((j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top), key=sum)
+  above, below = np.tril_indices(2 * LOW + 1, -1)
   j, k = np.array(triads[: MOST // 2], int).reshape(-1, 2).T
 
   def of(y):
@@ -58,6 +60,10 @@ def statistics(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.A
     if len(space) == 1:
       triad = z[j] * z[k] * jnp.conj(z[j + k])
       found |= {"triads": jnp.concatenate([triad.real, triad.imag])}
+    if len(space) == 2:
+      low = waves(y**2)[np.arange(-LOW, LOW + 1)][:, : LOW + 1]
+      pair = lambda a: (a[above] * jnp.conj(a[below])).real
+      found |= {"pairs": (pair(low) + pair(low[::-1])).ravel()}
     if quadratic is not None:
       term = waves(moments.QUADRATIC[quadratic](y[None], jnp)[0])
       found |= {"transfer": by_shell((jnp.conj(z) * term).real)[1:]}
