@@ -55,13 +55,13 @@ def statistics(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.A
   j, k = np.array(triads[: MOST // 2], int).reshape(-1, 2).T
 
   def of(y):
-    z = waves(y)
-    found = {"energy": by_shell(jnp.abs(z) ** 2)[1:], "squares": total(jnp.abs(waves(y**2)) ** 2, bins)}
+    z, square = waves(y), waves(y**2)
+    found = {"energy": by_shell(jnp.abs(z) ** 2)[1:], "squares": total(jnp.abs(square) ** 2, bins)}
     if len(space) == 1:
       triad = z[j] * z[k] * jnp.conj(z[j + k])
       found |= {"triads": jnp.concatenate([triad.real, triad.imag])}
     if len(space) == 2:
-      low = waves(y**2)[np.arange(-LOW, LOW + 1)][:, : LOW + 1]
+      low = square[np.arange(-LOW, LOW + 1)][:, : LOW + 1]
       pair = lambda a: (a[above] * jnp.conj(a[below])).real
       found |= {"pairs": (pair(low) + pair(low[::-1])).ravel()}
     if quadratic is not None:
