@@ -5,7 +5,9 @@
 training: the compiled step of a config with a batch that lies on the devices; samples/s, model FLOP/s (products and
   convolutions, forward and backward) and their share of the chip's dense peak for the dtype, where that is known.
 sampling: a whole unit of conditional fields on each device, as the `sample` job draws it.
-Sinkhorn: iterations on Gaussian clouds; a pair is one exponential of an n × n kernel, two kernels an iteration.
+Sinkhorn: iterations on Gaussian clouds, by the path that `debias` would take; a pair is one of the n × n. And the
+  soft-min of one potential by geometry.log_sum_exp and by the kernel of pallas.py, where that lowers: their ratio says
+  whether the kernel pays.
 
 All over every local device. compile: seconds, without a cache. temp: the compiler's temporary memory of one device.
 A row that fails says why and the next one runs; when --limit seconds have passed, the rest is skipped. --out writes
@@ -28,7 +30,7 @@ from downscaling import build
 from downscaling.common import costs, runs
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
-from downscaling.debias import sinkhorn
+from downscaling.debias import geometry, pallas, sinkhorn
 from downscaling.diffusion import state as states
 from downscaling.diffusion import training
 from downscaling.sampling import ensemble
@@ -43,12 +45,14 @@ FULL = {
     ("kolmogorov", "8x", "bfloat16", 128),
   ],
   "sampling": [("ks", "full", "float32"), ("kolmogorov", "8x", "bfloat16")],
-  "Sinkhorn": [(16_384, 24), (131_072, 24), (16_384, 1024)],
+  "Sinkhorn": [(16_384, 24), (131_072, 24), (16_384, 1024), (1_048_576, 24), (196_608, 1024)],
+  "soft-min": [(131_072, 24), (131_072, 1024)],
 }
 SMALL = {
   "training": [("ks", "smoke", "float32", 16), ("kolmogorov", "smoke", "bfloat16", 16)],
   "sampling": [("ks", "smoke", "float32")],
   "Sinkhorn": [(2048, 24), (512, 1024)],
+  "soft-min": [(256, 24)],
 }
 
 
@@ -148,10 +152,25 @@ def sinkhorn_row(mesh, seconds, trace, n, d):
 
   first = solve(10)  # compiles
   each = (solve(30) - solve(10)) / 20  # the difference leaves out what is done once
-  return {"first_ten_seconds": first, "seconds_per_iteration": each, "pairs_per_second": 2 * n * n / each}
+  return {"first_ten_seconds": first, "seconds_per_iteration": each, "pairs_per_second": n * n / each}
 
 
-ROWS = {"training": training_row, "sampling": sampling_row, "Sinkhorn": sinkhorn_row}
+def soft_min_row(mesh, seconds, trace, n, d):
+  """On one device. A CPU runs the kernel's steps one by one, which says nothing about its speed, only that it runs."""
+  draw = np.random.default_rng(0).normal
+  x, y = (jax.device_put(draw(size=(n, d)).astype(np.float32), mesh.devices.flat[0]) for _ in range(2))
+  zero, backend = jnp.zeros(n), jax.default_backend()
+  scan = jax.jit(lambda e: geometry.log_sum_exp(x, y, zero, zero, e)[0])
+  kernel = jax.jit(lambda e: pallas.log_sum_exp(x, y, zero, zero, e, interpret=not pallas.supported(backend)))
+  epsilon = jnp.float32(0.3 * d)
+  apart = float(jnp.abs(scan(epsilon) - kernel(epsilon)).max())
+  if not apart < 1e-3:  # float32 sums of a few exponents of size 10
+    raise FloatingPointError(f"scan and kernel differ by {apart:.2g}")
+  by_scan, by_kernel = (repeated(lambda f=f: f(epsilon), seconds / 2) for f in (scan, kernel))
+  return {"seconds_by_scan": by_scan, "seconds_by_kernel": by_kernel, "pairs_per_second": n * n / by_scan}
+
+
+ROWS = {"training": training_row, "sampling": sampling_row, "Sinkhorn": sinkhorn_row, "soft-min": soft_min_row}
 UNITS = {
   "seconds_per_step": (1e3, "ms a step"),
   "samples_per_second": (1, "samples/s"),
@@ -159,6 +178,8 @@ UNITS = {
   "utilisation": (100, "% of peak"),
   "fields_per_second": (1, "fields/s"),
   "seconds_per_iteration": (1e3, "ms an iteration"),
+  "seconds_by_scan": (1e3, "ms by scan"),
+  "seconds_by_kernel": (1e3, "ms by Pallas"),
   "pairs_per_second": (1e-9, "G pairs/s"),
   "compile_seconds": (1, "s to compile"),
   "temporary_bytes": (1e-9, "GB temp"),

@@ -81,9 +81,9 @@ def _sinkhorn(c, ctx, name: str) -> list[str]:
   cloud, potential = _rows(ctx, n, d), _rows(ctx, n)
   chunk = iterations.make_chunk(iterations=c.debias.check_every, momentum=1.5, path=path, mesh=ctx.mesh)
   moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
-  products = _rows(ctx, n, n) if iterations.keeps_products(path, d, elements) else None
+  kept = _rows(ctx, n, n) if iterations.keeps_costs(path, d, elements) else None
   epsilon = jax.ShapeDtypeStruct((), jnp.float32)
-  program = chunk.lower(cloud, cloud, potential, potential, epsilon, moves, products).compile()
+  program = chunk.lower(cloud, cloud, potential, potential, epsilon, moves, kept).compile()
   memory = costs.memory(program)
   return [
     f"ε {c.debias.epsilon:g} of the mean cost, annealed; at most {c.debias.max_iterations} iterations to a marginal "
@@ -91,7 +91,7 @@ def _sinkhorn(c, ctx, name: str) -> list[str]:
     f"path {path}: {n * n * elements * (2 if path == 'ring' else 1) / ctx.mesh.size:.3g} pairs a device an iteration"
     + (", their exponentials once in " + f"{c.debias.check_every}" if path == "dense" else ""),
     f"memory a device: {_size(memory['arguments'])} clouds and potentials"
-    + (" and x·y" if products else "")
+    + (" and the costs" if kept else "")
     + f", {_size(memory['temporaries'])} temporary "
     f"(compiled; the whole plan would be {_size(4 * n * n)})",
     *_communication(program),

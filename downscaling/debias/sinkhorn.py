@@ -117,9 +117,9 @@ class _Run:
       None if group is None else tuple(map(jnp.asarray, (group.index.astype(np.int32), group.sign.astype(x.dtype))))
     )
     spread = lambda rows: meshes.to_global(mesh, rows[meshes.host_rows(mesh, len(rows))], len(rows))
-    self.x, self.y, self.products = spread(x), spread(y), None
-    if iterations.keeps_products(path, x.shape[1], 1 if group is None else len(group)):
-      self.products = iterations.make_products(mesh)(self.x, self.y)
+    self.x, self.y, self.costs = spread(x), spread(y), None
+    if iterations.keeps_costs(path, x.shape[1], 1 if group is None else len(group)):
+      self.costs = iterations.make_costs(mesh)(self.x, self.y)
     self.f, self.g = spread(np.zeros(len(x), x.dtype)), spread(np.zeros(len(y), y.dtype))
     self.history: dict[str, list] = {"iteration": [], "epsilon": [], "error": []}
     self.identity = _identity(x, y, ladder, check_every, momentum, group)
@@ -140,7 +140,12 @@ class _Run:
     done = len(self.history["error"])
     epsilon = self.ladder[min(done, len(self.ladder) - 1)]
     epsilon_there = jnp.asarray(epsilon, self.x.dtype)
-    f, g, error = self.chunk(self.x, self.y, self.f, self.g, epsilon_there, self.moves, self.products)
+    f = self.f
+    if done and (fall := self.ladder[min(done, len(self.ladder)) - 1] - epsilon):
+      # Where a plan is spread over all pairs its exponents are −log nm at any ε, so f + g − c falls as ε does. Left to
+      # the first iteration, that factor takes the scalings of `dense` out of their range when rows are many.
+      f = f + fall * math.log(len(self.x) * len(self.y))
+    f, g, error = self.chunk(self.x, self.y, f, self.g, epsilon_there, self.moves, self.costs)
     if not math.isfinite(error := float(error)):
       raise FloatingPointError(
         f"the potentials diverged after {self.last()}, at ε = {epsilon:.3g}: set momentum=1 (it is "

@@ -19,14 +19,14 @@ def clouds(n, m, d, seed=0, spread=1.3):
 
 
 def chunk(path, devices, x, y, f, g, epsilon, count, momentum, group=None):
-  """One chunk, on host arrays; path "products": dense, with the products kept."""
-  mesh, kept = meshes.make(devices), path == "products"
+  """One chunk, on host arrays; path "costs": dense, with the costs kept."""
+  mesh, kept = meshes.make(devices), path == "costs"
   path = "dense" if kept else path
   placed = [jax.device_put(a, meshes.rows(mesh)) for a in (x, y, f, g)]
   step = iterations.make_chunk(iterations=count, momentum=momentum, path=path, mesh=mesh)
   moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
-  products = iterations.make_products(mesh)(*placed[:2]) if kept else None
-  return [np.asarray(a) for a in step(*placed, jnp.float32(epsilon), moves, products)]
+  costs = iterations.make_costs(mesh)(*placed[:2]) if kept else None
+  return [np.asarray(a) for a in step(*placed, jnp.float32(epsilon), moves, costs)]
 
 
 def reference(x, y, f, g, epsilon, count, momentum):
@@ -51,7 +51,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("path", [*iterations.PATHS, "products"])
+@pytest.mark.parametrize("path", [*iterations.PATHS, "costs"])
 @pytest.mark.parametrize("devices", [1, 4])
 def test_three_iterations_equal_float64(path, devices):
   x, y = clouds(76, 52, 6)  # 19 rows a device: two tiles of 8 and a rest
@@ -153,11 +153,11 @@ def test_the_path_is_chosen_by_what_fits():
   assert iterations.choose(32768, 32768, 24, 64) == "dense"
   assert iterations.choose(32768, 32768, 24, 1) == "fused"
   assert iterations.choose(16384, 16384, 1024, 1) == "dense"  # a product of 1024 is dearer than what it is kept for
-  assert iterations.keeps_products("dense", 1024)
-  assert not iterations.keeps_products("dense", 1024, elements=512)  # one product an element would have to be kept
+  assert iterations.keeps_costs("dense", 1024)
+  assert not iterations.keeps_costs("dense", 1024, elements=512)  # one cost an element would have to be kept
 
 
-def test_a_wide_solve_keeps_its_products(monkeypatch):
+def test_a_wide_solve_keeps_its_costs(monkeypatch):
   x, y = clouds(48, 52, iterations.WIDE)
   wide = sinkhorn.fit(x, y, epsilon=0.05)
   monkeypatch.setattr(iterations, "WIDE", 1000)

@@ -146,6 +146,15 @@ def test_one_compilation_serves_the_ladder():
   assert chunk._cache_size() == 1
 
 
+def test_a_fall_of_epsilon_leaves_the_scalings_in_their_range(monkeypatch):
+  """Spread plans, a quarter of ε at a time: left to the scalings, a fall is (nm)³ = 10¹⁴, and to a power of 1.5."""
+  monkeypatch.setattr(iterations, "_fused", lambda x, y, f, g, *_, **__: (f, g, jnp.float32(jnp.nan)))
+  iterations.make_chunk.cache_clear()
+  x, y = normal(256, 256, 16), normal(256, 256, 17, 1.3)
+  assert sinkhorn.fit(x, y, epsilon=0.01, anneal=(64.0, 0.25), path="dense").converged  # no chunk was done again
+  iterations.make_chunk.cache_clear()
+
+
 def saved(folder, keep=3):
   return checkpoints_lib.Checkpoints(folder, "hash", keep=keep)
 
