@@ -85,11 +85,11 @@ def repeated(call, seconds):
 
 def training_row(mesh, seconds, trace, name, variant, dtype, batch):
   c = config_of(name, variant, **{"model.dtype": dtype, "train.batch": batch})
-  _, network = network_of(c)
+  stats, network = network_of(c)
   start, target, specs = states.make(mesh, build.initial_state(c, network, 1), jax.random.key(0), jax.random.key(1))
   example = jax.ShapeDtypeStruct((batch, *build.space(c), 1), jnp.float32, sharding=meshes.rows(mesh))
   began = time.perf_counter()
-  program, flops = training.compiled(build.update(c, network, mesh, specs.params), target, {"x": example})
+  program, flops = training.compiled(build.update(c, stats, network, mesh, specs.params), target, {"x": example})
   row = {"compile_seconds": time.perf_counter() - began, "temporary_bytes": costs.memory(program)["temporaries"]}
   state = start(jax.random.key(0), jax.random.key(1))
   draw = jax.jit(lambda key: jax.random.normal(key, example.shape), out_shardings=example.sharding)

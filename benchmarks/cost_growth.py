@@ -113,11 +113,11 @@ def network(c) -> tuple:
 
 def train_step(c, seconds: float | None) -> Cost:
   """One training step at the config's batch."""
-  _, net, mesh = network(c)
+  stats, net, mesh = network(c)
   keys = jax.random.key(0), jax.random.key(1)
   start, target, specs = states.make(mesh, build.initial_state(c, net, 1), *keys)
   x = jax.ShapeDtypeStruct((c.train.batch, *build.space(c), 1), jnp.float32, sharding=meshes.rows(mesh))
-  program, flops = training.compiled(build.update(c, net, mesh, specs.params), target, {"x": x})
+  program, flops = training.compiled(build.update(c, stats, net, mesh, specs.params), target, {"x": x})
   a_step = None
   if seconds:
     held_state = [start(*keys)]

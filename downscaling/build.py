@@ -172,8 +172,22 @@ def keep(config) -> checkpoints.Keep:
 WATCHED = ("unconditional/melr_weighted", "unconditional/melr_energy")
 
 
-def update(config, network, mesh: jax.sharding.Mesh, specs) -> Callable:
-  """The training step of the config: (state, batch) -> (state, logs)."""
+def augmentation(config, stats: statistics.Statistics) -> steps.Symmetry | None:
+  """The fine equation's symmetries on normalised fields [*space, C]; None where config.train.augment is off."""
+  if not config.train.augment:
+    return None
+  solver, many = equation(config, "hfhr"), stats.repeated(config.grid.frames)
+  # A sign is one of u, not of u less its sampled mean.
+  offset = np.asarray(many.mean / many.std, np.float32).reshape(*(1,) * len(space(config)), -1)
+
+  def move(x, element):
+    return jnp.moveaxis(solver.move(jnp.moveaxis(x + offset, -1, 0), element), 0, -1) - offset
+
+  return steps.Symmetry(solver.symmetries, move)
+
+
+def update(config, stats: statistics.Statistics, network, mesh: jax.sharding.Mesh, specs) -> Callable:
+  """The training step of the config: (state, batch) -> (state, logs). stats: of single frames."""
   door.batch(config, mesh)
   return steps.make_train_step(
     network,
@@ -185,6 +199,7 @@ def update(config, network, mesh: jax.sharding.Mesh, specs) -> Callable:
     rate=learning_rate(config),
     log_every=config.plan.log_every,
     microbatches=config.memory.microbatches,
+    symmetry=augmentation(config, stats),
   )
 
 
@@ -311,8 +326,7 @@ def coordinates(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
 
 def group(config) -> symmetry.Group:
   """The equation's symmetry group on the coarse grid."""
-  room, points = physics(config), operator(config).coarse[0]
-  return room.group(points, equation(config, "lflr").wave) if room is kolmogorov else room.group(points)
+  return equation(config, "lflr").group()
 
 
 # ---------------------------------------------------------------- the door
@@ -340,6 +354,12 @@ def _check_blocks(config) -> None:
   op, points, plan = operator(config), space(config), series.plan(config)
   for which in ("hfhr", "lflr"):
     rollouts.step_counts(equation(config, which).dt, config.data.burn_in, config.data.spacing)
+  waves = [getattr(equation(config, which), "wave", None) for which in ("hfhr", "lflr")]
+  if waves[0] != waves[1]:
+    raise ValueError(
+      f"config.fine.wave={waves[0]} and config.coarse.wave={waves[1]}: the maps between the two worlds keep the "
+      "symmetries that both have, so they must be forced alike. Set both to the same wave."
+    )
   door.debiasing(config, debias_setting(config))
   optimizer(config)
   ema_decays(config)

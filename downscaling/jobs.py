@@ -94,7 +94,7 @@ def _train(ctx: Context, stage: runs.Stage, stats: statistics.Statistics, networ
     stage.path,
     runs.config_hash(stage.identity),
     initialise=build.initial_state(c, network, held.shape[-1]),
-    make_update=lambda specs: build.update(c, network, ctx.mesh, specs),
+    make_update=lambda specs: build.update(c, stats, network, ctx.mesh, specs),
     make_validation=validation,
     batches=pipeline.Batches(source, many, c.train.batch, c.seed),
     shape=held.shape[1:],

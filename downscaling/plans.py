@@ -20,6 +20,9 @@ from downscaling.diffusion import state as states
 from downscaling.diffusion import training
 from downscaling.sampling import ensemble
 
+SHARES = (0.4, 0.1)  # of a chip's peak that a net may reach: large convolutions alone; much that is bound by memory
+STAND_IN = "NVIDIA H200"  # whose hours are given where the devices here have no known peak
+
 
 def describe(name: str, ctx) -> str:
   """The plan of a job, several lines."""
@@ -43,13 +46,14 @@ def _generate(c, ctx) -> list[str]:
     shape = plan.builder.info.features["u"].shape
     count = sum(plan.trajectories.values())
     dt = c.fine.dt if which == "hfhr" else c.coarse.dt
-    steps = round(plan.times[-1] / dt)
+    steps, dtype = round(plan.times[-1] / dt), getattr(build.equation(c, which), "dtype", "float64")
     rows = count * len(plan.times)
     disk += rows * (math.prod(shape) * 4 + 24)
     shards = len(plan.shards())
     lines.append(
       f"{which}: {dict(plan.trajectories)} trajectories of {steps} steps, {len(plan.times)} snapshots each, "
-      f"{rows} fields {shape} float32 in {shards} shards; float64, {-(-plan.shard // ctx.mesh.size)} a device at a time"
+      f"{rows} fields {shape} float32 in {shards} shards; computed in {dtype}, "
+      f"{-(-plan.shard // ctx.mesh.size)} a device at a time"
     )
   return [*lines, f"disk: {_size(disk)} in {stages.data_dir(c, ctx.workdir)}"]
 
@@ -119,9 +123,10 @@ def _rows(ctx, *shape):
 
 
 def _train(c, ctx) -> list[str]:
-  network = build.denoising_network(c, _statistics(c, ctx))
+  stats = _statistics(c, ctx)
+  network = build.denoising_network(c, stats)
   state, specs = _abstract_state(c, ctx, network)
-  update = build.update(c, network, ctx.mesh, specs.params)
+  update = build.update(c, stats, network, ctx.mesh, specs.params)
   batch = {"x": _rows(ctx, c.train.batch, *build.space(c), c.grid.frames)}
   began = time.monotonic()
   program, flops = training.compiled(update, state, batch)
@@ -133,10 +138,22 @@ def _train(c, ctx) -> list[str]:
     f"{states.count(state.params):,} parameters; {c.train.total_steps} steps of batch {c.train.batch} "
     f"({per} a device, in {c.memory.microbatches} part(s)) = {c.train.total_steps * c.train.batch:,} samples",
     f"compiled in {seconds:.0f} s; {flops / 1e9:.4g} GFLOP a step, {flops / 1e9 / ctx.mesh.size:.4g} a device",
+    _hours(flops * c.train.total_steps, c, ctx),
     f"memory a device: {_size(held)} state, {_size(memory['temporaries'])} temporary (compiled)",
     *_communication(program),
     f"disk: checkpoints of {_size(size)}, saved every {c.plan.save_every} steps, the last {c.keep.last} stay",
   ]
+
+
+def _hours(flops: float, c, ctx) -> str:
+  """What so many FLOPs in the dtype of the network take."""
+  kind = ctx.mesh.devices.flat[0].device_kind
+  known = costs.peak_flops(kind, c.model.dtype)
+  peak = known * ctx.mesh.size if known else costs.peak_flops(STAND_IN, c.model.dtype)
+  hours = [flops / (share * peak) / 3600 for share in SHARES]
+  few, many = (f"{h:.2g} h" if hours[1] >= 1 else f"{60 * h:.2g} min" for h in hours)
+  on = f"{ctx.mesh.size} × {kind}" if known else f"one {STAND_IN}"
+  return f"{few} to {many} on {on}: {SHARES[0]:.0%} to {SHARES[1]:.0%} of its peak, which is an assumption"
 
 
 def _communication(program) -> list[str]:
@@ -165,13 +182,13 @@ def _bytes(tree) -> int:
 def _sample(c, ctx) -> list[str]:
   s, mine = c.sampling, meshes.local(ctx.mesh)
   rows, (k, m) = math.prod(s.unit), s.unit
-  program, params = _sampling_program(c, ctx, mine.devices.flat[0])
+  program, params, flops = _sampling_program(c, ctx, mine.devices.flat[0])
   field, plan = math.prod(build.space(c)) * 4 * s.series.frames, series.plan(c)
   conditional = sum(source is not None for source in build.SOURCES.values())
   fields = conditional * s.conditions * s.members + s.unconditional.fields
   of_a_set, free = -(-s.conditions // k) * -(-s.members // m), -(-s.unconditional.fields // rows)
   units = conditional * of_a_set + free
-  memory = costs.memory(program)
+  memory, work = costs.memory(program), conditional * of_a_set * flops[0] + free * flops[1]
   once = memory["temporaries"] + memory["arguments"] - params + 2 * memory["outputs"]  # of a unit, on a device
   limit, whose = _device_memory(mine)
   most = int(max(0.9 * limit - params, 0) / (once / rows) / m)  # a tenth for what XLA itself needs
@@ -183,6 +200,7 @@ def _sample(c, ctx) -> list[str]:
     f"{s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
     f"{units} units of {k} conditions × {m} members, {-(-units // jax.process_count())} a process, one a device at a "
     f"time{advice}",
+    _hours(work, c, ctx),
     f"memory a device: {_size(memory['temporaries'])} temporary (compiled), {_size(params)} parameters, "
     f"{_size(2 * memory['outputs'])} fields of two units",
     f"there is room for about {most} conditions × {m} members in a unit: {_size(limit)} {whose}",
@@ -191,7 +209,8 @@ def _sample(c, ctx) -> list[str]:
 
 
 def _sampling_program(c, ctx, device):
-  """The compiled program that draws a unit of conditions on one device, and bytes of its parameters."""
+  """The compiled program that draws a unit of conditions on one device, bytes of its parameters, and FLOPs of a unit
+  with conditions and without."""
   s, stats = c.sampling, _statistics(c, ctx)
   network = build.denoising_network(c, stats)
   state, _ = _abstract_state(c, ctx, network)
@@ -199,7 +218,10 @@ def _sampling_program(c, ctx, device):
   sampler, coarse = build.sampler(c, stats, network, build.stand_in_table(c)), (*time, *build.operator(c).coarse, 1)
   sizes = {"conditions": s.conditions, "members": s.members, "unit": tuple(s.unit), "frames": frames}
   layout = ensemble.layout_of(sampler, state.params, space=build.space(c), coarse=coarse, **sizes)
-  return ensemble.compiled(sampler, c.seed, layout, state.params, [device])[0], _bytes(state.params)
+  program = ensemble.compiled(sampler, c.seed, layout, state.params, [device])[0]
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), math.prod(s.unit)))
+  given = jax.ShapeDtypeStruct((len(keys), *coarse), jnp.float32)
+  return program, _bytes(state.params), [costs.flops(sampler, keys, y, state.params) for y in (given, None)]
 
 
 def _device_memory(mesh) -> tuple[int, str]:

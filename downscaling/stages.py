@@ -31,6 +31,8 @@ def identity(config, stage: str) -> dict[str, Any]:
     sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members")}
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
     blocks["sampling"] = sampling | {"unconditional": few}
+  if "train" in blocks and not blocks["train"]["augment"]:  # work folders that are older than this key stay valid
+    blocks["train"] = {k: v for k, v in blocks["train"].items() if k != "augment"}
   if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
     blocks["debias"] = {k: v for k, v in blocks["debias"].items() if k not in ("path", "save_seconds")}
   return series.settled(blocks, config, stage)

@@ -77,6 +77,12 @@ def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_
   assert done.returncode == 0, done.stderr
   text = done.stdout + done.stderr
   assert "mesh {'data': 32, 'fsdp': 8}" in text
+  work, steps = (float(re.search(p, text)[1]) for p in (r"([\d.]+) GFLOP a step", r"(\d+) steps of batch"))
+  low, high = map(float, re.search(r"([\d.]+) h to ([\d.]+) h on", text).groups())
+  # on one H200, whose dense peak in bfloat16 is 989 TFLOP/s; two digits are printed
+  assert low == pytest.approx(work * 1e9 * steps / 0.4 / 989e12 / 3600, rel=0.05)
+  assert high == pytest.approx(4 * low, rel=0.05)
+  assert "on one NVIDIA H200: 40% to 10% of its peak, which is an assumption" in text
   parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))
   held = float(re.search(r"memory a device: ([\d.]+) MB state", text)[1])
   gathered = float(re.search(r"all-gather among 8 devices, ([\d.]+) MB", text)[1])

@@ -9,7 +9,7 @@ the gradients over the rest.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,6 +82,20 @@ def make_gradient(denoiser: nn.Module, mesh: jax.sharding.Mesh, specs: Any, micr
   )
 
 
+class Symmetry(NamedTuple):
+  """A finite group that leaves the law of the fields alone: move(x [*space, C], element 0 … count − 1) -> g·x."""
+
+  count: int
+  move: Callable
+
+
+def _anywhere(symmetry: Symmetry, mesh: jax.sharding.Mesh) -> Callable:
+  """(key, x [B, *space, C]) -> every row moved by an element of its own; each device moves its own rows."""
+  rows = (meshes.ROWS, meshes.ROWS)
+  move = jax.shard_map(jax.vmap(symmetry.move), mesh=mesh, in_specs=rows, out_specs=meshes.ROWS, check_vma=False)
+  return lambda key, x: move(x, jax.random.randint(key, (len(x),), 0, symmetry.count))
+
+
 def make_train_step(
   denoiser: nn.Module,
   tx: optax.GradientTransformation,
@@ -93,6 +107,7 @@ def make_train_step(
   rate: optax.Schedule = lambda step: jnp.nan,
   log_every: int = 1,
   microbatches: int = 1,
+  symmetry: Symmetry | None = None,
 ) -> Callable[[states.TrainState, Mapping[str, jax.Array]], tuple[states.TrainState, dict[str, jax.Array]]]:
   """Pure (state, {"x": [B, *space, C]}) -> (state, scalar logs); jit it with the state's shardings.
 
@@ -103,13 +118,17 @@ def make_train_step(
     rate: learning rate by step, for the logs.
     log_every: the logs are means since the last step that it divides.
     microbatches: see make_gradient.
+    symmetry: every row is moved by a random element of it, drawn anew in each step.
   """
+  moved = symmetry and _anywhere(symmetry, mesh)
   gradient = make_gradient(denoiser, mesh, specs, microbatches)
   rows = meshes.rows(mesh)
 
   def train_step(state, batch):
     x = jax.lax.with_sharding_constraint(batch["x"], rows)
-    level_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    key = jax.random.fold_in(state.key, state.step)
+    level_key, noise_key = jax.random.split(key)
+    x = moved(jax.random.fold_in(key, 2), x) if moved else x
     noise = jax.lax.with_sharding_constraint(jax.random.normal(noise_key, x.shape, x.dtype), rows)
     loss, grads = gradient(state.params, x, draw_sigma(level_key, x.shape[0]), noise)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)

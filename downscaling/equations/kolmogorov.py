@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.common import symmetry
+from downscaling.equations import flow_symmetry
+from downscaling.equations.flow_symmetry import group, move
 from downscaling.equations.ks import van_leer
 
 RANK, SYMBOL, LENGTH = 2, "ω", 2 * math.pi
@@ -72,56 +74,6 @@ def _resample(field: jax.Array, points: int) -> jax.Array:
   gap = jnp.zeros((points - 2 * kept + 1, kept), hat.dtype)
   hat = jnp.pad(jnp.concatenate([rows[0], gap, rows[1]]), ((0, 0), (0, points // 2 + 1 - kept)))
   return jnp.fft.irfft2(hat, s=(points, points)) * np.asarray((points / n) ** 2, field.dtype)
-
-
-# ---------------------------------------------------------------- symmetry
-
-
-def _check_glide(points: int, wave: int, what: str) -> None:
-  if points % (2 * wave):
-    fits = -(-max(points, 1) // (2 * wave)) * 2 * wave
-    raise ValueError(
-      f"A grid of {points} points does not keep the symmetry of a forcing sin {wave}y: its glide moves y by a "
-      f"{2 * wave}th of the box. Use a multiple of {2 * wave} points, e.g. {fits} ({what})."
-    )
-
-
-def _sources(points: int, element, wave: int, xp):
-  """Row [n] and column [n] each value comes from, and its sign, for one element of `group`."""
-  _check_glide(points, wave, "of the coarse fields config.grid.points over config.grid.factor")
-  shift, glide, turn = element % points, element // points % (2 * wave), element // (2 * wave * points)
-  i, sign, way = xp.arange(points), 1 - 2 * (glide % 2), 1 - 2 * turn
-  return (way * i + glide * (points // (2 * wave))) % points, (sign * way * (i + shift)) % points, sign
-
-
-def move(vorticity: jax.Array, element: int | jax.Array, wave: int = 4) -> jax.Array:
-  """g·ω for one element of `group`, by index, on a grid of any multiple of 2·wave points; ω is [..., n, n].
-
-  It needs no table, so it serves augmentation at 256². The element may be traced.
-  """
-  rows, columns, sign = _sources(vorticity.shape[-1], element, wave, jnp)
-  moved = jnp.take(jnp.take(vorticity, rows, axis=-2), columns, axis=-1)
-  return jnp.asarray(sign, vorticity.dtype) * moved
-
-
-def group(points: int = 32, wave: int = 4) -> symmetry.Group:
-  """The flow's symmetries that a grid of points² keeps, on fields flattened row by row; 4·wave·points elements:
-
-      shifts           (x, y) -> (x + s h, y)          h = 2π/points, s = 0 ... points − 1
-      shift-reflects   (x, y) -> (−x, y + π/wave)      ω -> −ω; 2·wave times is the identity
-      half turn        (x, y) -> (−x, −y)
-
-  Element (turn·2·wave + glide)·points + shift is (g·ω)[j, i] = ± ω[±j + glide·points/(2·wave), ±(i + shift)]. The
-  identity comes first. All conserve the forcing sin(wave·y). At 32² the table has 512 elements, 4 MB; for larger grids
-  see `move`.
-  Raises: ValueError unless 2·wave divides points.
-  """
-  size = 4 * wave * points
-  index, signs = np.empty((size, points**2), np.int64), np.empty(size)
-  for element in range(size):
-    rows, columns, signs[element] = _sources(points, element, wave, np)
-    index[element] = (rows[:, None] * points + columns[None]).ravel()
-  return symmetry.Group(index, signs)
 
 
 # ---------------------------------------------------------------- checks at the door
@@ -230,6 +182,15 @@ class Fine:
     """All of ω [N, N]."""
     return vorticity
 
+  @property
+  def symmetries(self) -> int:
+    """Elements of `group` on this grid."""
+    return 4 * self.wave * self.points
+
+  def move(self, vorticity: jax.Array, element: jax.Array) -> jax.Array:
+    """One of them, by index, on ω [..., N, N]."""
+    return move(vorticity, element, self.wave)
+
   def _tendency(self, keep, decay):
     """w -> dt/6 · (ω̂_t of advection and forcing at ω̂ = decay·w), [N, N/2 + 1].
 
@@ -302,7 +263,7 @@ class Coarse:
     _check("coarse", self.cells, self.wave, self.dt, stable, self.dtype, constants)
     if self.integrator not in ("euler", "heun"):
       raise ValueError(f"config.coarse.integrator={self.integrator!r} is unknown; known: 'euler', 'heun'.")
-    _check_glide(self.cells, self.wave, "config.coarse.cells")
+    flow_symmetry.check_glide(self.cells, self.wave, "config.coarse.cells")
     if not 2 <= self.points <= self.cells or self.points % 2:
       raise ValueError(
         f"{self.cells}² cells cannot give {self.points}² points: need an even number of points, no more than cells. "
@@ -372,6 +333,10 @@ class Coarse:
       return _resample(vorticity, self.points)
     every = self.cells // self.points
     return vorticity[::every, ::every]
+
+  def group(self) -> symmetry.Group:
+    """The symmetries that the output's grid keeps."""
+    return group(self.points, self.wave)
 
   def _poisson(self, source: jax.Array) -> jax.Array:
     """The solution of mean zero of Δ_h p = source − mean, Δ_h the five-point Laplacian; [n, n]."""

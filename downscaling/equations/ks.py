@@ -56,6 +56,13 @@ def group(points: int = 24) -> symmetry.Group:
   return symmetry.Group(np.concatenate([(i + s) % points, (s - i) % points]), np.repeat([1.0, -1.0], points))
 
 
+def move(u: jax.Array, element: int | jax.Array) -> jax.Array:
+  """g·u for one element of `group`, by index, without its table; u is [..., points], the element may be traced."""
+  points = u.shape[-1]
+  way = 1 - 2 * (element // points)
+  return way * jnp.take(u, (way * jnp.arange(points) + element) % points, axis=-1)
+
+
 def _need_float64() -> None:
   if not jax.config.jax_enable_x64:
     raise ValueError(
@@ -121,6 +128,15 @@ class Fine:
   def output(self, u: jax.Array) -> jax.Array:
     """All of u [N]."""
     return u
+
+  @property
+  def symmetries(self) -> int:
+    """Elements of `group` on this grid."""
+    return 2 * self.points
+
+  def move(self, u: jax.Array, element: jax.Array) -> jax.Array:
+    """One of them, by index, on u [..., N]."""
+    return move(u, element)
 
 
 # ---------------------------------------------------------------- fluxes of ½u²: cell values [n] -> faces i + ½, [n]
@@ -259,6 +275,10 @@ class Coarse:
   def output(self, u: jax.Array) -> jax.Array:
     """Every (cells/points)-th cell, [points]; no averaging, as C′ has none."""
     return u[:: self.cells // self.points]
+
+  def group(self) -> symmetry.Group:
+    """The symmetries that the output's grid keeps."""
+    return group(self.points)
 
   def _solve(self, v: jax.Array, dt: float) -> jax.Array:
     """(1 − dt λ)⁻¹ v."""

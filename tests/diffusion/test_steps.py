@@ -107,6 +107,29 @@ def test_every_way_of_cutting_a_step_up_gives_the_same(kwargs):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * norm), whole, cut)
 
 
+def _shift(x, element):
+  return jnp.roll(x, -element, 0)
+
+
+def test_symmetries_are_drawn_anew_and_send_nothing():
+  """The same losses on one device and on four, other ones than without; what is sent stays one reduction."""
+  one, four = (_two_steps(meshes.make(d), symmetry=steps.Symmetry(N, _shift)) for d in (1, 4))
+  np.testing.assert_allclose(one[0], four[0], rtol=1e-5)  # sums of 16 rows in another order
+  assert all(abs(a - b) > 1e-4 for a, b in zip(one[0], _two_steps(meshes.make(1))[0], strict=True))
+  _, program = _compiled(meshes.make(4), symmetry=steps.Symmetry(N, _shift))
+  assert {c.kind for c in costs.collectives(program)} == {"all-reduce"}
+
+
+def test_every_row_is_moved_by_an_element_of_its_own():
+  x = _fields()
+  moved = np.asarray(steps._anywhere(steps.Symmetry(N, _shift), meshes.make(4))(jax.random.key(3), x))
+  images = np.stack([np.roll(x, -e, 1) for e in range(N)])
+  found = [int(np.flatnonzero((images[:, i] == moved[i]).all((1, 2)))[0]) for i in range(B)]
+  assert (
+    len(set(found)) > B // 2
+  )  # of 32 elements, 16 draws: 12.7 different ones are expected, 9 are four deviations off
+
+
 def test_microbatches_hold_less():
   """The temporaries of a step: the activations of a quarter of the rows, and one more gradient; measured .63 here."""
   mesh = meshes.make(1)

@@ -1,0 +1,56 @@
+"""Training fields moved by symmetries of the equation: what is moved, and how a config asks for it."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from downscaling import build, stages
+from downscaling.common import mesh as meshes
+from downscaling.common import runs
+from downscaling.datasets import statistics
+from downscaling.equations import kolmogorov, ks
+
+
+def smoke(name):
+  scope = {}
+  exec((pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text(), scope)  # as config_flags does
+  return scope["get_config"]("smoke")
+
+
+@pytest.mark.parametrize("room", [ks, kolmogorov], ids=["ks", "kolmogorov"])
+def test_moves_are_the_group_of_the_fine_grid(room):
+  solver = room.Fine(points=32, dt=0.02)
+  group, u = room.group(32), np.random.default_rng(0).normal(size=(2, *(32,) * room.RANK)).astype(np.float32)
+  assert solver.symmetries == len(group)
+  for element in (0, 1, 31, 32, 40, len(group) - 1):
+    np.testing.assert_array_equal(solver.move(u, element), group.act(element, u.reshape(2, -1)).reshape(u.shape))
+
+
+def test_fields_are_moved_before_they_are_normalised():
+  """A sampled mean is not 0, and a sign that acts on what is left of it would be no symmetry."""
+  c = smoke("ks")
+  c.train.augment = True
+  rng = np.random.default_rng(1)
+  u = rng.normal(0.3, 2.0, (192, 1)).astype(np.float32)
+  stats = statistics.Statistics(np.full(1, 0.3, np.float32), np.full(1, 2.0, np.float32), np.ones((192, 1), np.float32))
+  count, move = build.augmentation(c, stats)
+  assert count == 384
+  for element in (5, 192 + 7):
+    want = stats.normalise(np.asarray(ks.move(u[:, 0], element))[:, None])
+    np.testing.assert_allclose(move(stats.normalise(u), element), want, atol=1e-6)  # of values up to 4, rounded thrice
+
+
+def test_augmented_priors_are_other_priors_and_plain_ones_stay_what_they_were():
+  c = smoke("ks")
+  plain = stages.identity(c, "train")
+  assert "augment" not in plain["train"]
+  c.train.augment = True
+  assert runs.config_hash(stages.identity(c, "train")) != runs.config_hash(plain)
+
+
+def test_two_worlds_forced_by_different_waves_are_refused():
+  c = smoke("kolmogorov")
+  c.fine.wave, c.coarse.wave = 4, 2
+  with pytest.raises(ValueError, match=r"config.fine.wave=4 and config.coarse.wave=2: .* Set both to the same wave"):
+    build.check(c, meshes.make(1))
