@@ -1,7 +1,8 @@
 r"""Kolmogorov flow, vorticity on the plane: biased coarse fields -> fine turbulence (Wan et al. 2023, section 5).
 
 Real:   --config=configs/kolmogorov.py:8x    256² -> 32², for accelerators; :16x for 256² -> 16²
-Proxy:  --config=configs/kolmogorov.py:cpu   128² -> 32², a factor of 4, what two cores can do
+Proxy:  --config=configs/kolmogorov.py:cpu   128² -> 32², a factor of 4, what two cores can do; --config.grid.factor=8
+        in another --workdir: 128² -> 16²
 Smoke:  --config=configs/kolmogorov.py:smoke every job in minutes; its scores mean nothing
 
 Plan:   python -m downscaling train --config=configs/kolmogorov.py:8x --workdir=runs/kolmogorov --dry_run --devices=256

@@ -172,18 +172,24 @@ def keep(config) -> checkpoints.Keep:
 WATCHED = ("unconditional/melr_weighted", "unconditional/melr_energy")
 
 
-def augmentation(config, stats: statistics.Statistics) -> steps.Symmetry | None:
-  """The fine equation's symmetries on normalised fields [*space, C]; None where config.train.augment is off."""
+def moves(config) -> symmetry.Moves:
+  """The symmetries of the fine equation's grid, on [..., *space]."""
+  solver = equation(config, "hfhr")
+  return symmetry.Moves(solver.symmetries, solver.move)
+
+
+def augmentation(config, stats: statistics.Statistics) -> symmetry.Moves | None:
+  """Those on one normalised field [*space, C]; None where config.train.augment is off."""
   if not config.train.augment:
     return None
-  solver, many = equation(config, "hfhr"), stats.repeated(config.grid.frames)
+  (count, act), many = moves(config), stats.repeated(config.grid.frames)
   # A sign is one of u, not of u less its sampled mean.
   offset = np.asarray(many.mean / many.std, np.float32).reshape(*(1,) * len(space(config)), -1)
 
   def move(x, element):
-    return jnp.moveaxis(solver.move(jnp.moveaxis(x + offset, -1, 0), element), 0, -1) - offset
+    return jnp.moveaxis(act(jnp.moveaxis(x + offset, -1, 0), element), 0, -1) - offset
 
-  return steps.Symmetry(solver.symmetries, move)
+  return symmetry.Moves(count, move)
 
 
 def update(config, stats: statistics.Statistics, network, mesh: jax.sharding.Mesh, specs) -> Callable:
@@ -199,7 +205,7 @@ def update(config, stats: statistics.Statistics, network, mesh: jax.sharding.Mes
     rate=learning_rate(config),
     log_every=config.plan.log_every,
     microbatches=config.memory.microbatches,
-    symmetry=augmentation(config, stats),
+    moves=augmentation(config, stats),
   )
 
 

@@ -237,6 +237,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     coarse_reference=coarsen(fine),
     coarse_floor=coarsen(floor),
     group=build.group(c),
+    moves=build.moves(c),
     samples=samples,
     conditions=conditions,
     misfits=misfits,

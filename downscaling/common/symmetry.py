@@ -4,6 +4,7 @@ Shifts, reflections and rotations of a periodic grid move values and may flip th
 the equations of this house, and a table of indices works for any of them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -37,6 +38,17 @@ class Group(NamedTuple):
     for index in self.index:  # signs cancel in pairs
       total += cov[np.ix_(index, index)]
     return total / len(self)
+
+
+class Moves(NamedTuple):
+  """A finite group by what it does, for grids whose table would be large.
+
+  count: of elements. move: (x, element 0 … count − 1, which may be traced) -> g·x; who makes it says what x is. On a
+  grid whose last axis has N points, elements i·N … i·N + N − 1 differ by shifts along that axis, all N of them.
+  """
+
+  count: int
+  move: Callable
 
 
 def trivial(n: int) -> Group:

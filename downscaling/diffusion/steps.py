@@ -9,7 +9,7 @@ the gradients over the rest.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +18,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from downscaling.common import mesh as meshes
+from downscaling.common import symmetry
 from downscaling.diffusion import state as states
 
 
@@ -82,18 +83,11 @@ def make_gradient(denoiser: nn.Module, mesh: jax.sharding.Mesh, specs: Any, micr
   )
 
 
-class Symmetry(NamedTuple):
-  """A finite group that leaves the law of the fields alone: move(x [*space, C], element 0 … count − 1) -> g·x."""
-
-  count: int
-  move: Callable
-
-
-def _anywhere(symmetry: Symmetry, mesh: jax.sharding.Mesh) -> Callable:
+def _anywhere(moves: symmetry.Moves, mesh: jax.sharding.Mesh) -> Callable:
   """(key, x [B, *space, C]) -> every row moved by an element of its own; each device moves its own rows."""
   rows = (meshes.ROWS, meshes.ROWS)
-  move = jax.shard_map(jax.vmap(symmetry.move), mesh=mesh, in_specs=rows, out_specs=meshes.ROWS, check_vma=False)
-  return lambda key, x: move(x, jax.random.randint(key, (len(x),), 0, symmetry.count))
+  move = jax.shard_map(jax.vmap(moves.move), mesh=mesh, in_specs=rows, out_specs=meshes.ROWS, check_vma=False)
+  return lambda key, x: move(x, jax.random.randint(key, (len(x),), 0, moves.count))
 
 
 def make_train_step(
@@ -107,7 +101,7 @@ def make_train_step(
   rate: optax.Schedule = lambda step: jnp.nan,
   log_every: int = 1,
   microbatches: int = 1,
-  symmetry: Symmetry | None = None,
+  moves: symmetry.Moves | None = None,
 ) -> Callable[[states.TrainState, Mapping[str, jax.Array]], tuple[states.TrainState, dict[str, jax.Array]]]:
   """Pure (state, {"x": [B, *space, C]}) -> (state, scalar logs); jit it with the state's shardings.
 
@@ -118,9 +112,9 @@ def make_train_step(
     rate: learning rate by step, for the logs.
     log_every: the logs are means since the last step that it divides.
     microbatches: see make_gradient.
-    symmetry: every row is moved by a random element of it, drawn anew in each step.
+    moves: on [*space, C], of a group that leaves the law alone: a row is moved by an element drawn anew in each step.
   """
-  moved = symmetry and _anywhere(symmetry, mesh)
+  moved = moves and _anywhere(moves, mesh)
   gradient = make_gradient(denoiser, mesh, specs, microbatches)
   rows = meshes.rows(mesh)
 

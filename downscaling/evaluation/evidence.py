@@ -35,7 +35,7 @@ class Evidence:
     coarse: {"lflr": y, "ot": T y, ...}, [S, *coarse] each.
     sources: {row: y [S, *coarse]} for rows not made from coarse["lflr"].
     coarse_reference, coarse_floor: [R, *coarse] and [≥ S, *coarse], independent held-out C′x.
-    group: symmetry of the coarse grid. quadratic: N of the equation, see higher_order, or None.
+    group: symmetry of the coarse grid; moves: of the fine one. quadratic: N of the equation, see higher_order, or None.
     maps: {row of coarse: the map it was made by}, e.g. {"ot": "equivariant", "entropic": "entropic"}.
     effective_targets: {row: {quantile: over how many targets a row of the fit is averaged}} of entropic maps.
     samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
@@ -59,6 +59,7 @@ class Evidence:
   coarse_reference: np.ndarray | None = None
   coarse_floor: np.ndarray | None = None
   group: symmetry.Group | None = None
+  moves: symmetry.Moves | None = None
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None
   maps: dict[str, str] = dataclasses.field(default_factory=dict)
   effective_targets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -131,7 +132,7 @@ class Evidence:
       )
     if self.samples:
       sets = self.samples, self.conditions, self.fine_reference, self.fine_floor
-      samples = tables.sample_rows(*sets, self.operator, self.misfits)
+      samples = tables.sample_rows(*sets, self.operator, self.misfits, self.moves)
     metrics = {
       "experiment": self.experiment,
       "debias": debias,

@@ -40,6 +40,13 @@ def shell_energies(x: np.ndarray, name: str = "fields") -> np.ndarray:
 
 def _shells(space: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
   """Flat positions of each shell's modes in a half spectrum (rfftn), and how many modes each position stands for."""
+  shell, twice = shell_numbers(space)
+  index = [np.flatnonzero(shell.ravel() == k) for k in range(min(space) // 2 + 1)]
+  return index, np.broadcast_to(twice, shell.shape)
+
+
+def shell_numbers(space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+  """The shell of each mode of rfftn, int, and how many modes each k of its last axis stands for, [N//2 + 1]."""
   n = space[-1]
   last = np.arange(n // 2 + 1)
   twice = np.where((last == 0) | (2 * last == n), 1.0, 2.0)
@@ -48,9 +55,7 @@ def _shells(space: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
   else:
     first = np.fft.fftfreq(space[0], 1 / space[0])
     size = np.hypot(first[:, None], last[None])
-  shell = np.floor(size + 0.5).astype(int).ravel()
-  index = [np.flatnonzero(shell == k) for k in range(min(space) // 2 + 1)]
-  return index, np.broadcast_to(twice, size.shape)
+  return np.floor(size + 0.5).astype(int), twice
 
 
 def energies(x: np.ndarray, name: str = "fields") -> np.ndarray:

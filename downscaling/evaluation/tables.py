@@ -12,18 +12,20 @@ import numpy as np
 
 from downscaling.common import symmetry
 from downscaling.common.operators import Operator
-from downscaling.evaluation import distances, higher_order, spectra
+from downscaling.evaluation import distances, higher_order, spectra, symmetric
 
 KEYS = (
   "cov_rmse", "melr_unweighted", "melr_weighted", "melr_energy", "kld_sum", "kld_mean", "wass1", "mmd", "variability",
   "constraint_rmse", "misfit", "n",
 )  # fmt: skip
 HIGHER = ("bispectrum", "transfer", "flatness", "gradient_flatness", "square_covariance")  # see higher_order.py
+SAMPLE_KEYS = ("sym_cov_rmse",)
 DEBIAS_KEYS = ("sym_cov_rmse", "corr_input", "displacement", "excess", *HIGHER)
 COMPARED = (*KEYS[:8], "sym_cov_rmse", *HIGHER)  # what has a floor
 # Not every row has members or an input, nor every equation a quadratic term, and only lines have a bispectrum.
 MAY_BE_NULL = (
   "variability", "constraint_rmse", "misfit", "corr_input", "displacement", "excess", "bispectrum", "transfer",
+  "sym_cov_rmse",
 )  # fmt: skip
 AT_FLOOR = 1.25
 
@@ -48,7 +50,7 @@ class Reference:
   """A reference set [R, *space] and what many comparisons with it share. Raises ValueError for NaN or < 2 rows."""
 
   def __init__(self, fields: np.ndarray):
-    self.fields, self._higher = np.asarray(fields), None
+    self.fields, self._higher, self._symmetric = np.asarray(fields), None, None
     distances.rows(self.fields, "the reference")
 
   @functools.cached_property
@@ -65,6 +67,12 @@ class Reference:
       self._higher = (quadratic, group, higher_order.higher_order(self.fields, quadratic, group))
     return self._higher[2]
 
+  def symmetric(self, moves: symmetry.Moves) -> np.ndarray:
+    """Its covariance averaged over a group, computed once."""
+    if self._symmetric is None or self._symmetric[0] != moves:
+      self._symmetric = (moves, symmetric.covariance(self.fields, moves))
+    return self._symmetric[1]
+
 
 def measure(
   pred: np.ndarray,
@@ -77,8 +85,9 @@ def measure(
   operator: Operator | None = None,
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None,
   misfit: np.ndarray | None = None,
+  moves: symmetry.Moves | None = None,
 ) -> dict[str, float | int | None]:
-  """All metrics of one set: KEYS, and DEBIAS_KEYS if a group is given. What a set cannot have is None.
+  """All metrics of one set: KEYS, and DEBIAS_KEYS if a group is given, else SAMPLE_KEYS. What it cannot have is None.
 
   Args:
     pred: [S, *space], the rows whose distribution is judged.
@@ -88,6 +97,7 @@ def measure(
     ensemble: [K, M, *space], all members, for variability and constraint.
     conditions, operator: y′ [K, *coarse] and C′, for the constraint.
     quadratic: N of the equation, for the transfer of a debias row; see higher_order.
+    moves: the symmetries of the fine grid, for symcov over the shells that hold the reference's energy.
     misfit: χ² of every member, [K, M]; 1 is what the prior expects. The row has the median of the conditions' means.
   Raises: ValueError for NaN (naming the set), too few rows, or grids that differ.
   """
@@ -109,7 +119,12 @@ def measure(
     "misfit": None if misfit is None else float(np.median(np.mean(misfit, axis=1))),
     "n": len(pred),
   }
-  if group is not None:
+  if group is None:
+    held = spectra.energy_holding_shells(ref.energies)
+    row["sym_cov_rmse"] = moves and symmetric.sym_cov_rmse(
+      symmetric.covariance(pred, moves), ref.symmetric(moves), pred.shape[1:], held
+    )
+  else:
     row["sym_cov_rmse"] = distances.sym_cov_rmse(pred, ref.fields, group)
     row["corr_input"] = None if source is None else distances.corr_input(source, pred)
     row["displacement"] = None if source is None else distances.displacement(source, pred)
@@ -141,7 +156,7 @@ def debias_rows(coarse, sources, reference, floor, group=None, quadratic=None) -
   return table | _floors(table, floor, reference, group=group, quadratic=quadratic)
 
 
-def sample_rows(samples, conditions, reference, floor, operator=None, misfits=None) -> dict[str, dict]:
+def sample_rows(samples, conditions, reference, floor, operator=None, misfits=None, moves=None) -> dict[str, dict]:
   """Metrics of ensembles, with their floors.
 
   The distribution metrics see member 0 of every condition, K rows, so that K independent true fields are their floor;
@@ -151,7 +166,7 @@ def sample_rows(samples, conditions, reference, floor, operator=None, misfits=No
     samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
     conditions: {row: y′ [K, *coarse]}; rows without one have no constraint.
     reference: [R, *fine], held out. floor: [≥ K, *fine], independent of it.
-    operator: C′, or None. misfits: {row: [K, M]} of those that have them.
+    operator: C′, or None. misfits: {row: [K, M]} of those that have them. moves: see measure.
   """
   reference, table = Reference(reference), {}
   for name, x in samples.items():
@@ -165,8 +180,9 @@ def sample_rows(samples, conditions, reference, floor, operator=None, misfits=No
       conditions=conditions.get(name),
       operator=operator,
       misfit=(misfits or {}).get(name),
+      moves=moves,
     )
-  return table | _floors(table, floor, reference)
+  return table | _floors(table, floor, reference, moves=moves)
 
 
 def _named(name, call, *args, **kwargs):
@@ -211,7 +227,7 @@ def check_schema(metrics: Mapping) -> None:
       wrong.append(f"{key} is {type(metrics.get(key)).__name__}, need {kind.__name__}")
   if not isinstance(metrics.get("config_hash"), str):
     wrong.append("config_hash is missing")
-  for part, keys in (("debias", {*KEYS, *DEBIAS_KEYS}), ("samples", {*KEYS})):
+  for part, keys in (("debias", {*KEYS, *DEBIAS_KEYS}), ("samples", {*KEYS, *SAMPLE_KEYS})):
     table = metrics.get(part)
     if not isinstance(table, Mapping):
       continue
@@ -243,9 +259,9 @@ HIGHER_COLUMNS = {
   "gradient_flatness": "gr.fl.", "square_covariance": "sq.cov.",
 }  # fmt: skip
 SAMPLE_COLUMNS = {
-  "cov_rmse": "covRMSE", "melr_unweighted": "MELRu", "melr_energy": "MELRe", "melr_weighted": "MELRw",
-  "kld_sum": "KLD sum", "wass1": "Wass1", "mmd": "MMD", "variability": "var.", "constraint_rmse": "constr.",
-  "misfit": "χ²",
+  "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu", "melr_energy": "MELRe",
+  "melr_weighted": "MELRw", "kld_sum": "KLD sum", "wass1": "Wass1", "mmd": "MMD", "variability": "var.",
+  "constraint_rmse": "constr.", "misfit": "χ²",
 }  # fmt: skip
 
 
@@ -272,7 +288,7 @@ def summary_table(metrics: Mapping) -> str:
   parts = (
     ("debias", DEBIAS_COLUMNS, "Coarse fields"),
     ("debias", HIGHER_COLUMNS, "  of higher order"),
-    ("samples", {k: v for k, v in SAMPLE_COLUMNS.items() if k != "mmd"}, "Fine samples"),
+    ("samples", {k: v for k, v in SAMPLE_COLUMNS.items() if k not in ("mmd", "variability")}, "Fine samples"),
   )
   for part, columns, title in parts:
     if not (table := metrics.get(part)):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling.common import costs
+from downscaling.common import costs, symmetry
 from downscaling.common import mesh as meshes
 from downscaling.diffusion import denoiser, steps, training, unet
 from downscaling.diffusion import state as states
@@ -113,16 +113,16 @@ def _shift(x, element):
 
 def test_symmetries_are_drawn_anew_and_send_nothing():
   """The same losses on one device and on four, other ones than without; what is sent stays one reduction."""
-  one, four = (_two_steps(meshes.make(d), symmetry=steps.Symmetry(N, _shift)) for d in (1, 4))
+  one, four = (_two_steps(meshes.make(d), moves=symmetry.Moves(N, _shift)) for d in (1, 4))
   np.testing.assert_allclose(one[0], four[0], rtol=1e-5)  # sums of 16 rows in another order
   assert all(abs(a - b) > 1e-4 for a, b in zip(one[0], _two_steps(meshes.make(1))[0], strict=True))
-  _, program = _compiled(meshes.make(4), symmetry=steps.Symmetry(N, _shift))
+  _, program = _compiled(meshes.make(4), moves=symmetry.Moves(N, _shift))
   assert {c.kind for c in costs.collectives(program)} == {"all-reduce"}
 
 
 def test_every_row_is_moved_by_an_element_of_its_own():
   x = _fields()
-  moved = np.asarray(steps._anywhere(steps.Symmetry(N, _shift), meshes.make(4))(jax.random.key(3), x))
+  moved = np.asarray(steps._anywhere(symmetry.Moves(N, _shift), meshes.make(4))(jax.random.key(3), x))
   images = np.stack([np.roll(x, -e, 1) for e in range(N)])
   found = [int(np.flatnonzero((images[:, i] == moved[i]).all((1, 2)))[0]) for i in range(B)]
   assert (
