@@ -217,7 +217,17 @@ def initial_state(config, network, channels: int) -> Callable:
 
 # ---------------------------------------------------------------- samples
 
+# Sets of samples, and which coarse fields are their conditions.
 SOURCES = {"ot+diffusion": "ot", "raw+diffusion": "raw", "true+diffusion": "true", "unconditional": None}
+
+
+def sources(config) -> dict[str, str | None]:
+  """Those of SOURCES that config.sampling.sets asks for."""
+  for name in config.sampling.sets:
+    choose(SOURCES, name, "config.sampling.sets")
+  if not config.sampling.sets:
+    raise ValueError(f"config.sampling.sets is empty, so nothing would be drawn: name some of {sorted(SOURCES)}.")
+  return {name: source for name, source in SOURCES.items() if name in config.sampling.sets}
 
 
 def needs_table(config) -> bool:
@@ -371,6 +381,7 @@ def _check_blocks(config) -> None:
   ema_decays(config)
   training_plan(config)
   keep(config)
+  sources(config)
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))
   key = jax.eval_shape(jax.random.key, 0)
   network = denoising_network(config, stats)

@@ -22,7 +22,7 @@ PRODUCTS = {
   "data": ("statistics.npz",),
   "debias": ("held_out.zarr", "in_sample.zarr", "diagnostics.json"),
   "train": ("prior",),
-  "samples": tuple(f"{name}.{kind}" for name in build.SOURCES for kind in ("zarr", "units")),
+  "samples": (),  # stores by the sets of the config
   "report": ("report.html", "metrics.json"),
 }
 # What a job makes besides, that not every later job needs: without it the job runs again and makes just that.
@@ -51,8 +51,11 @@ class Context:
 
     Raises as open_stage does if there is one.
     """
-    maps = [f"{each}/map.json" for each in self.config.debias.maps] if name == "debias" else []
-    files = (runs.MARKER, *PRODUCTS[name], *maps, *(BESIDES.get(name, ()) if besides else ()))
+    named = {
+      "debias": [f"{each}/map.json" for each in self.config.debias.maps],
+      "samples": [f"{each}.{kind}" for each in build.sources(self.config) for kind in ("zarr", "units")],
+    }
+    files = (runs.MARKER, *PRODUCTS[name], *named.get(name, ()), *(BESIDES.get(name, ()) if besides else ()))
     there = [(self.folder(name) / file).exists() for file in files]
     marked, *products = processes.gather(f"done/{name}", there)[0]  # as process 0 sees it: all must answer alike
     if not marked:

@@ -139,7 +139,7 @@ def debias_job(ctx: Context) -> str:
 
 
 def sample_job(ctx: Context) -> str:
-  """Draws every set of build.SOURCES from the prior."""
+  """Draws the sets of config.sampling.sets from the prior."""
   ctx.need("data", "generate")
   prior, c = ctx.need("train", "train"), ctx.config
   ctx.need("debias", "debias")
@@ -153,7 +153,7 @@ def sample_job(ctx: Context) -> str:
   params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)  # as whole here as anywhere
   draw = build.sampler(c, stats, network, table)
   with stage.timed():
-    for name, source in build.SOURCES.items():
+    for name, source in build.sources(c).items():
       conditions = None if source is None else conditions_of(ctx, source)
       ensemble.write_ensemble(
         stage.path / f"{name}.zarr",
@@ -179,7 +179,7 @@ def sample_job(ctx: Context) -> str:
         stop=ctx.stop.told,
         interruptible=ctx.stop.interruptible,
       )
-  stage.finish(sets=sorted(build.SOURCES), extent=stages.extent(c))
+  stage.finish(sets=sorted(build.sources(c)), extent=stages.extent(c))
   return f"wrote {stage.path}; next: downscaling evaluate"
 
 
@@ -208,7 +208,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   truth = true_rows(ctx, count)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
   samples, conditions, misfits, in_time = {}, {}, {}, {}
-  for name, source in build.SOURCES.items():
+  for name, source in build.sources(c).items():
     path = ctx.folder("samples") / f"{name}.zarr"
     with readable(path, "sample"):
       stored = ensemble.read(path)
@@ -219,8 +219,9 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     samples[name] = series.as_rows(in_time[name], c, 2)
     if source:
       conditions[name] = series.as_rows(conditions_of(ctx, source)[..., 0], c, 1)
-  samples["ot+cubic"] = interpolation.cubic(conditions["ot+diffusion"][..., None], op)[:, None, ..., 0]
-  conditions["ot+cubic"] = conditions["ot+diffusion"]
+  conditions["ot+cubic"] = series.as_rows(conditions_of(ctx, "ot")[..., 0], c, 1)
+  samples["ot+cubic"] = interpolation.cubic(conditions["ot+cubic"][..., None], op)[:, None, ..., 0]
+  known = {"true+diffusion"} & {*samples}  # sets of which the truth is known
   diagnostics = runs.read_json(ctx.folder("debias") / "diagnostics.json")
   solve = diagnostics["maps"].get("entropic") or {}
   return evidence.Evidence(
@@ -241,9 +242,9 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     samples=samples,
     conditions=conditions,
     misfits=misfits,
-    truth={"true+diffusion": series.as_rows(truth, c, 1)},
+    truth={name: series.as_rows(truth, c, 1) for name in known},
     series=None if length == 1 else _in_time(ctx, in_time, truth, coarsen),
-    guesses={"true+diffusion": interpolation.cubic(conditions["true+diffusion"][..., None], op)[..., 0]},
+    guesses={name: interpolation.cubic(conditions[name][..., None], op)[..., 0] for name in known},
     fine_reference=fine,
     fine_floor=floor,
     operator=op,
@@ -261,8 +262,10 @@ def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, co
   reference = stretches(ctx, "hfhr", "test", -(-ctx.config.evaluate.reference // plan.series))[..., 0]
   return increments.Series(
     samples=samples,
-    truth={"true+diffusion": truth},
-    conditions={name: conditions_of(ctx, source)[..., 0] for name, source in build.SOURCES.items() if source},
+    truth={name: truth for name in ("true+diffusion",) if name in samples},
+    conditions={
+      name: conditions_of(ctx, source)[..., 0] for name, source in build.sources(ctx.config).items() if source
+    },
     coarse_reference=coarsen(reference),
     reference=reference,
     floor=stretches(ctx, "hfhr", "validation", most)[..., 0],
@@ -288,7 +291,7 @@ def provenance(ctx: Context) -> dict:
     "cost": cost(ctx),
     "seeds": {"config.seed": c.seed},
     "sizes": {"debias.points": c.debias.points},
-    "rows": dict.fromkeys((*coarse, *build.SOURCES, "ot+cubic"), "held-out")
+    "rows": dict.fromkeys((*coarse, *build.sources(c), "ot+cubic"), "held-out")
     | {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"},
   }
 
@@ -300,7 +303,7 @@ def cost(ctx: Context) -> dict[str, dict]:
     "train": runs.read_json(ctx.folder("train") / runs.MARKER)["summary"]["steps"],
     "samples": sum(
       runs.read_json(ctx.folder("samples") / f"{name}.units" / runs.MARKER)["summary"]["fields"]
-      for name in build.SOURCES
+      for name in build.sources(ctx.config)
     ),
   }
   rows = {}

@@ -184,9 +184,10 @@ def _sample(c, ctx) -> list[str]:
   rows, (k, m) = math.prod(s.unit), s.unit
   program, params, flops = _sampling_program(c, ctx, mine.devices.flat[0])
   field, plan = math.prod(build.space(c)) * 4 * s.series.frames, series.plan(c)
-  conditional = sum(source is not None for source in build.SOURCES.values())
-  fields = conditional * s.conditions * s.members + s.unconditional.fields
-  of_a_set, free = -(-s.conditions // k) * -(-s.members // m), -(-s.unconditional.fields // rows)
+  sets = build.sources(c)
+  conditional, alone = sum(map(bool, sets.values())), s.unconditional.fields * ("unconditional" in sets)
+  fields = conditional * s.conditions * s.members + alone
+  of_a_set, free = -(-s.conditions // k) * -(-s.members // m), -(-alone // rows)
   units = conditional * of_a_set + free
   memory, work = costs.memory(program), conditional * of_a_set * flops[0] + free * flops[1]
   once = memory["temporaries"] + memory["arguments"] - params + 2 * memory["outputs"]  # of a unit, on a device
@@ -195,7 +196,7 @@ def _sample(c, ctx) -> list[str]:
   idle = ctx.mesh.size - of_a_set
   advice = "" if idle <= 0 else f"; {of_a_set} a set leave {idle} of {ctx.mesh.size} devices idle: make units smaller"
   return [
-    f"{conditional} sets of {s.conditions} conditions × {s.members} members, {s.unconditional.fields} unconditional: "
+    f"{conditional} sets of {s.conditions} conditions × {s.members} members, {alone} unconditional: "
     f"{fields} {'fields' if plan.series == 1 else f'series of {plan.series} fields'} {build.space(c)}, "
     f"{s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
     f"{units} units of {k} conditions × {m} members, {-(-units // jax.process_count())} a process, one a device at a "

@@ -28,7 +28,7 @@ def identity(config, stage: str) -> dict[str, Any]:
   unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
   blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
   if "sampling" in blocks:  # counts decide how much there is, not what: an ensemble grows
-    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members")}
+    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members", "sets")}
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
     blocks["sampling"] = sampling | {"unconditional": few}
   if "train" in blocks and not blocks["train"]["augment"]:  # work folders that are older than this key stay valid
@@ -38,10 +38,15 @@ def identity(config, stage: str) -> dict[str, Any]:
   return series.settled(blocks, config, stage)
 
 
-def extent(config) -> dict[str, int]:
+def extent(config) -> dict[str, Any]:
   """How much is to be drawn; grows from one call to the next, and what depends on it is made anew."""
   s = config.sampling
-  return {"conditions": s.conditions, "members": s.members, "unconditional.fields": s.unconditional.fields}
+  return {
+    "conditions": s.conditions,
+    "members": s.members,
+    "unconditional.fields": s.unconditional.fields,
+    "sets": sorted(s.sets),
+  }
 
 
 def data_dir(config, workdir: pathlib.Path) -> pathlib.Path:

@@ -137,6 +137,30 @@ def test_a_second_run_finds_everything_done_and_changes_nothing(finished, comman
   assert state(workdir) == before
 
 
+def test_one_set_alone_and_others_later(finished, command, execute, tmp_path):
+  """A large ensemble pays for itself alone; what is asked for later is added, and what is there stays as it is."""
+  work = tmp_path / "run"
+  for stage in ("data", "debias", "train"):
+    shutil.copytree(finished[0] / stage, work / stage)
+  done = execute(command("pipeline", work, **{"sampling.sets": "('ot+diffusion',)"}))
+  assert done.returncode == 0, done.stderr
+  assert {p.name for p in (work / "samples").glob("*.zarr")} == {"ot+diffusion.zarr"}
+  metrics = runs.read_json(work / "report" / "metrics.json")
+  assert {*metrics["samples"]} == {"ot+diffusion", "ot+cubic", "floor"}
+  alone = state(work / "samples" / "ot+diffusion.zarr")
+  done = execute(command("pipeline", work))
+  assert done.returncode == 0, done.stderr
+  assert state(work / "samples" / "ot+diffusion.zarr") == alone
+  ours, theirs = (
+    {k: v[1] for k, v in state(w / "samples" / "raw+diffusion.zarr").items()} for w in (work, finished[0])
+  )
+  assert {k: v for k, v in ours.items() if "/c/" in k} == {k: v for k, v in theirs.items() if "/c/" in k}
+  assert {*SETS} < {*runs.read_json(work / "report" / "metrics.json")["samples"]}
+  done = execute(command("sample", work, **{"sampling.sets": "('ot',)"}))
+  assert done.returncode == 1
+  assert "config.sampling.sets='ot' is unknown; use one of ['ot+diffusion'" in done.stderr
+
+
 def test_a_prior_without_its_error_table_gets_it_and_is_not_trained_again(finished, command, execute, tmp_path):
   """As one that was trained before there was such a table: the job makes just that, and the same one."""
   workdir = tmp_path / "run"
