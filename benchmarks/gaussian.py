@@ -21,7 +21,7 @@ from downscaling.sampling import gain, guidance, solvers
 POINTS, FACTOR, LOWEST = 32, 4, 1e-2
 EM = ("euler_maruyama", 256, {"schedule": schedules.vp_linear()}, False)
 SDE = ("dpm_solver_pp_2m_sde", 64, {}, False)
-JOB = ("dpm_solver_pp_2m_sde", 16, {"eta": 5.0}, True)  # as configs/ks.py:quick draws
+JOB = ("dpm_solver_pp_2m_sde", 24, {"eta": 10.0}, True)  # as configs/ks.py draws
 CASES = (
   ("wiener", {}, EM),
   ("wiener", {}, ("heun", 32, {}, False)),
@@ -32,6 +32,7 @@ CASES = (
     ("wiener", {}, ("dpm_solver_pp_2m_sde", n, {"eta": e}, True))
     for n, e in ((16, 2.5), (64, 2.5), (16, 5.0), (32, 5.0))
   ),
+  ("wiener", {}, JOB),
   ("moment", {}, ("dpm_solver_pp_2m", 16, {}, True)),
   ("moment", {}, JOB),
   *(("paper", {"alpha": a}, EM) for a in (0.5, 1.0, 2.0, 3.0)),

@@ -49,7 +49,7 @@ EQ7 = {
 LOW = {
   "start": "gaussian", "solver.name": "dpm_solver_pp_2m_sde", "solver.eta": 1.0, "levels.name": "edm",
   "levels.sigma_max": 3.0, "levels.sigma_min": 3e-3, "levels.rho": 7.0, "levels.steps": 16,
-  "guidance.final": "gain", "guidance.variance": "measured", "resample.strength": 0.0, "resample.dead_zone": 4.0,
+  "guidance.final": "gain", "guidance.variance": "measured", "resample.strength": 0.0, "resample.dead_zone": 3.0,
   "resample.below": 100.0, "spread": 1.0,
 }  # fmt: skip
 REFERENCE = "eq7 em 256"
@@ -77,25 +77,28 @@ CASES = {
   "measured η1 16": case("measured"),
   "measured η1 32": case("measured", 32),
   "measured η5 16": case("measured", 16, 5.0),
+  "measured η10 32": case("measured", 32, 10.0),
   "measured noise η1 32": case("measured", 32, **HIGH),
   "measured+r1.6 η2.5 16": case("measured", 16, 2.5, 0.125, resample__dead_zone=1.6),
   "measured+r η5 8": case("measured", 8, 5.0, 0.125),
   "measured+r η5 16": case("measured", 16, 5.0, 0.125),
   "measured+r η5 24": case("measured", 24, 5.0, 0.125),
+  "measured+r η10 16": case("measured", 16, 10.0, 0.125),
   "measured+r η10 24": case("measured", 24, 10.0, 0.125),
+  "measured+r η10 32": case("measured", 32, 10.0, 0.125),
   "measured+r η5 32": case("measured", 32, 5.0, 0.125),
   "moment η1 16": case("moment"),
   "moment η5 16": case("moment", 16, 5.0),
   "moment+r η5 8": case("moment", 8, 5.0, 0.125),
   "moment+r η5 12": case("moment", 12, 5.0, 0.125),
   "moment+r η5 16": case("moment", 16, 5.0, 0.125),
-  "moment+r η5 32": case("moment", 32, 5.0, 0.125),
+  "moment+r η10 12": case("moment", 12, 10.0, 0.125),
   "default": {},
 }
 FRONT = (
-  REFERENCE, "scaled η2.5 32", "wiener η5 16", "measured η1 16", "measured η5 16", "measured+r1.6 η2.5 16",
-  "measured+r η5 8", "measured+r η5 16", "measured+r η5 24", "measured+r η5 32", "moment η5 16", "moment+r η5 8",
-  "moment+r η5 12", "moment+r η5 16",
+  REFERENCE, "scaled η2.5 32", "wiener η5 16", "measured η1 16", "measured η5 16", "measured η10 32",
+  "measured+r1.6 η2.5 16", "measured+r η5 8", "measured+r η5 24", "measured+r η5 32", "measured+r η10 16",
+  "measured+r η10 24", "measured+r η10 32", "moment η5 16", "moment+r η5 12", "moment+r η10 12",
 )  # fmt: skip
 LOWER_IS_BETTER = ("member", "mean", "crps", "energy", "melre", "cov")
 
