@@ -56,7 +56,7 @@ class Table:
   def __init__(self, points, reference, truth, group):
     self.group, self.rows, self.points = group, [], points
     self.references = {"held-out": tables.Reference(reference), "in-sample": tables.Reference(truth)}
-    print(f"\n{points}²\n{'':<22}{'fit, s':>8}" + "".join(f"{h:>9}" for h in COLUMNS.values()), flush=True)
+    print(f"\n{points}²\n{'':<29}{'fit, s':>8}" + "".join(f"{h:>9}" for h in COLUMNS.values()), flush=True)
 
   def add(self, name, mapped, source=None, *, seconds=None, of="held-out", note=""):
     found = tables.measure(
@@ -69,7 +69,7 @@ class Table:
   def show(self, name, row, note=""):
     cells = "".join(f"{tables.shown(row.get(k)):>9}" for k in COLUMNS)
     seconds = "" if row.get("seconds") is None else f"{row['seconds']:.0f}"
-    print(f"{name:<22}{seconds:>8}{cells}  {note}".rstrip(), flush=True)
+    print(f"{name:<29}{seconds:>8}{cells}  {note}".rstrip(), flush=True)
 
 
 def compare(points, args, sets):

@@ -226,14 +226,15 @@ def picture(rows, path):
   axes.plot([rows[n]["ms"] for n in order], [rows[n]["member"] for n in order], color="0.7", zorder=0)
   ms, member = ([row[k] for row in rows.values()] for k in ("ms", "member"))
   dots = axes.scatter(ms, member, c=[row["s/e"] for row in rows.values()], cmap="coolwarm", vmin=0.5, vmax=1.5)
-  for i, name in enumerate(sorted(rows, key=lambda n: rows[n]["member"])):
-    side = (
-      {"xytext": (-5, -2), "ha": "right"} if i % 2 else {"xytext": (5, -2), "ha": "left"}
-    )  # neighbours do not collide
-    axes.annotate(name, (rows[name]["ms"], rows[name]["member"]), textcoords="offset points", fontsize=6, **side)
-  axes.margins(0.2, 0.08)
+  # Names stand in a column beside the axes, as dots crowd where samplers are good.
+  names = sorted(rows, key=lambda n: rows[n]["member"])
+  for i, name in enumerate(names):
+    at, there = (rows[name]["ms"], rows[name]["member"]), (1.04, i / max(len(names) - 1, 1))
+    line = {"arrowstyle": "-", "color": "0.85", "linewidth": 0.5, "relpos": (0, 0.5)}
+    axes.annotate(name, at, there, textcoords="axes fraction", va="center", fontsize=6, arrowprops=line)
+  axes.margins(0.08, 0.08)
   axes.set(xscale="log", yscale="log", xlabel="ms a member", ylabel="RMSE of a member / rms of the field")
-  figure.colorbar(dots, label="spread / error")
+  figure.colorbar(dots, label="spread / error", pad=0.3)
   figure.savefig(path, dpi=150)
 
 

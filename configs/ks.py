@@ -1,7 +1,7 @@
 r"""Kuramoto–Sivashinsky, 8× downscaling: biased coarse 24 points -> 192 points (Wan et al. 2023, section 5).
 
 Run:       python -m downscaling pipeline --config=configs/ks.py --workdir=runs/ks
-Full:      --config=configs/ks.py:full    docs/results/ks has its figures, with --config.train.total_steps=6000
+Full:      --config=configs/ks.py:full    docs/results/ks has its figures
 Smoke:     --config=configs/ks.py:smoke   every job in a minute or two; its scores mean nothing
 Series:    --config=configs/ks.py:series  16× in time: every 16th point of 16 consecutive snapshots, 1 time unit apart
 """

@@ -64,8 +64,8 @@ def test_the_default_sampler_is_calibrated(gaussian, name):
   select = resampling.Resampling(MEMBERS, 0.125, 3.0)
   drawn, misfit, y = ensemble(field, op, truth, steps=24, eta=10.0, select=select, table=True)
   found = calibration.calibrate(drawn, truth)
-  # 24 steps at η 10 disperse by a few per cent (docs/method.md, section 7); 64 truths of 20 or more free modes each are good to
-  # 1/√(2·64·20) = 2 %. A gain with a transposed or unfolded spectrum is off by tens of per cent.
+  # 24 steps at η 10 disperse by a few per cent (docs/method.md, section 7); 64 truths of 20 or more free modes are good
+  # to 1/√(2·64·20) = 2 %. A gain with a transposed or unfolded spectrum is off by tens of per cent.
   assert found.spread_error == pytest.approx(1.03, abs=0.07)
   for level, share in found.ideal.items():
     assert found.coverage[level] == pytest.approx(share, abs=0.04)
