@@ -64,11 +64,12 @@ def test_the_default_sampler_is_calibrated(gaussian, name):
   select = resampling.Resampling(MEMBERS, 0.125, 3.0)
   drawn, misfit, y = ensemble(field, op, truth, steps=24, eta=10.0, select=select, table=True)
   found = calibration.calibrate(drawn, truth)
-  # 24 steps at η 10 disperse by a few per cent (docs/method.md, section 7); 64 truths of 20 or more free modes are good
-  # to 1/√(2·64·20) = 2 %. A gain with a transposed or unfolded spectrum is off by tens of per cent.
-  assert found.spread_error == pytest.approx(1.03, abs=0.07)
+  # 24 steps at η 10 disperse by 4 to 8 % (docs/method.md, section 7), which puts .43 · .08 = 3 % too many truths into
+  # the 50 % interval; 64 truths of 20 or more free modes each are good to 1/√(2·64·20) = 2 %. A gain with a transposed
+  # or unfolded spectrum is off by tens of per cent.
+  assert found.spread_error == pytest.approx(1.06, abs=0.06)
   for level, share in found.ideal.items():
-    assert found.coverage[level] == pytest.approx(share, abs=0.04)
+    assert found.coverage[level] == pytest.approx(share + 0.02, abs=0.04)
   # Every rank is as likely; three standard errors of a ninth among 64 × 20 places that count.
   np.testing.assert_allclose(found.ranks, 1 / (MEMBERS + 1), atol=0.03)
   np.testing.assert_allclose(op.apply(drawn.reshape(-1, SIDE, SIDE, 1)), y, atol=1e-5)  # float32, fields of size 1
