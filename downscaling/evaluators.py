@@ -63,7 +63,7 @@ def gallery(drawn: np.ndarray, truth: np.ndarray) -> figures.Draw:
 
   def draw(theme):
     figure = canvas.page(3.2)
-    axes = figure.subplots(2, len(drawn), sharex=True, sharey=True)
+    axes = figure.subplots(2, len(drawn), sharex=True, sharey=True, squeeze=False)
     limit = float(np.abs(truth).max())
     for row, (name, fields) in enumerate((("drawn", drawn), ("true", truth))):
       for panel, field in zip(axes[row], fields, strict=True):
