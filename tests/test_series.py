@@ -50,7 +50,7 @@ def test_single_frames_leave_no_trace_in_an_identity(stage):
   assert found["grid"] == blocks["grid"]
   assert found.get("debias", {}).keys() <= blocks.get("debias", {}).keys()
   if "sampling" in blocks:
-    assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members"}
+    assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members", "sets"}
 
 
 def test_what_depends_on_series_and_what_does_not():
