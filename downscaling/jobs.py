@@ -179,7 +179,7 @@ def sample_job(ctx: Context) -> str:
         stop=ctx.stop.told,
         interruptible=ctx.stop.interruptible,
       )
-  stage.finish(sets=sorted(build.sources(c)), extent=stages.extent(c))
+  stage.finish(extent=stages.extent(c))
   return f"wrote {stage.path}; next: downscaling evaluate"
 
 

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.common import symmetry
-from downscaling.equations import flow_symmetry
-from downscaling.equations.flow_symmetry import group, move
+from downscaling.equations.flow_symmetry import check_glide, group, move
 from downscaling.equations.ks import van_leer
 
 RANK, SYMBOL, LENGTH = 2, "ω", 2 * math.pi
@@ -263,7 +262,7 @@ class Coarse:
     _check("coarse", self.cells, self.wave, self.dt, stable, self.dtype, constants)
     if self.integrator not in ("euler", "heun"):
       raise ValueError(f"config.coarse.integrator={self.integrator!r} is unknown; known: 'euler', 'heun'.")
-    flow_symmetry.check_glide(self.cells, self.wave, "config.coarse.cells")
+    check_glide(self.cells, self.wave, "config.coarse.cells")
     if not 2 <= self.points <= self.cells or self.points % 2:
       raise ValueError(
         f"{self.cells}² cells cannot give {self.points}² points: need an even number of points, no more than cells. "

@@ -88,7 +88,7 @@ def cov_rmse(pred: np.ndarray, ref: np.ndarray) -> float:
     return _relative(covariance(pred), covariance(ref))
   size = _covariance_product(ref, ref)
   gap = _covariance_product(pred, pred) - 2 * _covariance_product(pred, ref) + size
-  return math.sqrt(max(gap, 0.0) / _positive(size))
+  return math.sqrt(max(gap, 0.0) / positive(size))
 
 
 def sym_cov_rmse(pred: np.ndarray, ref: np.ndarray, group: Group) -> float:
@@ -103,10 +103,11 @@ def sym_cov_rmse(pred: np.ndarray, ref: np.ndarray, group: Group) -> float:
 
 
 def _relative(pred: np.ndarray, ref: np.ndarray) -> float:
-  return float(np.linalg.norm(pred - ref) / math.sqrt(_positive(float((ref**2).sum()))))
+  return float(np.linalg.norm(pred - ref) / math.sqrt(positive(float((ref**2).sum()))))
 
 
-def _positive(square: float) -> float:
+def positive(square: float) -> float:
+  """A reference's squared norm; raises ValueError where it is 0."""
   if square <= 0:
     raise ValueError("every row of ref is the same: it has no covariance to compare with. Hand in more snapshots.")
   return square
@@ -271,7 +272,7 @@ def kernel_ref_term(ref: np.ndarray) -> float:
 def _kernel_scale(ref: np.ndarray) -> tuple[float, np.ndarray]:
   centre = ref.mean(axis=0, dtype=np.float64)
   trace = sum(float(((block - centre) ** 2).sum()) for _, block in chunks(ref)) / (len(ref) - 1)
-  return 2 * _positive(trace), centre
+  return 2 * positive(trace), centre
 
 
 # ---------------------------------------------------------------- ensembles and maps
@@ -339,14 +340,14 @@ def corr_input(source: np.ndarray, mapped: np.ndarray) -> float:
   """
   source, mapped = _rowwise(source, mapped)
   y, t = (x - x.mean(axis=0, dtype=np.float64) for x in (source, mapped))
-  size = math.sqrt(_positive(float((y**2).sum()))) * math.sqrt(float((t**2).sum()))
+  size = math.sqrt(positive(float((y**2).sum()))) * math.sqrt(float((t**2).sum()))
   return float((y * t).sum() / size) if size else 0.0
 
 
 def displacement(source: np.ndarray, mapped: np.ndarray) -> float:
   """‖T y − y‖ / ‖y‖ over all rows together (root mean squares), no unit. source y, mapped T y: [S, *space]."""
   source, mapped = (np.asarray(x, np.float64) for x in _rowwise(source, mapped))
-  return float(np.linalg.norm(mapped - source) / math.sqrt(_positive(float((source**2).sum()))))
+  return float(np.linalg.norm(mapped - source) / math.sqrt(positive(float((source**2).sum()))))
 
 
 def _rowwise(source: np.ndarray, mapped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

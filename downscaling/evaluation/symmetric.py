@@ -40,7 +40,5 @@ def sym_cov_rmse(pred: np.ndarray, ref: np.ndarray, space: tuple[int, ...], shel
   number = number.reshape(-1, len(twice))
   counts = np.concatenate([[False], shells, np.zeros(number.max(), bool)])[number].T  # [k, q]
   weight = twice[:, None, None] * (counts[:, :, None] & counts[:, None, :])
-  size = float((weight * np.abs(ref) ** 2).sum())
-  if size <= 0:
-    raise ValueError("every row of ref is the same: it has no covariance to compare with. Hand in more snapshots.")
+  size = distances.positive(float((weight * np.abs(ref) ** 2).sum()))
   return math.sqrt(float((weight * np.abs(pred - ref) ** 2).sum()) / size)
