@@ -101,9 +101,9 @@ def test_sigterm_in_each_phase_of_sampling(finished, argv, tmp_path):
 def test_sampling_killed_and_moved(argv, tmp_path):
   """1 process -> 2 processes -> 1 process with 4 devices, kill -9 at ten random moments and SIGTERM at two: no finished
   unit again, none missing, and the bytes of an undisturbed run on one device."""
-  size = {"conditions": 64, "members": 32, "unit": (8, 8), "unconditional.fields": 64}
+  size = {"conditions": 64, "members": 96, "unit": (8, 8), "unconditional.fields": 64}
   rehearse(1, 1, argv(tmp_path / "straight", **size))
-  units = 3 * 32 + 1
+  units = 3 * 96 + 1  # a unit takes about 20 ms here: a life of .3 s must not be the last
   assert len(markers(tmp_path / "straight")) == units
   workdir, pids, dice = tmp_path / "cut", tmp_path / "pids", random.Random(0)
   sample = argv(workdir, **size)
@@ -114,7 +114,7 @@ def test_sampling_killed_and_moved(argv, tmp_path):
     wait_for(pids.exists, process)
     if dice.random() < 0.8:  # else in its imports, its start, its compilation
       wait_for(lambda b=before: len(markers(workdir)) > len(b), process)
-    time.sleep(dice.uniform(0, 0.6))
+    time.sleep(dice.uniform(0, 0.3))
     with contextlib.suppress(ProcessLookupError):
       os.kill(dice.choice([*numbers(pids).values()]), signal.SIGTERM if life in (1, 5) else signal.SIGKILL)
     process.communicate(timeout=120)
