@@ -76,7 +76,7 @@ def get_config(variant="quick"):
     embedding=pick(128, 128, 32),
     convolution="auto",
     dtype="float32",
-    preconditioning="wiener",  # or edm
+    preconditioning="wiener",  # or edm, adaptive
   )
   c.optimizer = dict(peak=3e-3, end=1e-6, warmup_steps=pick(200, 500, 2), clip=1.0)
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.

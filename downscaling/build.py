@@ -112,9 +112,9 @@ def denoising_network(config, stats: statistics.Statistics) -> denoiser.Denoiser
   block["dtype"] = choose({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, block["dtype"], "config.model.dtype")
   net = unet.UNet(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in block.items()})
   net.check(space(config))
-  known = {"edm": None, "wiener": stats.repeated(config.grid.frames).spectrum}
-  spectrum = choose(known, preconditioning, "config.model.preconditioning")
-  return denoiser.Denoiser(net, spectrum)
+  spectrum = stats.repeated(config.grid.frames).spectrum
+  known = {"edm": (None, False), "wiener": (spectrum, False), "adaptive": (spectrum, True)}
+  return denoiser.Denoiser(net, *choose(known, preconditioning, "config.model.preconditioning"))
 
 
 def validation_rows(config) -> int:

@@ -1,11 +1,15 @@
 """D(x, σ) ≈ E[x₀ | x₀ + σ·noise = x], preconditioned around any net; x₀ has zero mean and unit variance.
 
-Two preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4):
+Three preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4), inp = 1/√(σ²+1):
 
-  edm     scalars skip = 1/(σ²+1), out = σ/√(σ²+1), inp = 1/√(σ²+1) (Karras et al. 2022, arXiv:2206.00364, Table 1);
-  wiener  skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²), out_k = √(S_k σ²/(S_k+σ²)),
-          with S the spectrum of the training data: a silent net is then the exact denoiser of a Gaussian field of that
-          spectrum, and the net's output is coloured by what is left to know. The steep tail of a smooth field is free.
+  edm       scalars skip = 1/(σ²+1), out = σ/√(σ²+1) (Karras et al. 2022, arXiv:2206.00364, Table 1);
+  wiener    skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²), out_k = √(S_k σ²/(S_k+σ²)),
+            with S the spectrum of the training data: a silent net is then the exact denoiser of a Gaussian field of
+            that spectrum, and the net's output is coloured by what is left to know. A steep tail of the data is free.
+  adaptive  wiener, whose net also sees z, in which all modes that stand out of the noise have one height, and returns a
+            and b for a + b·z. b is a gain that follows the field: where it is rough the filter opens, where it is calm
+            it closes (the local Wiener filter of Lee 1980, doi:10.1109/TPAMI.1980.4766994, learnt). One layer of a net
+            finds the local energy that b needs; its product with the field, without a gate, only a deep one does.
 """
 
 import flax.linen as nn
@@ -17,11 +21,14 @@ import numpy as np
 class Denoiser(nn.Module):
   """Attributes:
   net: module (x [B, *space, C], level [B]) -> [B, *space, C].
-  spectrum: None for edm; for wiener [*space, C], E|x̂_k|²/N on the full FFT grid (datasets/statistics.py).
+    adaptive: with 2·C channels in and out.
+  spectrum: None for edm; else [*space, C], E|x̂_k|²/N on the full FFT grid (datasets/statistics.py).
+  gated: adaptive instead of wiener; needs a spectrum.
   """
 
   net: nn.Module
   spectrum: np.ndarray | None = None
+  gated: bool = False
 
   def __call__(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
     """Removes noise.
@@ -40,14 +47,21 @@ class Denoiser(nn.Module):
     s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
     level = jnp.log(sigma) / 4
     inp = jax.lax.rsqrt(s**2 + 1)
-    net = self.net(inp * x, level)
     if self.spectrum is None:
-      return inp**2 * x + s * inp * net
+      return inp**2 * x + s * inp * self.net(inp * x, level)
     axes = tuple(range(1, x.ndim - 1))
+    back = lambda modes: jnp.fft.irfftn(modes, x.shape[1:-1], axes=axes).astype(x.dtype)
     half = jnp.asarray(half_spectrum(self.spectrum), x.dtype)[None]
-    var = half + s**2
-    modes = half / var * jnp.fft.rfftn(x, axes=axes) + s * jnp.sqrt(half / var) * jnp.fft.rfftn(net, axes=axes)
-    return jnp.fft.irfftn(modes, x.shape[1:-1], axes=axes).astype(x.dtype)
+    var, modes = half + s**2, jnp.fft.rfftn(x, axes=axes)
+    if self.gated:
+      full = jnp.asarray(self.spectrum, x.dtype)[None]
+      power = jnp.mean(full / (full + s**2), axis=axes, keepdims=True)  # of the modes' √S/(S+σ²)·x
+      z = back(jnp.sqrt(half / power) / var * modes)
+      a, b = jnp.split(self.net(jnp.concatenate([inp * x, z], axis=-1), level), 2, axis=-1)
+      net = a + b * z
+    else:
+      net = self.net(inp * x, level)
+    return back(half / var * modes + s * jnp.sqrt(half / var) * jnp.fft.rfftn(net, axes=axes))
 
 
 def half_spectrum(spectrum: np.ndarray) -> np.ndarray:
