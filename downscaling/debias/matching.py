@@ -146,8 +146,7 @@ class Sums(NamedTuple):
   values: np.ndarray
   power: np.ndarray
 
-  def __add__(self, other: "Sums") -> "Sums":
-    return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+  __add__ = moments.added
 
   @classmethod
   def of(cls, y: np.ndarray, quadratic: str | None) -> "Sums":

@@ -82,6 +82,11 @@ def merge(z: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
   return np.fft.irfft(z.transpose(2, 1, 0), n=space[-1], axis=-1, norm="ortho").reshape(-1, *space)
 
 
+def added(one, other):
+  """The `+` of sums over rows: field by field."""
+  return type(one)(*(a + b for a, b in zip(one, other, strict=True)))
+
+
 class Moments(NamedTuple):
   """Sums over rows; `+` adds those of other rows, and a psum those of other hosts.
 
@@ -92,8 +97,7 @@ class Moments(NamedTuple):
   total: np.ndarray
   square: np.ndarray
 
-  def __add__(self, other: "Moments") -> "Moments":
-    return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+  __add__ = added
 
   @classmethod
   def of(cls, y: np.ndarray, frame: Frame) -> "Moments":
@@ -190,8 +194,7 @@ class Transfer(NamedTuple):
   transfer: np.ndarray
   power: np.ndarray
 
-  def __add__(self, other: "Transfer") -> "Transfer":
-    return Transfer(*(a + b for a, b in zip(self, other, strict=True)))
+  __add__ = added
 
   @classmethod
   def of(cls, y: np.ndarray, quadratic: Callable[[np.ndarray], np.ndarray]) -> "Transfer":
