@@ -6,7 +6,10 @@ import os
 import pathlib
 import sys
 
+import numpy as np
 import pytest
+
+from downscaling.common import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -34,6 +37,21 @@ def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
   done = execute([sys.executable, str(script), "--size=small", "--limit=0", f"--out={tmp_path}"])
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("skipped: 0 s have passed") == 6
+
+
+def test_learning_curves_are_the_logged_losses(execute, finished, tmp_path):
+  script, workdir = ROOT / "benchmarks" / "learning_curves.py", finished[0]
+  picture = tmp_path / "curves.png"
+  done = execute([sys.executable, str(script), f"--runs=one={workdir},two={workdir}", "--every=8", f"--out={picture}"])
+  assert done.returncode == 0, done.stderr
+  steps, values = map(np.asarray, runs.read_scalars(workdir / "train", "loss"))
+  head, *lines = done.stdout.splitlines()
+  assert head.split() == ["step", "one", "held-out", "two", "held-out"]
+  assert len(lines) == steps[-1] // 8
+  for end, line in zip(range(8, steps[-1] + 1, 8), lines, strict=True):
+    mean = values[(steps > end - 8) & (steps <= end)].mean()
+    assert line.split()[:2] == [str(end), f"{mean:.4f}"]
+  assert picture.stat().st_size > 5000
 
 
 @pytest.mark.slow

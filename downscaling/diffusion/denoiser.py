@@ -8,8 +8,7 @@ Three preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4), inp
             that spectrum, and the net's output is coloured by what is left to know. A steep tail of the data is free.
   adaptive  wiener, whose net also sees z, in which all modes that stand out of the noise have one height, and returns a
             and b for a + b·z. b is a gain that follows the field: where it is rough the filter opens, where it is calm
-            it closes (the local Wiener filter of Lee 1980, doi:10.1109/TPAMI.1980.4766994, learnt). One layer of a net
-            finds the local energy that b needs; its product with the field, without a gate, only a deep one does.
+            it closes (the local Wiener filter of Lee 1980, doi:10.1109/TPAMI.1980.4766994, learnt).
 """
 
 import flax.linen as nn
