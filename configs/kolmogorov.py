@@ -84,7 +84,7 @@ def get_config(variant="cpu"):
     embedding=pick(256, 128, 32),
     convolution="auto",
     dtype=pick("bfloat16", "float32", "float32"),
-    preconditioning="wiener",  # or edm, adaptive
+    preconditioning="adaptive",  # or wiener, edm
   )
   c.optimizer = dict(peak=pick(5e-4, 1e-3, 1e-3), end=1e-6, warmup_steps=pick(2000, 300, 2), clip=1.0)
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.

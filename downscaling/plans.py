@@ -134,10 +134,11 @@ def _train(c, ctx) -> list[str]:
   memory, size = costs.memory(program), _bytes(state)
   held = sum(math.prod(s.sharding.shard_shape(s.shape)) * _width(s) for s in jax.tree.leaves(state))
   per = c.train.batch // ctx.mesh.size
+  four = lambda value: np.format_float_positional(value, 4, fractional=False, trim="-")  # digits, and no exponent
   return [
     f"{states.count(state.params):,} parameters; {c.train.total_steps} steps of batch {c.train.batch} "
     f"({per} a device, in {c.memory.microbatches} part(s)) = {c.train.total_steps * c.train.batch:,} samples",
-    f"compiled in {seconds:.0f} s; {flops / 1e9:.4g} GFLOP a step, {flops / 1e9 / ctx.mesh.size:.4g} a device",
+    f"compiled in {seconds:.0f} s; {four(flops / 1e9)} GFLOP a step, {four(flops / 1e9 / ctx.mesh.size)} a device",
     _hours(flops * c.train.total_steps, c, ctx),
     f"memory a device: {_size(held)} state, {_size(memory['temporaries'])} temporary (compiled)",
     *_communication(program),
