@@ -33,6 +33,8 @@ def draw(curves, path):
     (line,) = axes.plot([*loss], [*loss.values()], "-", label=name)
     axes.plot([*held_out], [*held_out.values()], "o", color=line.get_color(), markerfacecolor="none")
   axes.set(xlabel="step", ylabel="weighted denoising error", title="line: training; rings: held-out, averaged")
+  values = np.concatenate([[*loss.values()] for loss, _ in curves.values()])
+  axes.set_ylim(top=min(1.05 * values.max(), 1.5 * np.median(values)))  # the first steps of edm lie far above
   axes.legend(frameon=False)
   figure.savefig(path, dpi=110)
 
