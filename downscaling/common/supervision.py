@@ -198,6 +198,7 @@ class Stop:
     except Exception as error:
       self._end(STOPPED, f"stopped; a peer did not answer ({str(error).splitlines()[0][:100]})")
     if all(safe for _, safe in told):
+      self._outlast_peers()
       self._end(STOPPED, "stopped while nothing could be lost; run the same command to go on")
     self._leave_at = max(polls for polls, _ in told) + 1
     self._agreed.set()
