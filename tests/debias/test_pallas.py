@@ -91,11 +91,7 @@ def test_a_column_of_no_weight_does_not_count():
 def test_lowers_without_the_hardware(platform, mark, d):
   shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1000, d), (3000, d), (1000,), (3000,), ())]
   traced = jax.jit(lambda x, y, f, g, eps: pallas.log_sum_exp(x, y, f, g, eps, backend=platform)).trace(*shapes)
-  try:
-    lowered = traced.lower(lowering_platforms=(platform,))
-  except (ImportError, NotImplementedError) as error:
-    pytest.skip(f"jax {jax.__version__} does not lower for {platform} without the hardware: {error}")
-  text = lowered.as_text()
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert mark in text
   # outside the kernel nothing is larger than the padded clouds: the exponents never leave it
   sizes = [np.prod([int(k) for k in s.split("x")], dtype=np.int64) for s in re.findall(r"tensor<([0-9x]+)xf32>", text)]
