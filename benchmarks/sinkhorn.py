@@ -192,7 +192,7 @@ def memory_table():
       found = []
       for path in ("fused", "ring"):
         chunk = iterations.make_chunk(iterations=10, momentum=1.5, path=path, mesh=mesh)
-        arguments = (shape(n, d), shape(n, d), shape(n), shape(n), jax.ShapeDtypeStruct((), jnp.float32))
+        arguments = (shape(n, d), shape(n, d), *(shape(n),) * 4, jax.ShapeDtypeStruct((), jnp.float32))
         found.append(chunk.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 1e6)
       print(f"{d:>6}{n:>9}{8e-6 * n * d:>11.0f}{found[0]:>10.0f}{found[1]:>9.0f}{4e-6 * n * n:>13.0f}", flush=True)
 

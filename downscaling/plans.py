@@ -87,7 +87,7 @@ def _sinkhorn(c, ctx, name: str) -> list[str]:
   moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
   kept = _rows(ctx, n, n) if iterations.keeps_costs(path, d, elements) else None
   epsilon = jax.ShapeDtypeStruct((), jnp.float32)
-  program = chunk.lower(cloud, cloud, potential, potential, epsilon, moves, kept).compile()
+  program = chunk.lower(cloud, cloud, *(potential,) * 4, epsilon, moves, kept).compile()
   memory = costs.memory(program)
   return [
     f"ε {c.debias.epsilon:g} of the mean cost, annealed; at most {c.debias.max_iterations} iterations to a marginal "

@@ -117,9 +117,11 @@ class Blockwise(geometry.Geometry):
     return cls(*children, **aux_data)
 
 
-def centre(target: np.ndarray, group=None) -> np.ndarray:
-  """The point both clouds are centred on, [d]: the target's mean, summed in float64; of its orbit, with a Group."""
-  mean = np.asarray(target).mean(0, dtype=np.float64)
+def centre(target: np.ndarray, group=None, weights: np.ndarray | None = None) -> np.ndarray:
+  """The point both clouds are centred on, [d]: the target's mean, by weights of sum 1 if there are any, summed in
+  float64; of its orbit, with a Group."""
+  weights = np.full(len(target), 1 / len(target)) if weights is None else weights
+  mean = np.einsum("i,ij->j", weights, np.asarray(target), dtype=np.float64)
   if group is not None:
     mean = (group.sign[:, None] * mean[group.index]).mean(0)
   return mean.astype(np.asarray(target).dtype)

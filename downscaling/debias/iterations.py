@@ -70,30 +70,30 @@ def make_costs(mesh: Mesh) -> Callable:
 
 @functools.cache
 def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Callable:
-  """The jitted (x, y, f, g, ε, moves, costs) -> (f, g, error): `iterations` steps at one ε.
+  """The jitted (x, y, a, b, f, g, ε, moves, costs) -> (f, g, error): `iterations` steps at one ε.
 
-  x [n, d], y [m, d]: clouds, centred, rows over all devices of the mesh. f [n], g [m]: potentials, likewise; donated.
-  ε: scalar > 0, in units of the cost. moves: (index [G, d], sign [G]) of a group, or None. costs: of make_costs, for
-  `dense` where keeps_costs, else None. error: the larger L1 error of the two marginals of the plan of f and g.
+  x [n, d], y [m, d]: clouds, centred, rows over all devices of the mesh; a [n], b [m]: their weights, > 0, of sum 1,
+  likewise. f [n], g [m]: potentials, likewise; donated. ε: scalar > 0, in units of the cost. moves: (index [G, d], sign
+  [G]) of a group, or None. costs: of make_costs, for `dense` where keeps_costs, else None. error: the larger L1 error of the two marginals of the plan of f and g.
 
   Args: momentum: ω, 1 to < 2. path: one of PATHS.
   """
   body = {"dense": _dense, "fused": _fused, "ring": _ring}[path]
 
-  def chunk(x, y, f, g, epsilon, moves=None, costs=None):
+  def chunk(x, y, a, b, f, g, epsilon, moves=None, costs=None):
     run = jax.shard_map(
-      functools.partial(body, n=len(x), m=len(y), iterations=iterations, momentum=momentum, devices=mesh.size),
+      functools.partial(body, iterations=iterations, momentum=momentum, devices=mesh.size),
       mesh=mesh,
-      in_specs=(*(meshes.ROWS,) * 4, PartitionSpec(), PartitionSpec(), meshes.ROWS),
+      in_specs=(*(meshes.ROWS,) * 6, PartitionSpec(), PartitionSpec(), meshes.ROWS),
       out_specs=(meshes.ROWS, meshes.ROWS, PartitionSpec()),
       check_vma=False,  # what is equal on all devices after a psum is known to us, not to the checker
     )
-    f, g, error = run(x, y, f, g, epsilon, moves, costs)
+    f, g, error = run(x, y, a, b, f, g, epsilon, moves, costs)
     drift = f.mean()  # f and −g wander off together, and lose digits
     return f - drift, g + drift, error
 
   rows = meshes.rows(mesh)
-  return jax.jit(chunk, out_shardings=(rows, rows, meshes.replicated(mesh)), donate_argnums=(2, 3))
+  return jax.jit(chunk, out_shardings=(rows, rows, meshes.replicated(mesh)), donate_argnums=(4, 5))
 
 
 def _sum(value):
@@ -117,11 +117,11 @@ def _outside(sums):
   return ~jnp.all((sums > SAFE[0]) & (sums < SAFE[1]))
 
 
-def _rows(x, f, eps, columns, moves):
-  """What tiles are cut from, x and (f − |x|²)/ε, and how many rows make about TILE_NUMBERS exponents, or eight times
-  that where rows are wide: a product of few rows reads all of y for little work."""
+def _rows(x, f, eps, columns, moves, *more):
+  """What tiles are cut from, x, (f − |x|²)/ε and more, and how many rows make about TILE_NUMBERS exponents, or eight
+  times that where rows are wide: a product of few rows reads all of y for little work."""
   size = max(8, TILE_NUMBERS // columns, min(256, x.shape[1] // 4, 8 * TILE_NUMBERS // columns))
-  return (x, (f - jnp.sum(x**2, 1)) / eps - (0.0 if moves is None else math.log(len(moves[1])))), size
+  return (x, (f - jnp.sum(x**2, 1)) / eps - (0.0 if moves is None else math.log(len(moves[1]))), *more), size
 
 
 def _exponentials(rows, right, eps, moves):
@@ -133,40 +133,40 @@ def _exponentials(rows, right, eps, moves):
   return lax.scan(add, jnp.zeros((len(x), len(right[1])), x.dtype), moves)[0]
 
 
-def _fused(x, y, f, g, eps, moves, costs, *, n, m, iterations, momentum, devices):
+def _fused(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices):
   del costs, devices
   whole_y, whole_g = _whole(y), _whole(g)
-  step = functools.partial(_fused_step, x, whole_y, eps, moves, n, m)
+  step = functools.partial(_fused_step, x, whole_y, a, _whole(b), eps, moves)
   (f, g), _ = lax.scan(lambda fg, _: (step(*fg, momentum)[0], None), (f, whole_g), length=iterations)
   error = step(f, g, 0.0)[1]
   return f, _own(g, len(y)), error
 
 
-def _fused_step(x, y, eps, moves, n, m, f, g, momentum):
-  """((f, g) one iteration later, marginal error of the plan of the f and g that came); g [m] is whole."""
+def _fused_step(x, y, a, b, eps, moves, f, g, momentum):
+  """((f, g) one iteration later, marginal error of the plan of the f and g that came); y, b and g are whole."""
   right = y, (g - jnp.sum(y**2, 1)) / eps
 
   def add(columns, rows, there):
     e = _exponentials(rows, right, eps, moves)
     r = e.sum(1)
-    ratio = -jnp.log(n * r)  # log a/r
+    ratio = jnp.log(rows[2] / r)
     scale = jnp.where(there, jnp.exp(momentum * ratio), 0.0)
     return columns + jnp.matmul(scale, e, precision="highest"), (r, ratio)
 
-  columns, (r, ratio) = geometry.scan_tiles(add, jnp.zeros_like(g), *_rows(x, f, eps, len(y), moves))
+  columns, (r, ratio) = geometry.scan_tiles(add, jnp.zeros_like(g), *_rows(x, f, eps, len(y), moves, a))
   columns = _sum(columns)
-  bad = (_sum(_outside(r * n).astype(jnp.int32)) > 0) | _outside(columns * m)
+  bad = (_sum(_outside(r / a).astype(jnp.int32)) > 0) | _outside(columns / b)
 
   def plain():
-    error = jnp.maximum(_sum(jnp.abs(r - 1 / n).sum()), jnp.abs(columns - 1 / m).sum())
-    return (f + momentum * eps * ratio, g - momentum * eps * jnp.log(m * columns)), error
+    error = jnp.maximum(_sum(jnp.abs(r - a).sum()), jnp.abs(columns - b).sum())
+    return (f + momentum * eps * ratio, g - momentum * eps * jnp.log(columns / b)), error
 
   def careful():
-    new = f - momentum * eps * (_soft(x, y, f, g, eps, moves) + math.log(n))
+    new = f - momentum * eps * (_soft(x, y, f, g, eps, moves) - jnp.log(a))
     lse = _soft_columns(x, y, new, g, eps, moves)
     rows = jnp.exp(_soft(x, y, f, g, eps, moves))
-    error = jnp.maximum(_sum(jnp.abs(rows - 1 / n).sum()), jnp.abs(jnp.exp(lse) - 1 / m).sum())
-    return (new, g - momentum * eps * (lse + math.log(m))), error
+    error = jnp.maximum(_sum(jnp.abs(rows - a).sum()), jnp.abs(jnp.exp(lse) - b).sum())
+    return (new, g - momentum * eps * (lse - jnp.log(b))), error
 
   return lax.cond(bad, careful, plain)
 
@@ -186,46 +186,46 @@ def _soft_columns(x, y, f, g, eps, moves):
   return top + jnp.log(_sum(jnp.exp(mine - top)))
 
 
-def _dense(x, y, f, g, eps, moves, costs, *, n, m, iterations, momentum, devices):
-  whole_y, whole_g = _whole(y), _whole(g)
+def _dense(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices):
+  whole_y, whole_b, whole_g = _whole(y), _whole(b), _whole(g)
   if costs is None:
     right = whole_y, (whole_g - jnp.sum(whole_y**2, 1)) / eps
     one_tile = lambda _, rows, there: (None, _exponentials(rows, right, eps, moves))
-    kernel = geometry.scan_tiles(one_tile, None, *_rows(x, f, eps, m, moves))[1]
+    kernel = geometry.scan_tiles(one_tile, None, *_rows(x, f, eps, len(whole_y), moves))[1]
   else:
     kernel = jnp.exp((f[:, None] + whole_g[None] - costs) / eps)
   dot = functools.partial(jnp.matmul, precision="highest")
 
   def step(uv, _):
     u, v = uv
-    u = u * (n * u * dot(kernel, v)) ** -momentum
-    v = v * (m * v * _sum(dot(u, kernel))) ** -momentum
+    u = u * (u * dot(kernel, v) / a) ** -momentum
+    v = v * (v * _sum(dot(u, kernel)) / whole_b) ** -momentum
     return (u, v), None
 
   (u, v), _ = lax.scan(step, (jnp.ones_like(f), jnp.ones_like(whole_g)), length=iterations)
-  rows_err = _sum(jnp.abs(u * dot(kernel, v) - 1 / n).sum())
-  error = jnp.maximum(rows_err, jnp.abs(v * _sum(dot(u, kernel)) - 1 / m).sum())
+  rows_err = _sum(jnp.abs(u * dot(kernel, v) - a).sum())
+  error = jnp.maximum(rows_err, jnp.abs(v * _sum(dot(u, kernel)) - whole_b).sum())
   wild = lambda s: ~jnp.all((s > 1 / SCALE) & (s < SCALE))
   bad = (_sum(wild(u).astype(jnp.int32)) > 0) | wild(v)
   good = lambda: (f + eps * jnp.log(u), _own(whole_g + eps * jnp.log(v), len(y)), error)
-  sizes = {"n": n, "m": m, "iterations": iterations, "momentum": momentum, "devices": devices}
-  again = lambda: _fused(x, y, f, g, eps, moves, None, **sizes)
+  sizes = {"iterations": iterations, "momentum": momentum, "devices": devices}
+  again = lambda: _fused(x, y, a, b, f, g, eps, moves, None, **sizes)
   return lax.cond(bad, again, good)
 
 
-def _ring(x, y, f, g, eps, moves, costs, *, n, m, iterations, momentum, devices):
+def _ring(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices):
   del costs
   soft = functools.partial(_ring_soft, eps=eps, moves=moves, devices=devices)
 
   def step(fg, _):
     f, g = fg
-    f = f - momentum * eps * (soft(x, f, y, g) + math.log(n))
-    g = g - momentum * eps * (soft(y, g, x, f) + math.log(m))
+    f = f - momentum * eps * (soft(x, f, y, g) - jnp.log(a))
+    g = g - momentum * eps * (soft(y, g, x, f) - jnp.log(b))
     return (f, g), None
 
   (f, g), _ = lax.scan(step, (f, g), length=iterations)
-  error = lambda lse, count: _sum(jnp.abs(jnp.exp(lse) - 1 / count).sum())
-  return f, g, jnp.maximum(error(soft(x, f, y, g), n), error(soft(y, g, x, f), m))
+  error = lambda lse, weights: _sum(jnp.abs(jnp.exp(lse) - weights).sum())
+  return f, g, jnp.maximum(error(soft(x, f, y, g), a), error(soft(y, g, x, f), b))
 
 
 def _ring_soft(x, f, y, g, *, eps, moves, devices):

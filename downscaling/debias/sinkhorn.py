@@ -1,6 +1,7 @@
 """Sinkhorn between two clouds of snapshots by annealed, over-relaxed, resumable steps.
 
-The plan P_ij = exp((f_i + g_j − |x_i − y_j|²)/ε) has uniform marginals at the fixed point. Iterations run in chunks of
+The plan P_ij = exp((f_i + g_j − |x_i − y_j|²)/ε) has the rows' weights, 1/n and 1/m unless given, for marginals at the
+fixed point. Iterations run in chunks of
 `check_every` (see iterations.py), each started from the last; ε falls one rung of the ladder a chunk. Between chunks
 the job is asked whether to stop, and the state is two vectors and a count.
 """
@@ -51,6 +52,7 @@ def fit(
   max_iterations: int = 2000,
   check_every: int = 10,
   momentum: float = 1.5,
+  weights: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
   group: symmetry.Group | None = None,
   path: str = "auto",
   mesh: jax.sharding.Mesh | None = None,
@@ -60,15 +62,17 @@ def fit(
   agree: Callable[[Any], list] = lambda value: [value],
   progress: Callable[[int, float, float], None] | None = None,
 ) -> Fit:
-  """Entropic optimal transport between two uniform clouds.
+  """Entropic optimal transport between two clouds.
 
   Args:
     source, target: [n, d] and [m, d], float32 (float64 is kept under jax.enable_x64); whole on every process.
     epsilon: the last ε as a share of the mean cost.
     anneal: (first ε over last ε, factor from rung to rung); (1, any) goes at once.
-    threshold: largest L1 error of either marginal, Σ|P1 − 1/n|, that counts as converged.
+    threshold: largest L1 error of either marginal, Σ|P1 − a|, that counts as converged.
     max_iterations: give up here, `converged` false. check_every: iterations a chunk.
     momentum: over-relaxation of the potentials, 1 (none) to < 2 (Thibault et al. 2021, arXiv:1711.01851).
+    weights: a [n] and b [m] of the rows, > 0, each of sum 1; None: all rows weigh the same. A map made of g and the
+      targets needs no more: the potentials hold them.
     group: symmetry of both laws, acting on the d values of a row: the plan is that between all rows' orbits.
     path: "dense", "fused" or "ring", see iterations.py; "auto" is iterations.choose.
     mesh: n and m are split over all its devices; one device by default.
@@ -76,15 +80,16 @@ def fit(
       as many devices and the same path.
     stop: asked between chunks. agree: see Checkpoints. progress: called with (iterations of the chunk, ε, error).
   Raises:
-    ValueError: clouds that cannot be matched or split, ε too small for the dtype, or an error that no longer falls.
+    ValueError: clouds that cannot be matched or split, weights that are no distribution, ε too small for the dtype, or
+      an error that no longer falls.
     FloatingPointError: the potentials diverged. runs.Interrupted: `stop` said so; the state is saved.
   """
   mesh = mesh or meshes.make(1)
-  x, y, mean_cost = _clouds(source, target, epsilon, threshold, group)
+  x, y, weights, mean_cost = _clouds(source, target, weights, epsilon, threshold, group)
   path = path_of(path, len(x), len(y), x.shape[1], mesh.size, 1 if group is None else len(group))
   ladder = [epsilon * mean_cost * factor for factor in _factors(*anneal)]
   _check_counts(max_iterations, check_every, momentum)
-  run = _Run(x, y, ladder, check_every, momentum, group, path, mesh, checkpoints)
+  run = _Run(x, y, weights, ladder, check_every, momentum, group, path, mesh, checkpoints)
   saved = time.monotonic()
   while not (verdict := _verdict(run.history, ladder[-1], threshold, max_iterations)):
     if stop():
@@ -109,7 +114,7 @@ def fit(
 class _Run:
   """A solve under way: two potentials and the history of its checks; begins at zero or at the last checkpoint."""
 
-  def __init__(self, x, y, ladder, check_every, momentum, group, path, mesh, checkpoints):
+  def __init__(self, x, y, weights, ladder, check_every, momentum, group, path, mesh, checkpoints):
     self.ladder, self.checkpoints = ladder, checkpoints
     self.check_every, self.momentum = check_every, momentum
     self.chunk = iterations.make_chunk(iterations=check_every, momentum=momentum, path=path, mesh=mesh)
@@ -118,11 +123,12 @@ class _Run:
     )
     spread = lambda rows: meshes.to_global(mesh, rows[meshes.host_rows(mesh, len(rows))], len(rows))
     self.x, self.y, self.costs = spread(x), spread(y), None
+    self.a, self.b = map(spread, weights)
     if iterations.keeps_costs(path, x.shape[1], 1 if group is None else len(group)):
       self.costs = iterations.make_costs(mesh)(self.x, self.y)
     self.f, self.g = spread(np.zeros(len(x), x.dtype)), spread(np.zeros(len(y), y.dtype))
     self.history: dict[str, list] = {"iteration": [], "epsilon": [], "error": []}
-    self.identity = _identity(x, y, ladder, check_every, momentum, group)
+    self.identity = _identity(x, y, weights, ladder, check_every, momentum, group)
     if checkpoints is None:
       return
     if last := checkpoints.restore_last(checkpoints_lib.abstract({"f": self.f, "g": self.g}, meshes.rows(mesh))):
@@ -140,12 +146,12 @@ class _Run:
     done = len(self.history["error"])
     epsilon = self.ladder[min(done, len(self.ladder) - 1)]
     epsilon_there = jnp.asarray(epsilon, self.x.dtype)
-    f = self.f
+    f, g = self.f, self.g
     if done and (fall := self.ladder[min(done, len(self.ladder)) - 1] - epsilon):
-      # Where a plan is spread over all pairs its exponents are −log nm at any ε, so f + g − c falls as ε does. Left to
+      # Where a plan is spread over all pairs its exponents are log ab at any ε, so f + g − c falls as ε does. Left to
       # the first iteration, that factor takes the scalings of `dense` out of their range when rows are many.
-      f = f + fall * math.log(len(self.x) * len(self.y))
-    f, g, error = self.chunk(self.x, self.y, f, self.g, epsilon_there, self.moves, self.costs)
+      f, g = f - fall * jnp.log(self.a), g - fall * jnp.log(self.b)
+    f, g, error = self.chunk(self.x, self.y, self.a, self.b, f, g, epsilon_there, self.moves, self.costs)
     if not math.isfinite(error := float(error)):
       raise FloatingPointError(
         f"the potentials diverged after {self.last()}, at ε = {epsilon:.3g}: set momentum=1 (it is "
@@ -178,8 +184,8 @@ def path_of(path: str, n: int, m: int, d: int, devices: int, elements: int = 1) 
   return iterations.choose(n, m, d, devices, elements) if path == "auto" else path
 
 
-def _clouds(source, target, epsilon, threshold, group) -> tuple[np.ndarray, np.ndarray, float]:
-  """Both clouds centred, on the host, and the mean cost; the door."""
+def _clouds(source, target, weights, epsilon, threshold, group):
+  """Both clouds centred, on the host, their weights (a, b), and the mean cost; the door."""
   source, target = np.asarray(source), np.asarray(target)
   if source.ndim != 2 or target.ndim != 2 or source.shape[1] != target.shape[1]:
     raise ValueError(
@@ -200,9 +206,10 @@ def _clouds(source, target, epsilon, threshold, group) -> tuple[np.ndarray, np.n
     raise ValueError(f"epsilon={epsilon}, threshold={threshold}: both must be > 0 (epsilon: share of the mean cost).")
   dtype = jax.dtypes.canonicalize_dtype(np.result_type(source, target, np.float32))
   source, target = source.astype(dtype), target.astype(dtype)
+  a, b = (_weights(w, len(c), name) for w, c, name in zip(weights, (source, target), ("source", "target"), strict=True))
   x, y = (cloud - geometry.centre(target, group) for cloud in (source, target))
-  squares = sum(np.einsum("ij,ij->", c, c, dtype=np.float64) / len(c) for c in (x, y))
-  means = (geometry.centre(c, group).astype(np.float64) for c in (x, y))
+  squares = sum(np.einsum("i,ij,ij->", w, c, c, dtype=np.float64) for w, c in ((a, x), (b, y)))
+  means = (geometry.centre(c, group, w).astype(np.float64) for w, c in ((a, x), (b, y)))
   mean_cost = float(squares - 2 * np.dot(*means))
   if (rounding := _rounding(x, y, epsilon * mean_cost)) > threshold:
     raise ValueError(
@@ -210,7 +217,21 @@ def _clouds(source, target, epsilon, threshold, group) -> tuple[np.ndarray, np.n
       f"{rounding:.1g}, threshold {threshold:g}. Use epsilon >= {1.1 * epsilon * rounding / threshold:.1e}, "
       "or a larger threshold."
     )
-  return x, y, mean_cost
+  return x, y, (a.astype(dtype), b.astype(dtype)), mean_cost
+
+
+def _weights(weights, count: int, name: str) -> np.ndarray:
+  """Weights of a cloud's rows, [count] float64 of sum 1."""
+  if weights is None:
+    return np.full(count, 1 / count)
+  weights = np.asarray(weights, np.float64)
+  if weights.shape != (count,):
+    raise ValueError(f"{name} weights are {weights.shape}, need [{count}]: one for each row.")
+  if not (np.isfinite(weights).all() and (weights > 0).all()):
+    raise ValueError(f"{name} weights hold {weights.min():g}: need > 0 and finite. Leave rows of no weight out.")
+  if abs(weights.sum() - 1) > 1e-5:  # float32 weights, normalised in float32, sum to 1 within this
+    raise ValueError(f"{name} weights sum to {weights.sum():.6g}, a plan needs 1: divide them by their sum.")
+  return weights / weights.sum()
 
 
 def _rounding(x, y, epsilon: float) -> float:
@@ -237,10 +258,10 @@ def _check_counts(max_iterations, check_every, momentum) -> None:
     raise ValueError(f"momentum={momentum}: over-relaxation needs 1 <= momentum < 2; 1.5 is the measured choice.")
 
 
-def _identity(x, y, ladder, check_every, momentum, group) -> str:
+def _identity(x, y, weights, ladder, check_every, momentum, group) -> str:
   """SHA-256 of all that decides the iterates."""
   digest = hashlib.sha256(repr((x.shape, y.shape, ladder, check_every, momentum)).encode())
-  for part in (x, y, *(group or ())):
+  for part in (x, y, *weights, *(group or ())):
     digest.update(np.asarray(part).tobytes())
   return digest.hexdigest()
 

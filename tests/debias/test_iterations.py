@@ -18,26 +18,31 @@ def clouds(n, m, d, seed=0, spread=1.3):
   return rng.normal(size=(n, d)).astype(np.float32), (spread * rng.normal(size=(m, d))).astype(np.float32)
 
 
-def chunk(path, devices, x, y, f, g, epsilon, count, momentum, group=None):
+def uniform(*clouds):
+  return tuple(np.full(len(c), 1 / len(c), np.float32) for c in clouds)
+
+
+def chunk(path, devices, x, y, f, g, epsilon, count, momentum, group=None, weights=None):
   """One chunk, on host arrays; path "costs": dense, with the costs kept."""
   mesh, kept = meshes.make(devices), path == "costs"
   path = "dense" if kept else path
-  placed = [jax.device_put(a, meshes.rows(mesh)) for a in (x, y, f, g)]
+  placed = [jax.device_put(a, meshes.rows(mesh)) for a in (x, y, *(weights or uniform(x, y)), f, g)]
   step = iterations.make_chunk(iterations=count, momentum=momentum, path=path, mesh=mesh)
   moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
   costs = iterations.make_costs(mesh)(*placed[:2]) if kept else None
   return [np.asarray(a) for a in step(*placed, jnp.float32(epsilon), moves, costs)]
 
 
-def reference(x, y, f, g, epsilon, count, momentum):
+def reference(x, y, f, g, epsilon, count, momentum, weights=None):
   """The same in float64 with all pairs at once: (f, g, error)."""
+  a, b = weights or uniform(x, y)
   x, y, f, g = (np.asarray(a, np.float64) for a in (x, y, f, g))
   exponents = lambda: (f[:, None] + g[None] - ((x[:, None] - y[None]) ** 2).sum(-1)) / epsilon
   for _ in range(count):
-    f = f - momentum * epsilon * (scipy.special.logsumexp(exponents(), axis=1) + np.log(len(x)))
-    g = g - momentum * epsilon * (scipy.special.logsumexp(exponents(), axis=0) + np.log(len(y)))
+    f = f - momentum * epsilon * (scipy.special.logsumexp(exponents(), axis=1) - np.log(a))
+    g = g - momentum * epsilon * (scipy.special.logsumexp(exponents(), axis=0) - np.log(b))
   plan = np.exp(exponents())
-  error = max(np.abs(plan.sum(1) - 1 / len(x)).sum(), np.abs(plan.sum(0) - 1 / len(y)).sum())
+  error = max(np.abs(plan.sum(1) - a).sum(), np.abs(plan.sum(0) - b).sum())
   return f - f.mean(), g + f.mean(), error
 
 
@@ -53,12 +58,14 @@ def small_tiles(monkeypatch):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("path", [*iterations.PATHS, "costs"])
 @pytest.mark.parametrize("devices", [1, 4])
-def test_three_iterations_equal_float64(path, devices):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_three_iterations_equal_float64(path, devices, weighted):
   x, y = clouds(76, 52, 6)  # 19 rows a device: two tiles of 8 and a rest
   rng = np.random.default_rng(1)
+  weights = tuple(rng.dirichlet(np.full(len(c), 2.0)).astype(np.float32) for c in (x, y)) if weighted else None
   f, g = rng.normal(size=76).astype(np.float32), rng.normal(size=52).astype(np.float32)
-  want = reference(x, y, f, g, 2.0, 3, 1.5)
-  got = chunk(path, devices, x, y, f, g, 2.0, 3, 1.5)
+  want = reference(x, y, f, g, 2.0, 3, 1.5, weights)
+  got = chunk(path, devices, x, y, f, g, 2.0, 3, 1.5, weights=weights)
   # costs reach 60: 2⁻²⁴ · 60 · a few an iteration; a row counted twice or left out shifts a potential by ε/76 = .03
   for ours, exact in zip(got[:2], want[:2], strict=True):
     np.testing.assert_allclose(ours, exact, atol=5e-5)
@@ -115,7 +122,7 @@ def test_every_path_on_any_devices_ends_at_the_same_potentials():
 
 def compiled(path, devices, n=4096, m=8192, d=24):
   mesh = meshes.make(devices)
-  rows = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=meshes.rows(mesh)) for s in ((n, d), (m, d), (n,), (m,))]
+  rows = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=meshes.rows(mesh)) for s in ((n, d), (m, d), *((n,), (m,)) * 2)]
   epsilon = jax.ShapeDtypeStruct((), jnp.float32)
   return iterations.make_chunk(iterations=10, momentum=1.5, path=path, mesh=mesh).lower(*rows, epsilon).compile()
 

@@ -98,6 +98,26 @@ def test_identical_clouds_tend_to_the_identity():
   assert gaps[2] < 0.01
 
 
+def test_weights_are_as_many_copies_of_a_row():
+  """Row i of weight k_i/Σk beside k_i copies of it, all of one weight: the same problem, so the same g and map."""
+  x, y, rng = normal(60, 3, 20), normal(50, 3, 21, 1.4), np.random.default_rng(22)
+  many, often = rng.integers(1, 5, 60), rng.integers(1, 5, 50)
+  copies = sinkhorn.fit(x.repeat(many, 0), y.repeat(often, 0), epsilon=0.05, threshold=1e-6, max_iterations=5000)
+  weights = many / many.sum(), (often / often.sum()).astype(np.float32)
+  once = sinkhorn.fit(x, y, epsilon=0.05, threshold=1e-6, max_iterations=5000, weights=weights)
+  assert once.converged
+  assert copies.converged
+  assert once.mean_cost == pytest.approx(copies.mean_cost, rel=1e-5)  # float32 rows, sums in float64
+  p = plan(x, y, once)
+  # rounding of exponents of about 1/.05 leaves 1e-5 in all; uniform weights would err by .4
+  assert np.abs(p.sum(1) - weights[0]).sum() < 3e-5
+  assert np.abs(p.sum(0) - weights[1]).sum() < 3e-5
+  gap = np.abs(map_of(y, once)(x) - map_of(y.repeat(often, 0), copies)(x)).max()
+  assert gap < 1e-3  # of values of 1.4: marginals to 1e-6 leave potentials to 1e-4 ε or so
+  plain = sinkhorn.fit(x, y, epsilon=0.05, threshold=1e-6, max_iterations=5000)
+  assert np.abs(map_of(y, plain)(x) - map_of(y, once)(x)).max() > 30 * gap
+
+
 def test_both_marginals_are_what_history_says():
   x, y = normal(130, 4, 6), normal(90, 4, 7, 2.0)
   result = sinkhorn.fit(x, y, epsilon=0.02)
@@ -217,6 +237,11 @@ def with_nan(rows, *bad):
     (normal(20, 3, 0), normal(20, 3, 1), {"anneal": (0.5, 0.5)}, r"anneal=\(0.5, 0.5\): need a start >= 1"),
     (normal(20, 3, 0), normal(20, 3, 1), {"momentum": 2.0}, "needs 1 <= momentum < 2"),
     (normal(20, 3, 0), normal(20, 3, 1), {"check_every": 0}, "both must be at least 1"),
+    (normal(4, 3, 0), normal(4, 3, 1), {"weights": (np.ones(4), None)}, "source weights sum to 4, a plan needs 1"),
+    (normal(4, 3, 0), normal(2, 3, 1), {"weights": (None, [0.5, 0.4999])}, "target weights sum to 0.9999"),
+    (normal(4, 3, 0), normal(2, 3, 1), {"weights": (None, [1.0, 0.0])}, "target weights hold 0: need > 0"),
+    (normal(2, 3, 0), normal(4, 3, 1), {"weights": ([np.nan, 1.0], None)}, "source weights hold nan"),
+    (normal(4, 3, 0), normal(2, 3, 1), {"weights": (np.full(2, 0.5), None)}, r"weights are \(2,\), need \[4\]"),
   ],
 )
 def test_refusals_say_what_to_change(source, target, options, message):
