@@ -86,6 +86,9 @@ CASES = {
   "measured+r η10 16": case("measured", 16, 10.0, 0.125),
   "measured+r η10 24": case("measured", 24, 10.0, 0.125),
   "measured+r η10 32": case("measured", 32, 10.0, 0.125),
+  "guided+r η10 16": case("measured", 16, 10.0, 0.125, levels__name="guided"),
+  "guided+r η10 24": case("measured", 24, 10.0, 0.125, levels__name="guided"),
+  "guided+r η10 32": case("measured", 32, 10.0, 0.125, levels__name="guided"),
   "measured+r η5 32": case("measured", 32, 5.0, 0.125),
   "moment η1 16": case("moment"),
   "moment η5 16": case("moment", 16, 5.0),
@@ -98,7 +101,8 @@ CASES = {
 FRONT = (
   REFERENCE, "scaled η2.5 32", "wiener η5 16", "measured η1 16", "measured η5 16", "measured η10 32",
   "measured+r1.6 η2.5 16", "measured+r η5 8", "measured+r η5 24", "measured+r η5 32", "measured+r η10 16",
-  "measured+r η10 24", "measured+r η10 32", "moment η5 16", "moment+r η5 12", "moment+r η10 12",
+  "measured+r η10 24", "measured+r η10 32", "guided+r η10 16", "guided+r η10 24", "guided+r η10 32", "moment η5 16",
+  "moment+r η5 12", "moment+r η10 12",
 )  # fmt: skip
 LOWER_IS_BETTER = ("member", "mean", "crps", "energy", "melre", "cov")
 

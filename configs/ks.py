@@ -113,7 +113,8 @@ def get_config(variant="quick"):
     resample=dict(strength=pick(0.125, 0.125, 0.0), dead_zone=3.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn
     solver=dict(name="dpm_solver_pp_2m_sde", eta=10.0, churn=0.0),  # eta: of the SDE; churn: of heun
-    levels=dict(name="edm", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
+    # guided (by what y′ leaves open at a level) | edm, with rho | exponential
+    levels=dict(name="guided", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )
   c.evaluate = dict(reference=pick(16_384, 16_384, 128))  # true fields to compare with
@@ -137,5 +138,5 @@ def _in_time(c):
   c.sampling.series.update(frames=16, overlap=4)  # of windows and overlaps: docs/method.md
   c.sampling.resample.strength = 0.0
   c.sampling.solver.eta = 5.0
-  c.sampling.levels.update(steps=32, sigma_max=10.0)
+  c.sampling.levels.update(name="edm", steps=32, sigma_max=10.0)
   c.sampling.unconditional.fields = 64

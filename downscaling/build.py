@@ -267,19 +267,20 @@ def _draw(config, stats, network, table=None) -> Callable:
   stats = stats.repeated(plan.series)
   if config.model.convolution == "auto" and jax.default_backend() == "cpu":  # solvers loop: see unet.convolve
     network = network.clone(net=network.net.clone(convolution="im2col"))
-  steps, options = dict(c.levels), {k: v for k, v in c.guidance.items() if k != "variance"}
+  options = {k: v for k, v in c.guidance.items() if k != "variance"}
   noise = tuple(float(c.observation_noise / s) for s in stats.std)
   prior = guide = gains.Gain(op, gains.prior_variance(stats.spectrum), noise)
   if needs_table(config):
     variance = table and gains.measured_variance(table.sigmas, windows.extended(table.errors, plan))
     guide = variance and gains.Gain(op, variance, noise)
+  levels, high = _noise_levels(c, guide or prior)
   window = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
   return draws.sampler(
     draws.Recipe(
       denoise=lambda params, x, sigma: windows.stitched(window(params), plan)(x, sigma),
       shape=(*op.fine, len(stats.mean)),
-      levels=schedules.levels(**steps),
-      high=schedules.levels(**steps | {"sigma_max": c.unconditional.sigma_max, "steps": c.unconditional.steps}),
+      levels=levels,
+      high=high,
       solve=_solver(config),
       start=c.start,
       prior=prior,
@@ -294,6 +295,16 @@ def _draw(config, stats, network, table=None) -> Callable:
       "of it: run `downscaling train` with the same --config and --workdir, which makes it, or use name=scaled.",
     )
   )
+
+
+def _noise_levels(c, gain: gains.Gain) -> tuple[np.ndarray, np.ndarray]:
+  """With a condition and without; "guided" are by what the gain leaves open, and without a condition as "edm"."""
+  block = dict(c.levels)
+  free = block | {"sigma_max": c.unconditional.sigma_max, "steps": c.unconditional.steps}
+  if block["name"] != "guided":
+    return schedules.levels(**block), schedules.levels(**free)
+  low = gains.levels(gain, block["steps"], block["sigma_max"], block["sigma_min"])
+  return low, schedules.levels(**free | {"name": "edm"})
 
 
 def resampling(config) -> Resampling | None:

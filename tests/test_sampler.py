@@ -12,6 +12,7 @@ import pytest
 from downscaling import build
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
+from downscaling.sampling import gain
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -61,6 +62,24 @@ def test_fields_and_misfits(name):
   free, none = jax.jit(lambda k, p: build.sampler(config, stats, network)(k, None, p))(keys, params)
   assert free.shape == (4, *build.space(config), 1)
   assert np.isnan(none).all()
+
+
+def test_guided_levels():
+  """By the table of the guidance, or by the spectrum where there is none; free fields need neither."""
+  config = _config(**{"sampling.levels.name": "guided", "sampling.guidance.name": "measured"})
+  parts = _parts(config)
+  op, y, fields, _ = _draw(config, parts, build.stand_in_table(config))
+  np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)  # float32, fields of size 2
+  found = [build._noise_levels(config.sampling, _gain(config, parts, v))[0] for v in (1.0, 4.0)]
+  assert np.abs(np.log(found[0] / found[1])).max() > 0.02  # another gain, other levels
+  edm = config.copy_and_resolve_references()
+  edm.sampling.levels.name = "edm"
+  free = (build._noise_levels(c.sampling, _gain(config, parts, 1.0))[1] for c in (config, edm))
+  np.testing.assert_array_equal(*free)
+
+
+def _gain(config, parts, power):
+  return gain.Gain(build.operator(config), gain.prior_variance(parts[0].spectrum ** power))
 
 
 def test_a_soft_constraint_is_in_data_units():

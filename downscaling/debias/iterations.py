@@ -74,7 +74,8 @@ def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Ca
 
   x [n, d], y [m, d]: clouds, centred, rows over all devices of the mesh; a [n], b [m]: their weights, > 0, of sum 1,
   likewise. f [n], g [m]: potentials, likewise; donated. ε: scalar > 0, in units of the cost. moves: (index [G, d], sign
-  [G]) of a group, or None. costs: of make_costs, for `dense` where keeps_costs, else None. error: the larger L1 error of the two marginals of the plan of f and g.
+  [G]) of a group, or None. costs: of make_costs, for `dense` where keeps_costs, else None. error: the larger L1 error
+  of the two marginals of the plan of f and g.
 
   Args: momentum: ω, 1 to < 2. path: one of PATHS.
   """

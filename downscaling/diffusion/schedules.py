@@ -195,6 +195,8 @@ def levels(name: str, steps: int, sigma_max: float, sigma_min: float, rho: float
     exponential   σ_k = σ_max (σ_min/σ_max)^{k/steps}           (the paper's)
     edm           σ_k = (σ_max^{1/ρ} + k/steps (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ   (Karras et al. 2022, eq. 5)
 
+  A third kind goes by the prior and the operator: sampling.gain.levels.
+
   Raises: ValueError for another name, steps < 1, or levels that do not descend.
   """
   if steps < 1 or not 0 < sigma_min < sigma_max:
@@ -208,5 +210,5 @@ def levels(name: str, steps: int, sigma_max: float, sigma_min: float, rho: float
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     grid = (high + share * (low - high)) ** rho
   else:
-    raise ValueError(f"noise levels {name!r} are unknown; use exponential or edm.")
+    raise ValueError(f"noise levels {name!r} are unknown; use exponential or edm, or guided for conditional samples.")
   return grid.astype(np.float32)

@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.common.operators import BlockMean, Operator, Strided
+from downscaling.diffusion import schedules
 from downscaling.sampling import solvers
 
 Variance = Callable[[jax.Array], jax.Array]  # σ [B] -> e(σ) [B, *space, C or 1], on the full FFT grid
 
 _LARGEST_DENSE = 4096  # coarse points: A is [B, C, n, n]
+_LEAST_FALL = 0.2  # of ln E a unit of ln σ, in `levels`: where nothing falls the path of σ itself is worth a step
 
 
 def prior_variance(spectrum: np.ndarray) -> Variance:
@@ -105,6 +107,17 @@ class Gain:
     inner = misfit * self._solve(misfit, self._variance(sigma))
     return inner.mean(axis=tuple(range(1, misfit.ndim)))
 
+  def left(self, sigma: jax.Array) -> jax.Array:
+    """tr(Σ − GC′Σ)/NC, [B]: the variance that a value keeps once y′ is known; of a Gaussian field, the posterior's."""
+    spread = self._variance(sigma)
+    if self._circulant:
+      known = self._fold(spread**2) / (self._fold(spread) + self.variance_of_noise(spread))
+    else:
+      known = jax.scipy.linalg.cho_solve(self._factor(spread), self._outer(spread**2))
+      known = jnp.trace(known, axis1=2, axis2=3)
+    flat = lambda a: a.reshape(len(a), -1).sum(1)
+    return (flat(spread) - flat(known)) / math.prod(spread.shape[1:])
+
   @property
   def _circulant(self) -> bool:
     op = self.operator
@@ -158,19 +171,39 @@ class Gain:
     return self.operator.matrix()
 
   def _solve_dense(self, r, spread):
-    """A = R diag(e) Rᴴ with R = C′Q, per sample and channel, by Cholesky."""
-    space, flat = self.operator.fine, r.reshape(len(r), -1, r.shape[-1])
+    flat = r.reshape(len(r), -1, r.shape[-1])
+    spread = jnp.broadcast_to(spread, (len(r), *spread.shape[1:-1], r.shape[-1]))
+    z = jax.scipy.linalg.cho_solve(self._factor(spread), jnp.moveaxis(flat, -1, 1)[..., None])[..., 0]
+    return jnp.moveaxis(z, 1, -1).reshape(r.shape)
+
+  def _factor(self, spread):
+    """Cholesky's of A + R for each sample and channel, [B, C, n, n]."""
+    a = self._outer(spread)
+    noise = jnp.broadcast_to(self.variance_of_noise(spread).reshape(-1), (spread.shape[-1],))
+    a = a + noise[None, :, None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)[None, None]
+    return jax.scipy.linalg.cho_factor(a, lower=True)
+
+  def _outer(self, spread):
+    """R diag(e) Rᴴ with R = C′Q, [B, C, n, n]."""
+    space = self.operator.fine
     rows = np.fft.fftn(self._matrix.reshape(-1, *space), axes=range(1, 1 + len(space)), norm="ortho")
     rows = rows.reshape(len(rows), -1)
-    rows = jnp.asarray(np.concatenate([rows.real, rows.imag], 1), r.dtype)  # Re(R e Rᴴ) as one real product
+    rows = jnp.asarray(np.concatenate([rows.real, rows.imag], 1), spread.dtype)  # Re(R e Rᴴ) as one real product
     e = spread.reshape(len(spread), -1, spread.shape[-1])
-    e = jnp.broadcast_to(jnp.concatenate([e, e], 1), (len(r), rows.shape[1], r.shape[-1]))
-    a = jnp.einsum("nk,bkc,mk->bcnm", rows, e, rows, precision="highest")
-    noise = jnp.broadcast_to(self.variance_of_noise(spread).reshape(-1), (r.shape[-1],))
-    a = a + noise[None, :, None, None] * jnp.eye(len(self._matrix), dtype=a.dtype)[None, None]
-    factor = jax.scipy.linalg.cho_factor(a, lower=True)
-    z = jax.scipy.linalg.cho_solve(factor, jnp.moveaxis(flat, -1, 1)[..., None])[..., 0]
-    return jnp.moveaxis(z, 1, -1).reshape(r.shape)
+    return jnp.einsum("nk,bkc,mk->bcnm", rows, jnp.concatenate([e, e], 1), rows, precision="highest")
+
+
+def levels(gain: Gain, steps: int, sigma_max: float, sigma_min: float) -> np.ndarray:
+  """Noise levels for guided sampling: equal steps of ln E(σ), E what `gain.left` says is still open at σ.
+
+  Where y′ settles a field over few levels, steps are many there; where E falls by less than σ^_LEAST_FALL, as if it
+  fell so. Returns: [steps + 1] float32, descending from sigma_max to sigma_min. Raises: as schedules.levels.
+  """
+  fine = schedules.levels("exponential", max(256, 4 * steps), sigma_max, sigma_min).astype(np.float64)
+  left = jax.jit(lambda sigmas: jax.lax.map(lambda sigma: gain.left(sigma[None])[0], sigmas))(jnp.float32(fine))
+  falls = -np.diff(np.log(np.maximum(np.asarray(left, np.float64), 1e-30)))  # rounding may leave nothing, or less
+  path = np.concatenate([[0.0], np.cumsum(np.maximum(falls, _LEAST_FALL * np.log(fine[:-1] / fine[1:])))])
+  return np.exp(np.interp(np.linspace(0, path[-1], steps + 1), path, np.log(fine))).astype(np.float32)
 
 
 def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> jax.Array:

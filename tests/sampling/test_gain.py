@@ -43,6 +43,34 @@ def test_matches_dense_algebra(gaussian, op):
     np.testing.assert_allclose([score[i], score_dense[i]], chi2, rtol=2e-4)
 
 
+@pytest.mark.parametrize("op", [*OPERATORS, BlockMean.on((24,), 4, np.linspace(1, 2, 24))])
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_what_is_left_is_the_posteriors_variance(gaussian, op, noise):
+  field = gaussian(op.fine, corner=2.0)
+  got = jax.jit(gain.Gain(op, gain.prior_variance(field.spectrum), noise).left)(SIGMAS)
+  c = op.matrix()
+  for value, sigma in zip(got, SIGMAS.astype(np.float64), strict=True):
+    s = field.spectrum * sigma**2 / (field.spectrum + sigma**2)
+    cov = field._replace(spectrum=s).covariance()
+    posterior = cov - cov @ c.T @ np.linalg.solve(c @ cov @ c.T + noise**2 * np.eye(len(c)), c @ cov)
+    # float32, where at most nine tenths of the variance cancel; a forgotten factor of the fold is off by that factor
+    assert value == pytest.approx(np.trace(posterior) / len(posterior), rel=1e-5)
+
+
+def test_guided_levels_take_equal_steps_of_what_is_left(gaussian):
+  g = gain.Gain(Strided.on((24,), 4), gain.prior_variance(gaussian((24,), corner=2.0).spectrum))
+  levels = gain.levels(g, 12, 1.0, 0.01)
+  assert levels.dtype == np.float32
+  np.testing.assert_allclose(levels[[0, -1]], [1.0, 0.01], rtol=1e-6)
+  assert (np.diff(levels) < 0).all()
+  left = np.log(np.asarray(g.left(jnp.asarray(levels))))
+  np.testing.assert_allclose(np.diff(left), (left[-1] - left[0]) / 12, rtol=0.01)  # read off 256 levels
+  geometric = np.log(np.asarray(g.left(jnp.geomspace(1.0, 0.01, 13))))
+  assert np.ptp(np.diff(geometric)) > 0.3  # where even steps of ln σ are far from even
+  flat = gain.Gain(g.operator, lambda sigma: jnp.ones((len(sigma), 24, 1)))
+  np.testing.assert_allclose(gain.levels(flat, 12, 1.0, 0.01), np.geomspace(1.0, 0.01, 13), rtol=1e-5)
+
+
 def test_any_operator_reproduces_its_observations(gaussian):
   rng = np.random.default_rng(1)
   weights = rng.uniform(0.5, 2.0, size=(24,))
