@@ -5,6 +5,7 @@
 32 points, unit variance, S_k ∝ 1/(1 + (k/3)⁴), C′ every 4th point, one condition. mean: |mean − exact| in units of the
 posterior's total spread √tr; cov: relative error of the covariance, Frobenius norm; spread: √(tr cov/tr exact).
 "exact draws" is what as many independent draws of the closed form give: the floor of each column.
+Levels: edm, exponential for Euler–Maruyama, or guided (gain.levels).
 low: starts at σ = 3 from a draw of the Gaussian posterior plus noise (gain.gaussian_start), else from noise at σ = 80.
 """
 
@@ -21,7 +22,7 @@ from downscaling.sampling import gain, guidance, solvers
 POINTS, FACTOR, LOWEST = 32, 4, 1e-2
 EM = ("euler_maruyama", 256, {"schedule": schedules.vp_linear()}, False)
 SDE = ("dpm_solver_pp_2m_sde", 64, {}, False)
-JOB = ("dpm_solver_pp_2m_sde", 24, {"eta": 10.0}, True)  # as configs/ks.py draws
+JOB = ("dpm_solver_pp_2m_sde", 24, {"eta": 10.0, "levels": "guided"}, True)  # as configs/ks.py draws
 CASES = (
   ("wiener", {}, EM),
   ("wiener", {}, ("heun", 32, {}, False)),
@@ -32,6 +33,7 @@ CASES = (
     ("wiener", {}, ("dpm_solver_pp_2m_sde", n, {"eta": e}, True))
     for n, e in ((16, 2.5), (64, 2.5), (16, 5.0), (32, 5.0))
   ),
+  ("wiener", {}, ("dpm_solver_pp_2m_sde", 24, {"eta": 10.0}, True)),
   ("wiener", {}, JOB),
   ("moment", {}, ("dpm_solver_pp_2m", 16, {}, True)),
   ("moment", {}, JOB),
@@ -52,7 +54,11 @@ def draw(name: str, how: dict, solver: str, steps: int, options: dict, low: bool
   """Samples [M, N] for conditions y [M, n, 1]."""
   s, op, high = spectrum(), Strided.on((POINTS,), FACTOR), 3.0 if low else 80.0
   g = gain.Gain(op, gain.prior_variance(s))
-  levels = schedules.levels("exponential" if solver == "euler_maruyama" else "edm", steps, high, LOWEST)
+  options = dict(options)
+  if options.pop("levels", None) == "guided":
+    levels = gain.levels(g, steps, high, LOWEST)
+  else:
+    levels = schedules.levels("exponential" if solver == "euler_maruyama" else "edm", steps, high, LOWEST)
 
   def denoise(x, sigma):
     weight = jnp.asarray(s, x.dtype) / (jnp.asarray(s, x.dtype) + sigma[:, None, None] ** 2)
