@@ -11,7 +11,7 @@ ROWS = {
 }
 # The run of docs/results/ks: configs/ks.py:full, 192 points -> 24, training batch 128, 24 sampling steps (48 where
 # there is no condition); two cores of an AMD EPYC, beside other work. (count, seconds), from its metrics.json.
-KS = {"data": (131_072, 58.31), "train": (16_000, 4730.28), "samples": (26_624, 279.04)}
+KS = {"data": (131_072, 47.12), "train": (16_000, 4194.96), "samples": (26_624, 334.94)}
 
 
 def section(e: Evidence) -> Section:
