@@ -269,11 +269,12 @@ def _draw(config, stats, network, table=None) -> Callable:
     network = network.clone(net=network.net.clone(convolution="im2col"))
   options = {k: v for k, v in c.guidance.items() if k != "variance"}
   noise = tuple(float(c.observation_noise / s) for s in stats.std)
-  prior = guide = gains.Gain(op, gains.prior_variance(stats.spectrum), noise)
-  if needs_table(config):
-    variance = table and gains.measured_variance(table.sigmas, windows.extended(table.errors, plan))
-    guide = variance and gains.Gain(op, variance, noise)
-  levels, high = _noise_levels(c, guide or prior)
+  with jax.ensure_compile_time_eval():  # whoever puts a sampler together under jit: levels are numbers
+    prior = guide = gains.Gain(op, gains.prior_variance(stats.spectrum), noise)
+    if needs_table(config):
+      variance = table and gains.measured_variance(table.sigmas, windows.extended(table.errors, plan))
+      guide = variance and gains.Gain(op, variance, noise)
+    levels, high = _noise_levels(c, guide or prior)
   window = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
   return draws.sampler(
     draws.Recipe(

@@ -1,9 +1,8 @@
 """Sinkhorn between two clouds of snapshots by annealed, over-relaxed, resumable steps.
 
 The plan P_ij = exp((f_i + g_j − |x_i − y_j|²)/ε) has the rows' weights, 1/n and 1/m unless given, for marginals at the
-fixed point. Iterations run in chunks of
-`check_every` (see iterations.py), each started from the last; ε falls one rung of the ladder a chunk. Between chunks
-the job is asked whether to stop, and the state is two vectors and a count.
+fixed point. Iterations run in chunks of `check_every` (see iterations.py), each started from the last; ε falls one rung
+of the ladder a chunk. Between chunks the job is asked whether to stop, and the state is two vectors and a count.
 """
 
 import hashlib

@@ -115,8 +115,8 @@ class Gain:
     else:
       known = jax.scipy.linalg.cho_solve(self._factor(spread), self._outer(spread**2))
       known = jnp.trace(known, axis1=2, axis2=3)
-    flat = lambda a: a.reshape(len(a), -1).sum(1)
-    return (flat(spread) - flat(known)) / math.prod(spread.shape[1:])
+    summed = lambda a: a.reshape(len(a), -1).sum(1) / a.shape[-1]  # one spectrum may serve channels of different noise
+    return (summed(spread) - summed(known)) / math.prod(self.operator.fine)
 
   @property
   def _circulant(self) -> bool:
