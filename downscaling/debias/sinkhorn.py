@@ -226,8 +226,8 @@ def _weights(weights, count: int, name: str) -> np.ndarray:
   weights = np.asarray(weights, np.float64)
   if weights.shape != (count,):
     raise ValueError(f"{name} weights are {weights.shape}, need [{count}]: one for each row.")
-  if not (np.isfinite(weights).all() and (weights > 0).all()):
-    raise ValueError(f"{name} weights hold {weights.min():g}: need > 0 and finite. Leave rows of no weight out.")
+  if len(bad := weights[~(np.isfinite(weights) & (weights > 0))]):
+    raise ValueError(f"{name} weights hold {bad[0]:g}: need > 0 and finite. Leave rows of no weight out.")
   if abs(weights.sum() - 1) > 1e-5:  # float32 weights, normalised in float32, sum to 1 within this
     raise ValueError(f"{name} weights sum to {weights.sum():.6g}, a plan needs 1: divide them by their sum.")
   return weights / weights.sum()

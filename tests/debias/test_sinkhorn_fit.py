@@ -241,6 +241,7 @@ def with_nan(rows, *bad):
     (normal(4, 3, 0), normal(2, 3, 1), {"weights": (None, [0.5, 0.4999])}, "target weights sum to 0.9999"),
     (normal(4, 3, 0), normal(2, 3, 1), {"weights": (None, [1.0, 0.0])}, "target weights hold 0: need > 0"),
     (normal(2, 3, 0), normal(4, 3, 1), {"weights": ([np.nan, 1.0], None)}, "source weights hold nan"),
+    (normal(2, 3, 0), normal(4, 3, 1), {"weights": ([0.5, np.inf], None)}, "source weights hold inf"),
     (normal(4, 3, 0), normal(2, 3, 1), {"weights": (np.full(2, 0.5), None)}, r"weights are \(2,\), need \[4\]"),
   ],
 )
