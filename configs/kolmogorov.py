@@ -68,7 +68,7 @@ def get_config(variant="cpu"):
     # are needed, and each disturbs the covariance a little, which the G after it mends.
     recipe=pick("GMQGMMGMG", "GMQGMMGMG", "GQG"),
     minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source
-    held_out=pick(4096, 2048, 16),  # LFLR test snapshots that are debiased, in this order
+    held_out=pick(4096, 2048, 16),  # LFLR test snapshots that are debiased
   )
 
   # The prior is trained on fields of unit variance: every sigma is in that unit.
@@ -105,7 +105,7 @@ def get_config(variant="cpu"):
   # solver: euler_maruyama | heun | dpm_solver_pp_2m[_sde].
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
   c.sampling = dict(
-    conditions=pick(1024, 192, 8),  # held-out coarse fields, or series of them
+    conditions=pick(1024, 192, 8),  # of the held-out coarse fields, spread over trajectories, or series of them
     # What is drawn: a large ensemble may ask for the first alone, and for others later.
     sets=("ot+diffusion", "raw+diffusion", "true+diffusion", "unconditional"),
     # A condition is `frames` consecutive snapshots, drawn by windows of grid.frames with `overlap` in common.

@@ -128,7 +128,8 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
       f"{count} conditions, but {len(rows)} debiased held-out {what}: set --config.sampling.conditions={len(rows)} or "
       f"fewer, or --config.debias.held_out={length * count} in another --workdir."
     )
-  return rows[:count]
+  order = series.condition_rows(ctx.config)
+  return rows[:count] if order is None else rows[order[:count]]
 
 
 def true_rows(ctx: Context, count: int) -> np.ndarray:

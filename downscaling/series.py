@@ -43,6 +43,8 @@ def settled(blocks: dict[str, Any], config, stage: str) -> dict[str, Any]:
     blocks["grid"] = {k: v for k, v in blocks["grid"].items() if k != "frames"}
   if "sampling" in blocks and length == 1:
     blocks["sampling"] = {k: v for k, v in blocks["sampling"].items() if k != "series"}
+    if condition_rows(config) is not None:
+      blocks["sampling"]["order"] = "spread over trajectories"
   if stage == "debias" and length > 1:
     blocks["debias"] = blocks["debias"] | {"stretches": length}
   return blocks
@@ -70,6 +72,18 @@ def times(config) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
 def rows(config, which: str, split: str) -> np.ndarray:
   """Row numbers [S, L] of the stretches of a split, those of the first conditions first."""
   return windows.stretches(config.data[which][split], config.data.snapshots, config.sampling.series.frames)
+
+
+def condition_rows(config) -> np.ndarray | None:
+  """Which held-out row each condition is, [S]: any beginning of it is spread over the trajectories.
+
+  None where the order of the rows is that already: series, and one row at most of a trajectory. Otherwise rows lie by
+  trajectory; those whose multiple of the golden section has the smallest fraction are evenly spread (the three gaps).
+  """
+  count = config.debias.held_out
+  if config.sampling.series.frames > 1 or count <= config.data.lflr.test:
+    return None
+  return np.argsort(np.arange(count) * 0.6180339887 % 1)
 
 
 def as_rows(x: np.ndarray, config, axis: int) -> np.ndarray:

@@ -53,6 +53,26 @@ def test_single_frames_leave_no_trace_in_an_identity(stage):
     assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members", "sets"}
 
 
+def test_first_conditions_are_of_many_trajectories():
+  """2048 held-out rows of 64 trajectories, 32 of each: 96 conditions meet nearly all, far apart in time."""
+  c = config("quick", **{"debias.held_out": 2048, "data.lflr.test": 64})
+  order = series.condition_rows(c)
+  np.testing.assert_array_equal(np.sort(order), np.arange(2048))
+  trajectory, turn = np.divmod(order[:96], 32)
+  assert len(set(trajectory)) >= 60  # the widest gap, 34, may pass one over
+  apart = [np.diff(np.sort(turn[trajectory == t])) for t in range(64)]
+  assert np.concatenate(apart).min() >= 13  # gaps are numbers of Fibonacci's: 13, 21, 34
+  assert stages.identity(c, "samples")["sampling"]["order"]
+
+
+@pytest.mark.parametrize("changes", [{"debias.held_out": 64, "data.lflr.test": 64}, TINY])
+def test_where_conditions_keep_the_order_of_the_rows(changes):
+  """One row a trajectory, and series, are spread out as they lie; identities of older work folders stay."""
+  c = config("series" if changes is TINY else "quick", **changes)
+  assert series.condition_rows(c) is None
+  assert "order" not in stages.identity(c, "samples")["sampling"]
+
+
 def test_what_depends_on_series_and_what_does_not():
   """The data are the same snapshots; held-out rows of debiasing depend on L alone; the prior on F alone."""
   base = config(**TINY)
