@@ -5,9 +5,9 @@
 training: the compiled step of a config with a batch that lies on the devices; samples/s, model FLOP/s (products and
   convolutions, forward and backward) and their share of the chip's dense peak for the dtype, where that is known.
 sampling: a whole unit of conditional fields on each device, as the `sample` job draws it.
-Sinkhorn: iterations on Gaussian clouds, by the path that `debias` would take; a pair is one of the n × n. And the
-  soft-min of one potential by geometry.log_sum_exp and by the kernel of pallas.py, where that lowers: their ratio says
-  whether the kernel pays.
+Sinkhorn: iterations on Gaussian clouds, by the path that `debias` takes by itself and by the Pallas kernel; a pair is
+  one of the n × n. And the soft-min of one potential by geometry.log_sum_exp and by that kernel: the two ratios say
+  whether it pays.
 
 All over every local device. compile: seconds, without a cache. temp: the compiler's temporary memory of one device.
 A row that fails says why and the next one runs; when --limit seconds have passed, the rest is skipped. --out writes
@@ -45,13 +45,16 @@ FULL = {
     ("kolmogorov", "8x", "bfloat16", 128),
   ],
   "sampling": [("ks", "full", "float32"), ("kolmogorov", "8x", "bfloat16")],
-  "Sinkhorn": [(16_384, 24), (131_072, 24), (16_384, 1024), (1_048_576, 24), (196_608, 1024)],
+  "Sinkhorn": [
+    *((n, d, path) for n, d in [(16_384, 24), (131_072, 24), (16_384, 1024)] for path in ("auto", "pallas")),
+    *[(1_048_576, 24, "auto"), (1_048_576, 24, "pallas"), (196_608, 1024, "auto")],
+  ],
   "soft-min": [(131_072, 24), (131_072, 1024)],
 }
 SMALL = {
   "training": [("ks", "smoke", "float32", 16), ("kolmogorov", "smoke", "bfloat16", 16)],
   "sampling": [("ks", "smoke", "float32")],
-  "Sinkhorn": [(2048, 24), (512, 1024)],
+  "Sinkhorn": [(2048, 24, "auto"), (512, 1024, "auto"), (128, 24, "pallas")],
   "soft-min": [(256, 24)],
 }
 
@@ -138,14 +141,14 @@ def sampling_row(mesh, seconds, trace, name, variant, dtype):
   return row | {"fields_per_second": math.prod(unit) * len(devices) / each}
 
 
-def sinkhorn_row(mesh, seconds, trace, n, d):
+def sinkhorn_row(mesh, seconds, trace, n, d, path):
   draw = np.random.default_rng(0).normal
   x, y = draw(size=(n, d)).astype(np.float32), 0.5 + draw(size=(n, d)).astype(np.float32)
 
   def solve(count):
     """Seconds of so many iterations."""
     began = time.perf_counter()
-    result = sinkhorn.fit(x, y, epsilon=0.003, threshold=2e-4, max_iterations=count, anneal=(1.0, 0.5))
+    result = sinkhorn.fit(x, y, epsilon=0.003, threshold=2e-4, max_iterations=count, anneal=(1.0, 0.5), path=path)
     if (done := result.history["iteration"][-1]) != count:
       raise RuntimeError(f"{done} iterations instead of {count}")
     return time.perf_counter() - began

@@ -62,7 +62,7 @@ def get_config(variant="cpu"):
     threshold=1e-3,  # L1 error of the marginals
     max_iterations=pick(2000, 2000, 100),
     check_every=10,  # iterations between two looks at the marginals
-    path="auto",  # dense | fused | ring: see downscaling/debias/iterations.py
+    path="auto",  # dense | fused | ring | pallas: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints
     # Of equivariant, letter by letter: see downscaling/debias/equivariant.py. An M is limited to small moves: several
     # are needed, and each disturbs the covariance a little, which the G after it mends.

@@ -57,7 +57,7 @@ def get_config(variant="quick"):
     threshold=pick(2e-3, 1e-3, 1e-3),  # L1 error of the marginals
     max_iterations=pick(1000, 2000, 100),
     check_every=10,  # iterations between two looks at the marginals
-    path="auto",  # dense | fused | ring: see downscaling/debias/iterations.py
+    path="auto",  # dense | fused | ring | pallas: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints
     recipe="GMQM",  # of equivariant, letter by letter: see downscaling/debias/equivariant.py
     minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source

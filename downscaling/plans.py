@@ -88,11 +88,11 @@ def _sinkhorn(c, ctx, name: str) -> list[str]:
   kept = _rows(ctx, n, n) if iterations.keeps_costs(path, d, elements) else None
   epsilon = jax.ShapeDtypeStruct((), jnp.float32)
   program = chunk.lower(cloud, cloud, *(potential,) * 4, epsilon, moves, kept).compile()
-  memory = costs.memory(program)
+  memory, passes = costs.memory(program), 2 if path in ("ring", "pallas") else 1
   return [
     f"ε {c.debias.epsilon:g} of the mean cost, annealed; at most {c.debias.max_iterations} iterations to a marginal "
     f"error of {c.debias.threshold:g}",
-    f"path {path}: {n * n * elements * (2 if path == 'ring' else 1) / ctx.mesh.size:.3g} pairs a device an iteration"
+    f"path {path}: {n * n * elements * passes / ctx.mesh.size:.3g} pairs a device an iteration"
     + (", their exponentials once in " + f"{c.debias.check_every}" if path == "dense" else ""),
     f"memory a device: {_size(memory['arguments'])} clouds and potentials"
     + (" and the costs" if kept else "")

@@ -156,6 +156,7 @@ def test_help_is_no_error(execute):
     ({"debias.epsilon": 0.0}, ("epsilon=0 ", "must be > 0", "--config.debias.epsilon=0.001")),
     ({"debias.recipe": "GX"}, ("recipe='GX' cannot be read", "need letters of G, Q, A, S and M")),
     ({"debias.map": "rescaled"}, ("config.debias.map='rescaled' is not among config.debias.maps", "add it there")),
+    ({"debias.path": "pallas"}, ("config.debias.path='pallas' on 'cpu'", "Use --config.debias.path=auto here")),
     ({"debias.maps": ("optimal",)}, ("config.debias.maps has 'optimal'", "use some of ['entropic'")),
     ({"debias.minibatch.batch": 0}, ("config.debias.minibatch=", "batch must lie in 1 … 128")),
     ({"debias.epsilon": -1.0}, ("epsilon=-1 ", "must be > 0")),

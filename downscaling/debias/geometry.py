@@ -227,11 +227,14 @@ def moved(moves: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
   return sign * x[:, index]
 
 
-def orbit_log_sum_exp(x, y, f, g, eps, moves) -> jax.Array:
-  """log of the mean over a group of Σ_j exp((f_i + g_j − |m·x_i − y_j|²)/ε), [n]; moves: (index [G, d], sign [G])."""
+def orbit_log_sum_exp(x, y, f, g, eps, moves, lse) -> jax.Array:
+  """log of the mean over a group of Σ_j exp((f_i + g_j − |m·x_i − y_j|²)/ε), [n]; moves: (index [G, d], sign [G]).
+
+  lse: (x, y, f, g, ε) -> [n], the same without the group.
+  """
 
   def add(total, move):
-    return jnp.logaddexp(total, log_sum_exp(moved(move, x), y, f, g, eps)[0]), None
+    return jnp.logaddexp(total, lse(moved(move, x), y, f, g, eps)), None
 
   return lax.scan(add, jnp.full_like(f, PAD), moves)[0] - jnp.log(float(len(moves[1])))
 

@@ -1,4 +1,4 @@
-"""Sinkhorn iterations on clouds whose rows lie on many devices. Three paths, one result up to rounding:
+"""Sinkhorn iterations on clouds whose rows lie on many devices. Four paths, one result up to rounding:
 
   fused  looks at every pair once an iteration. Of a tile of rows E_ij = exp((f_i + g_j − |x_i − y_j|²)/ε) its row sums
          r give the new f; and the columns of the plan *after* that step are Σ_i (a/r_i)^ω E_ij, of the same E. Solvers
@@ -9,6 +9,8 @@
          arXiv:1610.06519). n × m/devices numbers; for rows of WIDE values or more twice as many, as the costs
          are then dearer than all else and kept for the whole solve.
   ring   two soft-mins, the other cloud going around the devices, so that none ever holds all of it.
+  pallas the same, each soft-min by the kernel of pallas.py: on an accelerator its exponents never go to memory. Taken
+         only when named, as it was never timed on one: `python benchmarks/accelerator.py` says whether it wins there.
 
 ω is the over-relaxation. Sums of E are sums of the current plan, so they stay near the weights; where they leave SAFE
 (a rung of ε too steep, the first step), fused and dense do the iteration again by soft-mins with a running maximum.
@@ -30,7 +32,7 @@ from jax.sharding import Mesh, PartitionSpec
 from downscaling.common import mesh as meshes
 from downscaling.debias import geometry
 
-PATHS = ("dense", "fused", "ring")
+PATHS = ("dense", "fused", "ring", "pallas")
 SAFE = geometry.SAFE
 SCALE = 1e15  # scalings of the dense path up to this: what underflowed in E, below 1e-38, then still weighs nothing
 DENSE_BYTES = 2**30  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
@@ -79,7 +81,7 @@ def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Ca
 
   Args: momentum: ω, 1 to < 2. path: one of PATHS.
   """
-  body = {"dense": _dense, "fused": _fused, "ring": _ring}[path]
+  body = {"dense": _dense, "fused": _fused, "ring": _ring, "pallas": functools.partial(_ring, lse=_kernel)}[path]
 
   def chunk(x, y, a, b, f, g, epsilon, moves=None, costs=None):
     run = jax.shard_map(
@@ -172,11 +174,20 @@ def _fused_step(x, y, a, b, eps, moves, f, g, momentum):
   return lax.cond(bad, careful, plain)
 
 
-def _soft(x, y, f, g, eps, moves):
-  """log Σ_j of the plan, for this device's rows of x; y and g are as many as they are."""
-  if moves is None:
-    return geometry.log_sum_exp(x, y, f, g, eps)[0]
-  return geometry.orbit_log_sum_exp(x, y, f, g, eps, moves)
+def _scan(x, y, f, g, eps):
+  return geometry.log_sum_exp(x, y, f, g, eps)[0]
+
+
+def _kernel(x, y, f, g, eps):
+  """On a CPU the kernel's steps run as jax operations, for tests."""
+  from downscaling.debias import pallas  # a third of a second, for few
+
+  return pallas.log_sum_exp(x, y, f, g, eps, interpret=not pallas.supported(jax.default_backend()))
+
+
+def _soft(x, y, f, g, eps, moves, lse=_scan):
+  """log Σ_j of the plan, for this device's rows of x; y and g are as many as they are. lse: by _scan or _kernel."""
+  return lse(x, y, f, g, eps) if moves is None else geometry.orbit_log_sum_exp(x, y, f, g, eps, moves, lse)
 
 
 def _soft_columns(x, y, f, g, eps, moves):
@@ -214,9 +225,9 @@ def _dense(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices
   return lax.cond(bad, again, good)
 
 
-def _ring(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices):
+def _ring(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices, lse=_scan):
   del costs
-  soft = functools.partial(_ring_soft, eps=eps, moves=moves, devices=devices)
+  soft = functools.partial(_ring_soft, soft=functools.partial(_soft, eps=eps, moves=moves, lse=lse), devices=devices)
 
   def step(fg, _):
     f, g = fg
@@ -229,13 +240,13 @@ def _ring(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices)
   return f, g, jnp.maximum(error(soft(x, f, y, g), a), error(soft(y, g, x, f), b))
 
 
-def _ring_soft(x, f, y, g, *, eps, moves, devices):
+def _ring_soft(x, f, y, g, *, soft, devices):
   """log Σ_j of the plan for this device's rows of x, while the parts of y go around: each is here once."""
   onward = [(i, (i + 1) % devices) for i in range(devices)]
 
   def visit(carry, _):
     total, y, g = carry
-    total = jnp.logaddexp(total, _soft(x, y, f, g, eps, moves))
+    total = jnp.logaddexp(total, soft(x, y, f, g))
     return (total, *lax.ppermute((y, g), meshes.AXES, onward)), None
 
   start = jnp.full_like(f, geometry.PAD), y, g

@@ -8,7 +8,8 @@ bias (f_i − |x_i|²)/ε comes last. The running maximum makes one path do for 
 Two forms of one arithmetic: `cuda` (Triton) gives a program per row tile and loops over columns and over d; `tpu`
 (Mosaic) makes both a grid, whose last axis runs in order, and takes d whole. NEVER TIMED and never run on either: it
 has run in interpret mode and been lowered for both without the hardware, so the tiles are guesses and the hardware's
-own compilers have not seen the kernels. Time it against geometry.log_sum_exp before anything uses it. No gradient.
+own compilers have not seen the kernels. So `debias` takes it only when told to (--config.debias.path=pallas), and
+benchmarks/accelerator.py times it against geometry.log_sum_exp and against the other paths. No gradient.
 """
 
 import functools

@@ -73,7 +73,7 @@ def fit(
     weights: a [n] and b [m] of the rows, > 0, each of sum 1; None: all rows weigh the same. A map made of g and the
       targets needs no more: the potentials hold them.
     group: symmetry of both laws, acting on the d values of a row: the plan is that between all rows' orbits.
-    path: "dense", "fused" or "ring", see iterations.py; "auto" is iterations.choose.
+    path: "dense", "fused", "ring" or "pallas", see iterations.py; "auto" is iterations.choose.
     mesh: n and m are split over all its devices; one device by default.
     checkpoints: saved every save_seconds, when stopped and at the end; resumed from if there are any, bit for bit on
       as many devices and the same path.

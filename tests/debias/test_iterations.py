@@ -154,6 +154,21 @@ def test_what_the_paths_hold():
   assert dense[1] < 0.35 * dense[0]  # a quarter of the plan, and the tiles that it is made of
 
 
+@pytest.mark.parametrize(("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")])
+def test_a_chunk_by_the_kernel_lowers_for_four_accelerators(monkeypatch, platform, mark):
+  """Inside shard_map, without the hardware; between devices only the other cloud's parts go around."""
+  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  mesh = meshes.make(4)
+  rows = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=meshes.rows(mesh)) for s in ((1024, 24),) * 2 + ((1024,),) * 4]
+  iterations.make_chunk.cache_clear()
+  program = iterations.make_chunk(iterations=10, momentum=1.5, path="pallas", mesh=mesh)
+  text = program.trace(*rows, jax.ShapeDtypeStruct((), jnp.float32)).lower(lowering_platforms=(platform,)).as_text()
+  iterations.make_chunk.cache_clear()
+  assert mark in text
+  assert "collective_permute" in text
+  assert "all_gather" not in text
+
+
 def test_the_path_is_chosen_by_what_fits():
   assert iterations.choose(4096, 4096, 24, 1) == "dense"
   assert iterations.choose(65536, 65536, 24, 1) == "fused"
