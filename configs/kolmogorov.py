@@ -89,6 +89,7 @@ def get_config(variant="cpu"):
   c.optimizer = dict(peak=pick(5e-4, 1e-3, 1e-3), end=1e-6, warmup_steps=pick(2000, 300, 2), clip=1.0)
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.
   c.train = dict(batch=pick(256, 16, 8), total_steps=pick(200_000, 6000, 4), ema_decay=pick(0.9999, 0.999, 0.9))
+  c.train.dir = ""  # of the prior, which serves every grid.factor and grid.operator; "" for WORKDIR/train
   c.train.augment = False  # every field moved by a random symmetry of the equation, anew in each step: for few data
   # What follows, up to profile, is free to change between restarts. How often, in steps; save_minutes: by the clock.
   c.plan = dict(

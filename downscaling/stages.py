@@ -23,7 +23,7 @@ IDENTITY = {
 
 
 def identity(config, stage: str) -> dict[str, Any]:
-  """The config blocks that the stage's result depends on, as plain values; where the data lie does not matter."""
+  """The config blocks that the stage's result depends on, as plain values; where data and prior lie does not matter."""
   blocks = {key: runs.plain(config[key]) for key in IDENTITY[stage]}
   unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
   blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
@@ -31,8 +31,11 @@ def identity(config, stage: str) -> dict[str, Any]:
     sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members", "sets")}
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
     blocks["sampling"] = sampling | {"unconditional": few}
-  if "train" in blocks and not blocks["train"]["augment"]:  # work folders that are older than this key stay valid
-    blocks["train"] = {k: v for k, v in blocks["train"].items() if k != "augment"}
+  if "train" in blocks:
+    few = ("dir",) if blocks["train"]["augment"] else ("dir", "augment")  # folders older than `augment` stay valid
+    blocks["train"] = {k: v for k, v in blocks["train"].items() if k not in few}
+  if stage == "train":  # nor does it see C′: one prior serves every factor and operator
+    blocks["grid"] = {k: v for k, v in blocks["grid"].items() if k not in ("factor", "operator")}
   if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
     blocks["debias"] = {k: v for k, v in blocks["debias"].items() if k not in ("path", "save_seconds")}
   return series.settled(blocks, config, stage)
@@ -57,4 +60,6 @@ def folder(config, workdir: pathlib.Path, stage: str) -> pathlib.Path:
   """Where a stage lies; config.label keeps a second set of samples, and its report, beside the first."""
   if stage == "data":
     return data_dir(config, workdir)
+  if stage == "train" and config.train.dir:
+    return pathlib.Path(config.train.dir).expanduser()
   return workdir / (f"{stage}-{config.label}" if config.label and stage in ("samples", "report") else stage)

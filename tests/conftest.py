@@ -47,8 +47,8 @@ def command():
 
 @pytest.fixture(scope="session")
 def execute():
-  """execute(argv) -> CompletedProcess with text; five minutes at most, for a busy machine."""
-  return lambda argv, **kwargs: subprocess.run(argv, capture_output=True, text=True, timeout=300, **kwargs)
+  """execute(argv) -> CompletedProcess with text; ten minutes at most, for a busy machine."""
+  return lambda argv, **kwargs: subprocess.run(argv, capture_output=True, text=True, timeout=600, **kwargs)
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def start(count, devices, argv, pids=None, **env):
 
 def rehearse(count, devices, argv, code=0, **env):
   process = start(count, devices, argv, **env)
-  said, _ = process.communicate(timeout=280)
+  said, _ = process.communicate(timeout=600)
   assert process.returncode == code, said
   return said
 
@@ -329,7 +329,7 @@ def test_forty_steps_are_forty_steps_however_often_it_is_killed(command, data, t
       kills += 1
     except ProcessLookupError:
       break
-  said, _ = process.communicate(timeout=280)
+  said, _ = process.communicate(timeout=600)
   assert process.returncode == 0, said
   assert kills >= 20, f"only {kills} kills: it was done too soon"
   ends = [tmp_path / name / "train" for name in ("straight", "cut")]

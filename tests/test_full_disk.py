@@ -76,10 +76,9 @@ def test_a_disk_that_fills_elsewhere(small_disk, command, execute, finished, job
 
 def test_a_disk_that_fills_while_sampling(small_disk, command, execute, finished):
   workdir = small_disk(30_000_000)
-  for stage in ("debias", "train"):
-    shutil.copytree(finished[0] / stage, workdir / stage)
+  shutil.copytree(finished[0] / "debias", workdir / "debias")
   small_disk(used(workdir) + 100_000)  # a set of samples takes about 100 kB
-  argv = command("sample", workdir, **{"data.dir": finished[0] / "data"})
+  argv = command("sample", workdir, **{f"{stage}.dir": finished[0] / stage for stage in ("data", "train")})
   said = one_line(execute(argv))
   assert "no space left" in said
   assert "Free some disk and run the same command" in said

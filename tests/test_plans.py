@@ -99,6 +99,15 @@ def test_prior_does_not_depend_on_the_coarse_world(tmp_path):
   assert stages.identity(one, "samples") != stages.identity(two, "samples")
 
 
+def test_one_prior_serves_every_operator(tmp_path):
+  other = {"grid.factor": 4, "grid.operator": "block_mean", "train.dir": str(tmp_path / "prior")}
+  one, two = _context(tmp_path).config, _context(tmp_path, **other).config
+  assert stages.identity(one, "train") == stages.identity(two, "train")
+  assert stages.identity(one, "samples") != stages.identity(two, "samples")
+  assert stages.folder(two, tmp_path / "run", "train") == tmp_path / "prior"
+  assert stages.folder(one, tmp_path / "run", "train") == tmp_path / "run" / "train"
+
+
 def test_samples_do_not_depend_on_how_many_there_are(tmp_path):
   """So that an ensemble may grow, and its report with it."""
   counts = {"sampling.members": 4, "sampling.conditions": 8, "sampling.unconditional.fields": 8}

@@ -47,7 +47,8 @@ def test_single_frames_leave_no_trace_in_an_identity(stage):
   del older.grid.frames, older.sampling.series
   blocks = {key: runs.plain(older[key]) for key in stages.IDENTITY[stage]}
   found = stages.identity(c, stage)
-  assert found["grid"] == blocks["grid"]
+  unseen = ("factor", "operator") if stage == "train" else ()
+  assert found["grid"] == {k: v for k, v in blocks["grid"].items() if k not in unseen}
   assert found.get("debias", {}).keys() <= blocks.get("debias", {}).keys()
   if "sampling" in blocks:
     assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members", "sets"}
