@@ -5,6 +5,7 @@ of every leaf), and a manifest with the SHA-256 of every file, renamed into plac
 tree (shapes, dtypes, shardings) from the caller, so any topology can read any other's.
 """
 
+import copy
 import dataclasses
 import hashlib
 import os
@@ -123,6 +124,7 @@ class Checkpoints:
         f"The last good checkpoint is {f'step {self.steps()[-1]}' if self.steps() else 'none'} and stays."
       )
     record = {"schema": SCHEMA, "config_hash": self.config_hash, "step": step, "leaves": leaves(state)} | record
+    record = copy.deepcopy(record)  # orbax writes it later, when the caller's lists have grown
     with self._explained():
       self._manager.save(
         step,

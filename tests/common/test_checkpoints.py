@@ -35,6 +35,17 @@ def test_round_trip_onto_another_mesh(tmp_path):
   assert ckpt.Checkpoints(tmp_path, "abc").record(2)["note"] == "x"
 
 
+def test_a_record_is_what_it_was_when_it_was_saved(tmp_path):
+  """It is written behind, while the caller's own list goes on growing."""
+  saver, history = ckpt.Checkpoints(tmp_path, "abc", keep=10), []
+  for step in range(10):
+    history.append(step)
+    saver.save(step, _state(float(step)), history=history)
+  history.append(10)
+  saver.close()
+  assert [len(saver.record(step)["history"]) for step in range(10)] == [*range(1, 11)]
+
+
 def test_nothing_there_is_none(tmp_path):
   assert ckpt.Checkpoints(tmp_path / "new", "abc").restore_last(_target(meshes.make(1))) is None
 

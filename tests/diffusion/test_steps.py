@@ -1,5 +1,7 @@
 """The compiled training step: what it sends, what it holds, and that every way of cutting it up gives one result."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ def _fields():
   return np.random.default_rng(0).normal(size=(B, N, 1)).astype(np.float32)
 
 
+@functools.cache
 def _compiled(mesh, **kwargs):
   _, target, step = _make(mesh, **kwargs)
   batch = {"x": jax.ShapeDtypeStruct((B, N, 1), jnp.float32, sharding=meshes.rows(mesh))}
@@ -89,6 +92,11 @@ def _two_steps(mesh, **kwargs):
   return losses, jax.device_get(state.opt_state[1][0].mu)
 
 
+@functools.cache
+def _uncut():
+  return _two_steps(meshes.make(1))
+
+
 @pytest.mark.parametrize(
   "kwargs",
   [
@@ -100,7 +108,7 @@ def _two_steps(mesh, **kwargs):
 def test_every_way_of_cutting_a_step_up_gives_the_same(kwargs):
   """Losses to 1e-6 and gradients (Adam's first moment) to 1e-5 of their norm, which is float32's order of sums; noise
   drawn by device, or a microbatch lost or weighed wrongly, would show at order 0.1."""
-  one, whole = _two_steps(meshes.make(1))
+  one, whole = _uncut()
   other, cut = _two_steps(meshes.make(*kwargs.pop("mesh")), **kwargs)
   np.testing.assert_allclose(other, one, rtol=1e-6)
   norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(whole)))
@@ -115,7 +123,7 @@ def test_symmetries_are_drawn_anew_and_send_nothing():
   """The same losses on one device and on four, other ones than without; what is sent stays one reduction."""
   one, four = (_two_steps(meshes.make(d), moves=symmetry.Moves(N, _shift)) for d in (1, 4))
   np.testing.assert_allclose(one[0], four[0], rtol=1e-5)  # sums of 16 rows in another order
-  assert all(abs(a - b) > 1e-4 for a, b in zip(one[0], _two_steps(meshes.make(1))[0], strict=True))
+  assert all(abs(a - b) > 1e-4 for a, b in zip(one[0], _uncut()[0], strict=True))
   _, program = _compiled(meshes.make(4), moves=symmetry.Moves(N, _shift))
   assert {c.kind for c in costs.collectives(program)} == {"all-reduce"}
 
@@ -156,4 +164,4 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
   state, logs = jax.jit(step)(start(*KEYS), {"x": _fields()})
   floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
   assert {x.dtype for x in floats} == {jnp.dtype("float32")}
-  assert float(logs["loss"]) == pytest.approx(_two_steps(mesh)[0][0], rel=2**-8)
+  assert float(logs["loss"]) == pytest.approx(_uncut()[0][0], rel=2**-8)
