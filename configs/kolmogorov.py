@@ -90,7 +90,8 @@ def get_config(variant="cpu"):
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.
   c.train = dict(batch=pick(256, 16, 8), total_steps=pick(200_000, 6000, 4), ema_decay=pick(0.9999, 0.999, 0.9))
   c.train.dir = ""  # of the prior, which serves every grid.factor and grid.operator; "" for WORKDIR/train
-  c.train.augment = False  # every field moved by a random symmetry of the equation, anew in each step: for few data
+  # Every field moved by a random symmetry of the equation, anew in each step: for few data, as 64 trajectories.
+  c.train.augment = pick(False, True, False)
   # What follows, up to profile, is free to change between restarts. How often, in steps; save_minutes: by the clock.
   c.plan = dict(
     log_every=pick(100, 50, 2), eval_every=pick(5000, 1000, 4), save_every=pick(1000, 500, 2), save_minutes=10.0
