@@ -32,8 +32,8 @@ def identity(config, stage: str) -> dict[str, Any]:
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
     blocks["sampling"] = sampling | {"unconditional": few}
   if "train" in blocks:
-    few = ("dir",) if blocks["train"]["augment"] else ("dir", "augment")  # folders older than `augment` stay valid
-    blocks["train"] = {k: v for k, v in blocks["train"].items() if k not in few}
+    idle = ("dir",) if blocks["train"]["augment"] else ("dir", "augment")  # folders older than `augment` stay valid
+    blocks["train"] = {k: v for k, v in blocks["train"].items() if k not in idle}
   if stage == "train":  # nor does it see C′: one prior serves every factor and operator
     blocks["grid"] = {k: v for k, v in blocks["grid"].items() if k not in ("factor", "operator")}
   if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result

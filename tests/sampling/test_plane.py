@@ -59,9 +59,12 @@ def ensemble(field, op, truth, *, steps, eta=1.0, select=None, table=False, leve
 # ---------------------------------------------------------------- calibration and constraint
 
 
-@pytest.mark.parametrize(("levels", "dispersion"), [("guided", 0.98), ("edm", 1.06)])
+@pytest.mark.parametrize(
+  ("levels", "dispersion", "within", "shift", "by"),
+  [("guided", 0.98, 0.05, -0.01, 0.03), ("edm", 1.06, 0.06, 0.02, 0.04)],
+)
 @pytest.mark.parametrize("name", sorted(OPERATORS))
-def test_samplers_of_both_configs_are_calibrated(gaussian, name, levels, dispersion):
+def test_samplers_of_both_configs_are_calibrated(gaussian, name, levels, dispersion, within, shift, by):
   """KS's levels and the flow's; KS's solver, start and selection, D and its error table exact; 64 held-out truths."""
   field, op = gaussian((SIDE, SIDE), corner=3.0), OPERATORS[name]
   truth = np.stack([field.draw(seed) for seed in range(64)])
@@ -71,9 +74,9 @@ def test_samplers_of_both_configs_are_calibrated(gaussian, name, levels, dispers
   # 64 truths of 20 or more free modes each are good to 1/√(2·64·20) = 2 %; measured .95 to .97 and 1.02 to 1.10, of
   # which .43 times as much of the truths leave or enter the 50 % interval. A gain with a transposed or unfolded
   # spectrum is off by tens of per cent.
-  assert found.spread_error == pytest.approx(dispersion, abs=0.06)
+  assert found.spread_error == pytest.approx(dispersion, abs=within)
   for level, share in found.ideal.items():
-    assert found.coverage[level] == pytest.approx(share + 0.43 * (dispersion - 1), abs=0.04)
+    assert found.coverage[level] == pytest.approx(share + shift, abs=by)
   # Every rank is as likely; three standard errors of a ninth among 64 × 20 places that count.
   np.testing.assert_allclose(found.ranks, 1 / (MEMBERS + 1), atol=0.03)
   np.testing.assert_allclose(op.apply(drawn.reshape(-1, SIDE, SIDE, 1)), y, atol=1e-5)  # float32, fields of size 1
