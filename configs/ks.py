@@ -113,7 +113,8 @@ def get_config(variant="quick"):
     # Selection among a condition's members in a unit, at noise levels below `below`; strength 0: none.
     resample=dict(strength=pick(0.125, 0.125, 0.0), dead_zone=3.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn
-    solver=dict(name="dpm_solver_pp_2m_sde", eta=10.0, churn=0.0),  # eta: of the SDE; churn: of heun
+    # eta: of the SDE; churn: of heun; noise: a factor on what either draws, above 1 for a prior that loses small scales
+    solver=dict(name="dpm_solver_pp_2m_sde", eta=10.0, churn=0.0, noise=1.0),
     # guided (by what y′ leaves open at a level) | edm, with rho | exponential
     levels=dict(name="guided", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),

@@ -330,13 +330,15 @@ def watching_sampler(config, stats: statistics.Statistics, network: denoiser.Den
 
 
 def _solver(config) -> Callable:
-  """The solver with those of its block's keys that it takes: eta is the SDE's, churn is Heun's."""
+  """The solver with those of its block's keys that it takes: eta is the SDE's, churn is Heun's, noise of both."""
   block, given = dict(config.sampling.solver), schedule(config)
   known = {
     "euler_maruyama": lambda: functools.partial(solvers.euler_maruyama, schedule=given),
-    "heun": lambda: functools.partial(solvers.heun, churn=block["churn"]),
+    "heun": lambda: functools.partial(solvers.heun, churn=block["churn"], noise_factor=block["noise"]),
     "dpm_solver_pp_2m": lambda: solvers.dpm_solver_pp_2m,
-    "dpm_solver_pp_2m_sde": lambda: functools.partial(solvers.dpm_solver_pp_2m_sde, eta=block["eta"]),
+    "dpm_solver_pp_2m_sde": lambda: functools.partial(
+      solvers.dpm_solver_pp_2m_sde, eta=block["eta"], noise_factor=block["noise"]
+    ),
   }
   return choose(known, block["name"], "config.sampling.solver.name")()
 

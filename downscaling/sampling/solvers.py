@@ -91,14 +91,15 @@ def heun(
   keys: jax.Array | None = None,
   *,
   churn: float = 0.0,
-  churn_noise: float = 1.0,
+  noise_factor: float = 1.0,
   last: Denoise | None = None,
 ) -> jax.Array:
   """Heun's method on the flow; second order. Two denoiser calls a step, and the last.
 
   With churn > 0 each step first adds noise, σ -> σ(1 + γ), γ = min(churn/steps, √2 − 1) (Karras et al. 2022, Algorithm
-  2 with S_churn = churn, S_noise = churn_noise at all levels); then keys are needed.
+  2 with S_churn = churn, S_noise = noise_factor at all levels); then keys are needed.
   """
+  check_noise_factor(noise_factor)
   if churn > 0 and keys is None:
     raise ValueError(f"heun with churn={churn:g} draws noise: hand in keys, [B], one a member; or set churn=0.")
   levels = jnp.asarray(levels, x.dtype)
@@ -108,7 +109,7 @@ def heun(
     k, sigma, below = inputs
     if gamma > 0:
       above = sigma * (1 + gamma)
-      x = x + churn_noise * jnp.sqrt(above**2 - sigma**2) * noise(keys, k, x.shape[1:], x.dtype)
+      x = x + noise_factor * jnp.sqrt(above**2 - sigma**2) * noise(keys, k, x.shape[1:], x.dtype)
       sigma = above
     slope = (x - _call(denoise, x, sigma)) / sigma
     guess = x + (below - sigma) * slope
@@ -136,32 +137,48 @@ def dpm_solver_pp_2m_sde(
   keys: jax.Array,
   *,
   eta: float = 1.0,
+  noise_factor: float = 1.0,
   last: Denoise | None = None,
   select: Resampling | None = None,
   values: int = 0,
 ) -> jax.Array:
   """The same with noise: from σ = s to t, h = ln(s/t), E = 1 − e^{−(1+η)h},
 
-    x ← (t/s) e^{−ηh} x + E [D + (h/2h_last)(D − D_last)] + t √(1 − e^{−2ηh}) z
+    x ← (t/s) e^{−ηh} x + E [D + (h/2h_last)(D − D_last)] + f t √(1 − e^{−2ηh}) z
 
   η = 0 is the flow, η = 1 the usual reverse SDE (Song et al. 2021); a larger η forgets more of each step's error. One
   denoiser call a step, and the last.
+
+  noise_factor: f, 1 for an exact D. A network takes small scales away with the noise, a little in each step, and what
+  is gone does not come back; with f > 1 x is noisier than D is told, and D leaves more standing (S_noise of Karras et
+  al. 2022). The flow (η = 0) draws no noise and knows no f. f is fitted on spectra or spread over error of held-out
+  fields, for a prior and its solver.
 
   select: resampling among the members of a condition, for which denoise returns (D, χ²/d′); values: d′. It needs η > 0:
   without noise, copies of a member stay copies.
   """
   if eta < 0:
     raise ValueError(f"eta={eta:g}: need >= 0; 0 is the deterministic flow, 1 the reverse SDE.")
+  check_noise_factor(noise_factor)
   if eta > 0 and keys is None:
     raise ValueError(
       f"dpm_solver_pp_2m_sde with eta={eta:g} draws noise: hand in keys, [B], one a member; or set eta=0."
     )
   if select is not None and eta == 0:
     raise ValueError("resampling with eta=0: copies of a member would stay copies. Set eta=1 or more, or strength=0.")
-  return _multistep(denoise, x, levels, keys if eta > 0 else None, eta, last, select, values)
+  return _multistep(denoise, x, levels, keys if eta > 0 else None, eta, last, noise_factor, select, values)
 
 
-def _multistep(denoise, x, levels, keys, eta, last, select=None, values=0):
+def check_noise_factor(factor: float) -> None:
+  """Raises ValueError unless 0 < factor < ∞."""
+  if not 0 < factor < float("inf"):
+    raise ValueError(
+      f"a factor of {factor:g} on the noise of a step (config.sampling.solver.noise): need a number > 0; 1 for an "
+      "exact denoiser, 1.0 to 1.1 for a network."
+    )
+
+
+def _multistep(denoise, x, levels, keys, eta, last, noise_factor=1.0, select=None, values=0):
   levels = jnp.asarray(levels, x.dtype)
   h = jnp.log(levels[:-1] / levels[1:])
   carry_on = jnp.concatenate([jnp.zeros_like(h[:1]), h[1:] / (2 * h[:-1])])  # the first step has no last D
@@ -177,7 +194,7 @@ def _multistep(denoise, x, levels, keys, eta, last, select=None, values=0):
     target = denoised + weight * (denoised - last_denoised)
     x = below / sigma * jnp.exp(-eta * h) * x - jnp.expm1(-(1 + eta) * h) * target
     if keys is not None:
-      x = x + below * jnp.sqrt(-jnp.expm1(-2 * eta * h)) * noise(keys, k, x.shape[1:], x.dtype)
+      x = x + noise_factor * below * jnp.sqrt(-jnp.expm1(-2 * eta * h)) * noise(keys, k, x.shape[1:], x.dtype)
     return (x, denoised, weights), None
 
   inputs = (jnp.arange(len(h)), levels[:-1], levels[1:], h, carry_on)

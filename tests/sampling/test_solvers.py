@@ -89,6 +89,18 @@ def test_unconditional_samples_have_the_priors_spectrum(gaussian, solver, steps,
   np.testing.assert_allclose(ratio, 1, atol=0.06 + 0.08)
 
 
+def test_a_noise_factor_undoes_a_blunt_denoiser(gaussian):
+  """D told a level f times too high, all noise f times as strong: the sampler along levels f times as high, exactly."""
+  field, f, keys = gaussian((16,)), 1.2, jax.random.split(jax.random.key(8), 6)
+  grid, x = schedules.levels("edm", 12, 20.0, 1e-2), solvers.initial(keys, (16, 1), 20.0 * f)
+  blunt = lambda x, sigma: field.denoise(x, f * sigma)
+  for run, options in ((solvers.dpm_solver_pp_2m_sde, {"eta": 3.0}), (solvers.heun, {"churn": 4.0})):
+    there = run(field.denoise, x, f * grid, keys, **options)
+    # Rounding only. Without the factor the least noisy of 12 steps lacks a sixth of its noise: differences of O(.1).
+    np.testing.assert_allclose(run(blunt, x, grid, keys, noise_factor=f, **options), there, atol=2e-4)
+    assert float(jnp.abs(run(blunt, x, grid, keys, **options) - there).max()) > 0.01
+
+
 def test_a_member_does_not_depend_on_its_batch(gaussian):
   field = gaussian((16,))
   keys = jax.random.split(jax.random.key(4), 6)
@@ -122,3 +134,6 @@ def test_refusals():
     solvers.dpm_solver_pp_2m_sde(ideal, x, grid, None, eta=1.0)
   with pytest.raises(ValueError, match="eta=-1"):
     solvers.dpm_solver_pp_2m_sde(ideal, x, grid, None, eta=-1.0)
+  for run in (solvers.heun, solvers.dpm_solver_pp_2m_sde):
+    with pytest.raises(ValueError, match=r"solver\.noise.*need a number > 0"):
+      run(ideal, x, grid, jax.random.split(jax.random.key(0), 1), noise_factor=0.0)
