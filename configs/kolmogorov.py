@@ -86,6 +86,8 @@ def get_config(variant="cpu"):
     convolution="auto",
     dtype=pick("bfloat16", "float32", "float32"),
     preconditioning="adaptive",  # or wiener, edm
+    # Fields that the net sees beside x. Without the forcing it cannot tell y from y + π/4; `cpu` is measured without.
+    static=pick(("forcing",), (), ("forcing",)),
   )
   c.optimizer = dict(peak=pick(5e-4, 1e-3, 1e-3), end=1e-6, warmup_steps=pick(2000, 300, 2), clip=1.0)
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.

@@ -108,13 +108,19 @@ def denoising_network(config, stats: statistics.Statistics) -> denoiser.Denoiser
   block = dict(config.model) | {"remat": config.memory.remat}
   if block["convolution"] == "auto" and config.memory.microbatches > 1 and jax.default_backend() == "cpu":
     block["convolution"] = "im2col"  # microbatches are a loop: see unet.convolve
-  preconditioning = block.pop("preconditioning")
+  preconditioning, names = block.pop("preconditioning"), block.pop("static", ())  # KS is alike everywhere: no such key
   block["dtype"] = choose({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, block["dtype"], "config.model.dtype")
   net = unet.UNet(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in block.items()})
   net.check(space(config))
   spectrum = stats.repeated(config.grid.frames).spectrum
   known = {"edm": (None, False), "wiener": (spectrum, False), "adaptive": (spectrum, True)}
-  return denoiser.Denoiser(net, *choose(known, preconditioning, "config.model.preconditioning"))
+  fields = equation(config, "hfhr").static() if names else {}
+  static = [choose(fields, name, "config.model.static") for name in names]
+  return denoiser.Denoiser(
+    net,
+    *choose(known, preconditioning, "config.model.preconditioning"),
+    static=np.stack(static, axis=-1) if static else None,
+  )
 
 
 def validation_rows(config) -> int:

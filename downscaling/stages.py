@@ -34,6 +34,8 @@ def identity(config, stage: str) -> dict[str, Any]:
   if "train" in blocks:
     idle = ("dir",) if blocks["train"]["augment"] else ("dir", "augment")  # folders older than `augment` stay valid
     blocks["train"] = {k: v for k, v in blocks["train"].items() if k not in idle}
+  if "model" in blocks and not blocks["model"].get("static"):  # folders older than `static` stay valid
+    blocks["model"].pop("static", None)
   if stage == "train":  # nor does it see C′: one prior serves every factor and operator
     blocks["grid"] = {k: v for k, v in blocks["grid"].items() if k not in ("factor", "operator")}
   if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result

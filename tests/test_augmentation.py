@@ -27,6 +27,28 @@ def test_moves_are_the_group_of_the_fine_grid(room):
     np.testing.assert_array_equal(solver.move(u, element), group.act(element, u.reshape(2, -1)).reshape(u.shape))
 
 
+def test_the_forcing_is_what_pushes_and_no_symmetry_moves_it():
+  solver = kolmogorov.Fine(points=32, dt=0.02)
+  forcing = solver.static()["forcing"]
+  pushed = np.asarray(solver.step(np.zeros((32, 32), np.float32)))  # from rest, nothing else acts
+  np.testing.assert_allclose(pushed / pushed.std(), forcing, atol=1e-5)  # float32 FFTs; −1 would be the wrong phase
+  for element in range(solver.symmetries):
+    np.testing.assert_allclose(solver.move(forcing, element), forcing, atol=1e-6)
+
+
+def test_a_static_field_by_an_unknown_name_is_refused_and_none_is_the_prior_of_before():
+  c, stats = smoke("kolmogorov"), statistics.Statistics(*np.ones((2, 1), np.float32), np.ones((64, 64, 1), np.float32))
+  assert build.denoising_network(c, stats).static.shape == (64, 64, 1)
+  shown = stages.identity(c, "train")
+  c.model.static = ()
+  assert build.denoising_network(c, stats).static is None
+  assert "static" not in stages.identity(c, "train")["model"]
+  assert stages.identity(c, "train") != shown
+  c.model.static = ("orography",)
+  with pytest.raises(ValueError, match=r"config.model.static='orography' is unknown; use one of \['forcing'\]"):
+    build.denoising_network(c, stats)
+
+
 def test_fields_are_moved_before_they_are_normalised():
   """A sampled mean is not 0, and a sign that acts on what is left of it would be no symmetry."""
   c = smoke("ks")

@@ -23,11 +23,14 @@ class Denoiser(nn.Module):
     adaptive: with 2·C channels in and out.
   spectrum: None for edm; else [*space, C], E|x̂_k|²/N on the full FFT grid (datasets/statistics.py).
   gated: adaptive instead of wiener; needs a spectrum.
+  static: None, or fields [*space, K] that the net sees beside x: net is (x, level, static) then. A net that shifts with
+    its input cannot tell where in the box it is, which matters where the law of x₀ is not the same everywhere.
   """
 
   net: nn.Module
   spectrum: np.ndarray | None = None
   gated: bool = False
+  static: np.ndarray | None = None
 
   def __call__(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
     """Removes noise.
@@ -46,8 +49,9 @@ class Denoiser(nn.Module):
     s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
     level = jnp.log(sigma) / 4
     inp = jax.lax.rsqrt(s**2 + 1)
+    net = self.net if self.static is None else lambda x, level: self.net(x, level, self.static)
     if self.spectrum is None:
-      return inp**2 * x + s * inp * self.net(inp * x, level)
+      return inp**2 * x + s * inp * net(inp * x, level)
     axes = tuple(range(1, x.ndim - 1))
     back = lambda modes: jnp.fft.irfftn(modes, x.shape[1:-1], axes=axes).astype(x.dtype)
     half = jnp.asarray(half_spectrum(self.spectrum), x.dtype)[None]
@@ -56,11 +60,11 @@ class Denoiser(nn.Module):
       full = jnp.asarray(self.spectrum, x.dtype)[None]
       power = jnp.mean(full / (full + s**2), axis=axes, keepdims=True)  # of the modes' √S/(S+σ²)·x
       z = back(jnp.sqrt(half / power) / var * modes)
-      a, b = jnp.split(self.net(jnp.concatenate([inp * x, z], axis=-1), level), 2, axis=-1)
-      net = a + b * z
+      a, b = jnp.split(net(jnp.concatenate([inp * x, z], axis=-1), level), 2, axis=-1)
+      found = a + b * z
     else:
-      net = self.net(inp * x, level)
-    return back(half / var * modes + s * jnp.sqrt(half / var) * jnp.fft.rfftn(net, axes=axes))
+      found = net(inp * x, level)
+    return back(half / var * modes + s * jnp.sqrt(half / var) * jnp.fft.rfftn(found, axes=axes))
 
 
 def half_spectrum(spectrum: np.ndarray) -> np.ndarray:

@@ -125,7 +125,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-  """F(x, c): [B, *space, C] and one number a sample -> [B, *space, C].
+  """F(x, c[, static]): [B, *space, C], one number a sample and fields [*space, K] that are always known -> as x.
 
   Attributes:
     channels: width of each level; level l has the grid divided by stem · Π strides[: l + 1].
@@ -166,12 +166,14 @@ class UNet(nn.Module):
       )
 
   @nn.compact
-  def __call__(self, x: jax.Array, level: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, level: jax.Array, static: jax.Array | None = None) -> jax.Array:
     """Raises ValueError for a grid that the strides do not divide; level is [B]."""
     self.check(x.shape[1:-1])
     kinds = {"periodic": self.periodic, "method": self.convolution, "dtype": self.dtype}
     embedding = self._embed(level)
     out_channels = x.shape[-1] * self.stem ** (x.ndim - 2)
+    if static is not None:
+      x = jnp.concatenate([x, jnp.broadcast_to(jnp.asarray(static, x.dtype), (len(x), *static.shape))], axis=-1)
 
     made = itertools.count()
 

@@ -190,6 +190,15 @@ class Fine:
     """One of them, by index, on ω [..., N, N]."""
     return move(vorticity, element, self.wave)
 
+  def static(self) -> dict[str, np.ndarray]:
+    """What is known of the box, on the output's grid, of unit rms: forcing, its vorticity −cos qy, [points, points].
+
+    Every symmetry of the equation leaves it as it is, so augmentation does too.
+    """
+    n = self.points
+    line = -math.sqrt(2) * np.cos(self.wave * 2 * math.pi / n * np.arange(n))
+    return {"forcing": np.broadcast_to(line[:, None], (n, n)).astype(np.float32)}
+
   def _tendency(self, keep, decay):
     """w -> dt/6 · (ω̂_t of advection and forcing at ω̂ = decay·w), [N, N/2 + 1].
 

@@ -47,6 +47,25 @@ def test_silent_net_under_wiener_is_the_exact_gaussian_denoiser(sigma, gated):
   np.testing.assert_allclose(got, exact, atol=1e-5 * (1 + sigma))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_static_field_tells_where_in_the_box_it_is(gated):
+  """A net of stride 2 shifts with its input by 2 points; beside a static field it does so only if that shifts too."""
+  static = np.cos(2 * np.pi * np.arange(N) / N)[:, None]
+  x, sigma = jnp.asarray(_gaussian(2)), jnp.full(2, 0.5)
+  for fields in (None, static):
+    d = _denoiser(gated=gated).clone(static=fields)
+    params = jax.jit(d.init)(jax.random.key(0), x, sigma)  # the last convolution is silent
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params)
+    out = lambda d, x, params=params: np.asarray(jax.jit(d.apply)(params, x, sigma))
+    moved, there = out(d, jnp.roll(x, 2, 1)), np.roll(out(d, x), 2, 1)
+    if fields is None:
+      np.testing.assert_allclose(moved, there, atol=1e-5)  # float32 rounding of values of O(1)
+    else:
+      assert np.abs(moved - there).max() > 0.01
+      moved = out(d.clone(static=np.roll(static, 2, 0)), jnp.roll(x, 2, 1))
+      np.testing.assert_allclose(moved, there, atol=1e-5)
+
+
 class Gate(nn.Module):
   """Returns a = 0 and b = 1, and keeps what it was shown."""
 
