@@ -7,7 +7,7 @@ Smoke:  --config=configs/kolmogorov.py:smoke every job in minutes; its scores me
 
 Plan:   python -m downscaling train --config=configs/kolmogorov.py:8x --workdir=runs/kolmogorov --dry_run --devices=256
 
-`cpu`, 96 conditions: 3 h on two busy cores; MELRw .042 (floor .032), symcov .106 (.108), spread over error .90; the map
+`cpu`, 96 conditions: 3 h on two busy cores; MELRw .032 (floor .032), symcov .105 (.108), spread over error .99; the map
 at 32²: symcov .039 (.058), corr(y, T y) .936; see docs/results/kolmogorov. `8x` and `16x` are planned and compiled, not
 trained.
 """
