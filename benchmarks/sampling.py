@@ -48,7 +48,7 @@ EQ7 = {
 }  # fmt: skip
 LOW = {
   "start": "gaussian", "solver.name": "dpm_solver_pp_2m_sde", "solver.eta": 1.0, "solver.noise": 1.0,
-  "levels.name": "edm",  "levels.sigma_max": 3.0, "levels.sigma_min": 3e-3, "levels.rho": 7.0, "levels.steps": 16,
+  "levels.name": "edm", "levels.sigma_max": 3.0, "levels.sigma_min": 3e-3, "levels.rho": 7.0, "levels.steps": 16,
   "guidance.final": "gain", "guidance.variance": "measured", "resample.strength": 0.0, "resample.dead_zone": 3.0,
   "resample.below": 100.0, "spread": 1.0,
 }  # fmt: skip

@@ -121,7 +121,7 @@ def get_config(variant="cpu"):
     guidance=dict(name="measured", alpha=3.0, normalise="none", final="gain", variance="measured"),
     observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
     # Selection among a condition's members in a unit, at noise levels below `below`; strength 0: none, as with .125
-    # ensembles of `cpu` are narrower still (docs/results/kolmogorov). Both numbers are KS's, for 24 coarse values, and
+    # ensembles of `cpu` become too narrow (docs/results/kolmogorov). Both numbers are KS's, for 24 coarse values, and
     # carried over to more by sampling/resampling.py (32² is 1024).
     resample=dict(strength=0.0, dead_zone=3.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn

@@ -32,10 +32,10 @@ def identity(config, stage: str) -> dict[str, Any]:
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
     blocks["sampling"] = sampling | {"unconditional": few}
   if "train" in blocks:
-    idle = ("dir",) if blocks["train"]["augment"] else ("dir", "augment")  # folders older than `augment` stay valid
-    blocks["train"] = {k: v for k, v in blocks["train"].items() if k not in idle}
-  if "model" in blocks and not blocks["model"].get("static"):  # folders older than `static` stay valid
-    blocks["model"].pop("static", None)
+    blocks["train"] = {k: v for k, v in blocks["train"].items() if k != "dir"}
+  for block, key in (("train", "augment"), ("model", "static")):  # folders older than these keys stay valid
+    if block in blocks and not blocks[block].get(key):
+      blocks[block].pop(key, None)
   if stage == "train":  # nor does it see C′: one prior serves every factor and operator
     blocks["grid"] = {k: v for k, v in blocks["grid"].items() if k not in ("factor", "operator")}
   if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
