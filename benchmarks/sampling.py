@@ -1,12 +1,14 @@
 r"""Guidance × solver × steps on a trained prior: quality against cost, with Eq. 7 and 256 steps as the reference row.
 
   python benchmarks/sampling.py --workdir=runs/ks [--config=configs/ks.py:full] [--set train.total_steps=6000 ...]
-    [--conditions=64] [--members=8] [--cases=front|all|default|NAME,...] [--factor=16] [--operator=block_mean]
-    [--spread] [--seed=0] [--out=DIR]
+    [--conditions=64] [--members=8] [--cases=front|all|default|NAME,...] [--vary=solver.noise=1,1.03,1.06]
+    [--factor=16] [--operator=block_mean] [--split=validation] [--spread] [--seed=0] [--out=DIR]
 
 WORKDIR holds a finished `generate` and `train` of that config. Conditions are C′x of held-out test fields x, which
 neither the training nor the error table has seen; --factor and --operator observe less, or otherwise, than the config
-does: a prior of fine fields serves any C′. "default" is what the config draws with. Errors are over the field's rms.
+does: a prior of fine fields serves any C′. "default" is what the config draws with, --vary the same with each value of
+one key of config.sampling: fit what belongs to a prior, as solver.noise, on --split=validation and compare on the test
+fields. Errors are over the field's rms.
 
   calls       network evaluations a member; a gradient (vjp) counts as another two
   ms          a member: of processor time over the cores on a CPU, where others may be at work; else of wall time
@@ -19,7 +21,8 @@ does: a prior of fine fields serves any C′. "default" is what the config draws
               by κ = 1/(s/e) of the first half of the conditions; on the second half, as drawn in the row above it
   χ²          median misfit score at the lowest noise level; 1 where y′ is as far off as the prior expects
 
-Below the table: each case over the reference. --out writes sampling.json, .txt and the Pareto front sampling.png.
+Below the table: energy of the members over that of the truths, some shells; each case over the reference, where that is
+among the cases. --out writes sampling.json, .txt and the Pareto front sampling.png.
 """
 
 import argparse
@@ -77,11 +80,7 @@ CASES = {
   "measured η1 16": case("measured"),
   "measured η1 32": case("measured", 32),
   "measured η5 16": case("measured", 16, 5.0),
-  "measured η5 16 f1.06": case("measured", 16, 5.0, solver__noise=1.06),
   "measured η10 24": case("measured", 24, 10.0),
-  "measured η10 24 f1.03": case("measured", 24, 10.0, solver__noise=1.03),
-  "measured η10 24 f1.06": case("measured", 24, 10.0, solver__noise=1.06),
-  "measured η10 24 f1.09": case("measured", 24, 10.0, solver__noise=1.09),
   "measured η10 32": case("measured", 32, 10.0),
   "measured noise η1 32": case("measured", 32, **HIGH),
   "measured+r1.6 η2.5 16": case("measured", 16, 2.5, 0.125, resample__dead_zone=1.6),
@@ -115,7 +114,7 @@ LOWER_IS_BETTER = ("member", "mean", "crps", "energy", "melre", "cov")
 class Bench:
   """The prior of a work folder and its held-out fields."""
 
-  def __init__(self, config, workdir, conditions, members, seed=0, **observed):
+  def __init__(self, config, workdir, conditions, members, seed=0, split="test", **observed):
     self.mesh, self.seed, self.members = meshes.make(), seed, members
     self.ctx = context.Context(config, pathlib.Path(workdir).absolute(), self.mesh, supervision.Stop(), "")
     self.ctx.need("data", "generate")
@@ -127,7 +126,7 @@ class Bench:
     self.table = errors.load(stage.path, prior)
     self.config = config.copy_and_resolve_references()
     self.config.update_from_flattened_dict({f"grid.{k}": v for k, v in observed.items()})
-    rows = context.load_rows(self.ctx, "hfhr", "test")
+    rows = context.load_rows(self.ctx, "hfhr", split)
     pick = np.random.default_rng(seed).permutation(len(rows))
     self.truth, self.reference = rows[pick[:conditions]], rows[pick[conditions:]][:16_384, ..., 0]
     self.y = np.asarray(build.operator(self.config).apply(self.truth))
@@ -159,6 +158,13 @@ class Bench:
       "melre": melr["energy"], "cov": cov, "s/e": found.spread_error, "in50": found.coverage["0.5"],
       "in90": found.coverage["0.9"],
     }  # fmt: skip
+
+  def spectrum(self, fields):
+    """{k: energy of fields [K, M, *space] over the truths'}, up to nine shells that hold energy."""
+    energy, truth = (spectra.energies(x.reshape(-1, *fields.shape[2:])) for x in (fields, self.truth))
+    shells = [len(truth) * part // 16 for part in (1, 2, 3, 4, 5, 6, 8, 10, 12)]
+    held = spectra.energy_holding_shells(truth)
+    return {str(k): float(energy[k - 1] / truth[k - 1]) for k in shells if k and held[k - 1]}
 
   def halves(self, fields):
     """(κ fitted on the first half of the conditions, scores of the second as drawn, scores with κ)."""
@@ -254,23 +260,28 @@ def main():
   parser.add_argument("--set", action="append", default=[], help="KEY=VALUE of the config, as the run had it")
   parser.add_argument("--conditions", type=int, default=64)
   parser.add_argument("--members", type=int, default=8)
-  parser.add_argument("--cases", default="front", help="front, all, or names with commas")
+  parser.add_argument("--cases", help="front (without --vary the default), all, or names with commas")
+  parser.add_argument("--vary", default="", help="KEY=V1,V2,...: the config's sampler with these values of a key")
   parser.add_argument("--factor", type=int)
   parser.add_argument("--operator", choices=["strided", "block_mean"])
+  parser.add_argument("--split", choices=["validation", "test"], default="test")
   parser.add_argument("--spread", action="store_true", help="also with a fitted spread")
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", type=pathlib.Path, help="folder for sampling.json, .txt and .png")
   args = parser.parse_args()
-  names = {"front": FRONT, "all": tuple(CASES)}.get(args.cases, tuple(args.cases.split(",")))
+  asked = ("" if args.vary else "front") if args.cases is None else args.cases
+  names = {"front": FRONT, "all": tuple(CASES), "": ()}.get(asked, tuple(asked.split(",")))
   if strangers := [n for n in names if n not in CASES]:
     parser.error(f"{strangers[0]!r} is no case; they are: {', '.join(CASES)}")
+  cases = {name: CASES[name] for name in names} | varied(args.vary)
   observed = {k: v for k in ("factor", "operator") if (v := getattr(args, k)) is not None}
   config = config_of(args.config, args.set)
-  bench = Bench(config, args.workdir, args.conditions, args.members, args.seed, **observed)
+  bench = Bench(config, args.workdir, args.conditions, args.members, args.seed, args.split, **observed)
   about = {
     "device": f"{bench.mesh.size} × {bench.mesh.devices.flat[0].device_kind}", "conditions": args.conditions,
-    "members": args.members, "seed": args.seed, "observed": observed, "train": runs.plain(config.train),
-    "versions": runs.versions(), "commit": runs.commit(), "rivals": {k: r._asdict() for k, r in bench.rivals().items()},
+    "members": args.members, "seed": args.seed, "observed": observed, "split": args.split,
+    "train": runs.plain(config.train), "versions": runs.versions(), "commit": runs.commit(),
+    "rivals": {k: r._asdict() for k, r in bench.rivals().items()},
   }  # fmt: skip
   said = [
     f"{k}: error {r['error']:.3f}, crps {r['crps']:.4f}, energy {r['energy']:.4f}" for k, r in about["rivals"].items()
@@ -278,11 +289,11 @@ def main():
   said.append("  ".join([" " * 22, *(f"{k:>7}" for k in COLUMNS)]))
   print("\n".join(said), flush=True)
   rows = {}
-  for name in names:
-    fields, misfit, (cpu, wall), count = bench.draw(CASES[name])
+  for name, overrides in cases.items():
+    fields, misfit, (cpu, wall), count = bench.draw(overrides)
     on_cpu = jax.default_backend() == "cpu"
     rows[name] = {"calls": count, "ms": 1e3 * (cpu if on_cpu else wall), "wall_ms": 1e3 * wall}
-    rows[name] |= bench.score(fields) | {"χ²": float(np.median(misfit))}
+    rows[name] |= bench.score(fields) | {"χ²": float(np.median(misfit)), "spectrum": bench.spectrum(fields)}
     said.append(line(name, rows[name]))
     print(said[-1], flush=True)
     if args.spread and name != REFERENCE:
@@ -293,12 +304,25 @@ def main():
     if args.out:
       args.out.mkdir(parents=True, exist_ok=True)
       runs.write_json(args.out / "sampling.json", about | {"rows": rows})
-  if REFERENCE in rows:
-    said += ["", *compare(rows)]
-    print("\n".join(said[-len(rows) - 2 :]))
+  below = ["", *energies(rows), *(["", *compare(rows)] if REFERENCE in rows else [])]
+  print("\n".join(below))
+  said += below
   if args.out:
     (args.out / "sampling.txt").write_text("\n".join(said) + "\n")
     picture(rows, args.out / "sampling.png")
+
+
+def varied(text):
+  """{"KEY=V": {KEY: V}} for each value of "KEY=V1,V2,..."."""
+  key, _, values = text.partition("=")
+  return {f"{key}={value}": {key: ast.literal_eval(value)} for value in values.split(",") if value}
+
+
+def energies(rows):
+  shells = dict.fromkeys(next(iter(rows.values()))["spectrum"], ".2f")
+  return [line("energy / true, k =", {k: int(k) for k in shells}, dict.fromkeys(shells, "d"))] + [
+    line(name, row["spectrum"], shells) for name, row in rows.items()
+  ]
 
 
 def compare(rows):

@@ -21,7 +21,8 @@ def unconditional(
     sampler: (keys [B], None, parameters) -> (fields [B, *space, C], in data units, misfit); see build.sampler.
     fields: how many to draw; rounded up to fill the devices.
     truth: normalised held-out fields [V, *space, C]; the floor compares its second half with its first.
-  Returns: evaluator with melr_weighted, melr_energy, the same of the floor, and images "spectrum" and "fields".
+  Returns: evaluator with melr_weighted, melr_energy, the same of the floor, diverged (how many fields ran away and are
+    left out; the rest is infinite if all did), and images "spectrum" and "fields".
   """
   count = -(-fields // mesh.size) * mesh.size
   alone = jax.shard_map(
@@ -41,17 +42,19 @@ def unconditional(
   shells = spectra.shell_energies(truth[: len(truth) // 2])
   reference = shells.mean(0)
   floor = spectra.energies(truth[len(truth) // 2 :])
-  floors, few = spectra.melr(floor, reference), min(8, count, len(truth))
+  floors = spectra.melr(floor, reference)
 
   def evaluate(state) -> dict:
     drawn = np.asarray(draw(state.ema[0]))[..., 0]
-    energy = spectra.energies(drawn)
+    drawn = drawn[np.isfinite(drawn).all(axis=tuple(range(1, drawn.ndim)))]
+    energy = spectra.energies(drawn) if len(drawn) else np.full_like(reference, np.inf)
     melr = spectra.melr(energy, reference)
-    metrics = {f"melr_{k}": melr[k] for k in ("weighted", "energy")}
+    metrics = {f"melr_{k}": melr[k] for k in ("weighted", "energy")} | {"diverged": count - len(drawn)}
     metrics |= {f"melr_{k}_floor": floors[k] for k in ("weighted", "energy")}
-    if not meshes.is_main():
+    if not (meshes.is_main() and len(drawn)):
       return metrics
-    half, held = spectra.band(shells, count), spectra.energy_holding_shells(reference)
+    few = min(8, len(drawn), len(truth))
+    half, held = spectra.band(shells, len(drawn)), spectra.energy_holding_shells(reference)
     spectrum = figures.spectrum(reference, {"unconditional": energy}, floor, half, held)
     return metrics | {"spectrum": canvas.pixels(spectrum), "fields": canvas.pixels(gallery(drawn[:few], truth[:few]))}
 

@@ -104,6 +104,21 @@ def test_spread_is_about_the_mean_of_a_block():
   np.testing.assert_array_equal(misfit, same)
 
 
+def test_fields_that_ran_away_are_none():
+  """A condition 10⁴ standard deviations off, and a solver whose noise grows: finite numbers that are no field."""
+  config = _config(**{"sampling.guidance.name": "wiener"})
+  stats, network, params = parts = _parts(config)
+  _, y, fields, _ = _draw(config, parts, None)
+  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1)))(jnp.arange(8))
+  far = jnp.where(jnp.arange(8)[:, None, None] < 4, 2e4, 1) * y
+  beside, _ = jax.jit(build.sampler(config, stats, network))(keys, far, params)
+  assert np.isnan(beside[:4]).all()
+  np.testing.assert_array_equal(beside[4:], fields[4:])
+  config.sampling.solver.noise = 1e6
+  free, _ = jax.jit(lambda k, p: build.sampler(config, stats, network)(k, None, p))(keys, params)
+  assert np.isnan(free).all()
+
+
 @pytest.mark.parametrize(
   "changes", [{"guidance.name": "measured"}, {"guidance.name": "moment", "guidance.variance": "measured"}]
 )

@@ -15,6 +15,7 @@ from downscaling.sampling.resampling import Resampling
 
 STARTS = ("noise", "gaussian")
 SELECTING = ("euler_maruyama", "dpm_solver_pp_2m_sde")  # solvers that draw noise and take `select`
+DIVERGED = 100.0  # rms of a field over the data's standard deviation, beyond which it is a runaway and not a field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def sampler(recipe: Recipe) -> Callable:
 
   B = conditions × members, members of a condition adjacent; misfit: χ²/d′ = rᵀ(A + R)⁻¹r/d′ of r = y′ − C′D at the
   lowest noise level, D unguided: 1 where y′ is as far off as the prior expects, larger where it lies outside what the
-  prior knows; NaN without a condition.
+  prior knows; NaN without a condition. Fields beyond DIVERGED are NaN: whoever writes fields refuses those.
   """
   r = recipe
   if r.start not in STARTS:
@@ -71,7 +72,7 @@ def sampler(recipe: Recipe) -> Callable:
 
   def unconditional(keys, denoise):
     x = solvers.initial(keys, r.shape, float(r.high[0]))  # nothing is known but the law: from far above the data
-    return r.restore(r.solve(denoise, x, r.high, keys)), jnp.full(len(keys), jnp.nan, jnp.float32)
+    return r.restore(in_range(r.solve(denoise, x, r.high, keys))), jnp.full(len(keys), jnp.nan, jnp.float32)
 
   def draw(keys, y, params):
     denoise = lambda x, sigma: r.denoise(params, x, sigma)
@@ -89,9 +90,15 @@ def sampler(recipe: Recipe) -> Callable:
     if r.select is not None:
       step, among = guided.scored, {"select": r.select, "values": y[0].size}
     fields, misfit = r.solve(step, x, r.levels, keys, last=guided.last_scored, **among)
-    return r.restore(rescale(fields, r.members, r.spread)), misfit
+    return r.restore(rescale(in_range(fields), r.members, r.spread)), misfit
 
   return draw
+
+
+def in_range(fields: jax.Array) -> jax.Array:
+  """Normalised fields [B, *space, C], those NaN whose rms is beyond DIVERGED: a solver may run away and stay finite."""
+  square = jnp.square(fields).mean(axis=tuple(range(1, fields.ndim)), keepdims=True)
+  return jnp.where(square <= DIVERGED**2, fields, jnp.nan)
 
 
 def rescale(fields: jax.Array, members: int, factor: float) -> jax.Array:

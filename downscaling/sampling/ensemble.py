@@ -33,7 +33,7 @@ import numpy as np
 
 from downscaling.common import locks, processes, runs
 from downscaling.common import mesh as meshes
-from downscaling.sampling import store
+from downscaling.sampling import draws, store
 from downscaling.sampling.store import Coordinates, Layout, Unit, read
 
 __all__ = ["Layout", "Unit", "block", "compiled", "keys", "layout_of", "program", "read", "write_ensemble"]
@@ -322,9 +322,11 @@ def _to_host(layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]) -> dic
     if not (fine := np.isfinite(blocks[name]) | allowed(blocks[name]).astype(bool)).all():
       c, m = np.argwhere(~fine)[0][:2]
       raise FloatingPointError(
-        f"the {'field' if fields else name} of condition {unit.c0 + c}, member {unit.m0 + m} is not finite: the "
-        "guidance is too strong (sampling.guidance) or the prior is damaged. Finished units stay; a changed config "
-        "needs another --config.label."
+        f"the {'field' if fields else name} of condition {unit.c0 + c}, member {unit.m0 + m} is not finite, or was "
+        f"beyond {draws.DIVERGED:g} standard deviations of the data: the sampler ran away. Lower "
+        "sampling.guidance.alpha, solver.eta or solver.noise, or take more levels.steps; if the condition itself is "
+        "that far off, mend its units; else the prior is damaged. Finished units stay; a changed config needs another "
+        "--config.label."
       )
   return blocks
 
