@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import jax
 import ml_collections
 import numpy as np
-import xarray
 
 from downscaling import build, series, stages
 from downscaling.common import processes, runs, supervision
@@ -143,6 +142,8 @@ def true_rows(ctx: Context, count: int) -> np.ndarray:
 
 def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
   """{"lflr", and every map's name}: [S, *coarse, C] of the debias stage, before and after the maps."""
+  import xarray
+
   path, shape = ctx.folder("debias") / f"{name}.zarr", (-1, *build.operator(ctx.config).coarse, 1)
   with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
     rows = {key: np.asarray(data[key]).reshape(shape) for key in ("lflr", *ctx.config.debias.maps)}

@@ -48,11 +48,13 @@ def test_configs_import_nothing_of_ours():
     assert not [n for n in _imports(path) if n.startswith("downscaling")]
 
 
-def test_import_changes_no_flag_and_needs_no_tensorflow():
+def test_import_changes_no_flag_and_brings_nothing_slow():
   code = (
     "import jax, sys; before = dict(jax.config.values);"
     "import downscaling.jobs; after = dict(jax.config.values);"
     "changed = [k for k in after if before.get(k) != after[k]]; assert not changed, changed;"
-    "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules"
+    # what few jobs need is imported where they do: every command, and every process of a job, starts sooner
+    "slow = {'tensorflow', 'torch', 'ott', 'exponax', 'xarray', 'pandas', 'matplotlib.pyplot'} & set(sys.modules);"
+    "assert not slow, slow"
   )
   subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

@@ -44,7 +44,7 @@ def log_sum_exp(
   """log Σ_j exp((f_i + g_j − |x_i − y_j|²)/ε) over rows; geometry.log_sum_exp(...)[0] without `vec`.
 
   Args:
-    x [n, d], y [m, d], f [n], g [m]: float32; centred, as for geometry.Blockwise. eps: scalar > 0, units of the cost.
+    x [n, d], y [m, d], f [n], g [m]: float32; centred, as for blockwise.Blockwise. eps: scalar > 0, units of the cost.
     tile: rows and columns of a tile, powers of two (columns of a TPU tile: multiples of 128); None for TILE.
     backend: whose form of the kernel, see `supported`; None for jax's default backend.
     interpret: runs the kernel's steps as jax operations, on any machine, slowly.

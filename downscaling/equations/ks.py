@@ -14,7 +14,6 @@ import dataclasses
 import math
 from typing import ClassVar
 
-import exponax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +117,8 @@ class Fine:
   def advance(self, u: jax.Array, steps: int) -> jax.Array:
     """u [N] after `steps` steps; in between it stays in Fourier space."""
     _need_float64()
+    import exponax  # here: it brings matplotlib, and most jobs simulate nothing
+
     stepper = exponax.stepper.KuramotoSivashinskyConservative(
       1, self.length, self.points, self.dt, single_channel=True, conservative=True, dealiasing_fraction=2 / 3, order=4
     )

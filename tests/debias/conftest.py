@@ -1,3 +1,3 @@
 """ott warns on import that jaxopt is no longer maintained; our module, imported first, keeps that to itself."""
 
-import downscaling.debias.geometry  # noqa: F401
+import downscaling.debias.blockwise  # noqa: F401

@@ -12,7 +12,7 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn as ott_sinkhorn
 
 from downscaling.common import mesh as mesh_lib
-from downscaling.debias import geometry
+from downscaling.debias import blockwise, geometry
 
 
 def clouds(n, m, d, seed=0):
@@ -29,7 +29,7 @@ def dense_exponents(x, y, f, g, eps):
 
 @functools.partial(jax.jit, static_argnames="tile")
 def kernel_both_ways(x, y, f, g, eps, tile):
-  cloud = geometry.Blockwise(x, y, eps, tile)
+  cloud = blockwise.Blockwise(x, y, eps, tile)
   return [cloud.apply_lse_kernel(f, g, eps, axis=axis) for axis in (0, 1)]
 
 
@@ -52,7 +52,7 @@ def test_signed_weights_equal_dense(axis):
   rng = np.random.default_rng(2)
   f, g, eps = np.zeros(37, np.float32), np.zeros(53, np.float32), 2.0
   vec = rng.normal(size=53 if axis == 1 else 37).astype(np.float32)
-  cloud = geometry.Blockwise(jnp.asarray(x), jnp.asarray(y), eps, (8, 16))
+  cloud = blockwise.Blockwise(jnp.asarray(x), jnp.asarray(y), eps, (8, 16))
   got, sign = cloud.apply_lse_kernel(jnp.asarray(f), jnp.asarray(g), eps, vec=jnp.asarray(vec), axis=axis)
   kernel = np.exp(dense_exponents(x, y, f, g, eps))
   want = kernel @ vec if axis == 1 else vec @ kernel
@@ -83,7 +83,7 @@ def test_nan_is_not_hidden():
 def test_closed_forms_equal_dense_cost():
   x, y = clouds(37, 53, 6)
   cost = -dense_exponents(x, y, np.zeros(37), np.zeros(53), 1.0)
-  cloud = geometry.Blockwise(jnp.asarray(x), jnp.asarray(y), 1.0)
+  cloud = blockwise.Blockwise(jnp.asarray(x), jnp.asarray(y), 1.0)
   # float32 sums of tens of terms
   np.testing.assert_allclose(cloud.mean_cost_matrix, cost.mean(), rtol=1e-5)
   v = np.random.default_rng(3).normal(size=(53, 2)).astype(np.float32)
@@ -108,7 +108,7 @@ def test_ott_solver_gives_the_same_potentials_on_its_dense_cloud_and_on_ours():
 
   with jax.numpy_rank_promotion("allow"):  # ott's own
     dense = solve(pointcloud.PointCloud(jnp.asarray(x), jnp.asarray(y), epsilon=eps))
-    ours = solve(geometry.Blockwise(jnp.asarray(x), jnp.asarray(y), eps, (64, 32)))
+    ours = solve(blockwise.Blockwise(jnp.asarray(x), jnp.asarray(y), eps, (64, 32)))
   assert bool(dense[-1])
   assert bool(ours[-1])
   # both stop at the same check; costs reach 100, so float32 alone leaves 1e-5 · a few in f and g
