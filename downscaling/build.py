@@ -12,6 +12,7 @@ import optax
 
 from downscaling import door, series, stages
 from downscaling.common import checkpoints, operators, runs, symmetry
+from downscaling.common import mesh as meshes
 from downscaling.datasets import builders, generate, statistics
 from downscaling.debias import maps, moments
 from downscaling.diffusion import denoiser, errors, schedules, steps, training, unet
@@ -60,6 +61,16 @@ def equation(config, which: str) -> rollouts.Solver:
   if which == "hfhr":
     return room.Fine(points=config.grid.points, **box, **config.fine)
   return room.Coarse(points=operator(config).coarse[0], **box, **config.coarse)
+
+
+def precision(config, which: str) -> str:
+  """In which the solver of "hfhr" or "lflr" computes."""
+  return getattr(equation(config, which), "dtype", "float64")
+
+
+def simulating(config, which: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+  """This process's devices for that solver: those of the mesh, or the host's CPU for float64 beside a TPU."""
+  return meshes.exact(mesh) if precision(config, which) == "float64" else meshes.local(mesh)
 
 
 def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.Plan:

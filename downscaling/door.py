@@ -52,6 +52,14 @@ def sizes(config, mesh: jax.sharding.Mesh) -> None:
       raise ValueError(f"config.{key}={value} must be at least 1.")
   batch(config, mesh)
   meshes.check_divides(c.debias.points, mesh.size, "a cloud", "debias.points")
+  if c.debias.path == "pallas":
+    from downscaling.debias import pallas  # a third of a second, for few
+
+    if not pallas.supported(platform := meshes.platform(mesh)):
+      raise ValueError(
+        f"config.debias.path='pallas' on {platform!r}, for which that kernel is not made: it lowers for a GPU by CUDA "
+        "and for a TPU. Use --config.debias.path=auto here."
+      )
   if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
@@ -65,14 +73,6 @@ def debiasing(config, setting: maps.Setting) -> None:
     raise ValueError(f"config.debias.maps has {strangers[0]!r}, which is unknown; use some of {sorted(maps.FITS)}.")
   if c.map not in c.maps:
     raise ValueError(f"config.debias.map={c.map!r} is not among config.debias.maps={tuple(c.maps)}: add it there.")
-  if c.path == "pallas":
-    from downscaling.debias import pallas  # a third of a second, for few
-
-    if not pallas.supported(backend := jax.default_backend()):
-      raise ValueError(
-        f"config.debias.path='pallas' on {backend!r}, for which that kernel is not made: it lowers for a GPU by CUDA "
-        "and for a TPU. Use --config.debias.path=auto here."
-      )
   recipes.letters(setting.recipe, setting.quadratic)
   if min(c.minibatch.batch, c.minibatch.passes) <= 0 or ("minibatch" in c.maps and c.minibatch.batch > c.points // 2):
     raise ValueError(

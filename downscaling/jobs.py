@@ -37,9 +37,10 @@ from downscaling.sampling import ensemble
 
 def generate_job(ctx: Context) -> str:
   """Simulates both worlds, then measures the training split."""
-  stage, mine = ctx.stage("data"), meshes.local(ctx.mesh)
+  stage = ctx.stage("data")
   with stage.timed():
     for which in ("hfhr", "lflr"):
+      mine = build.simulating(ctx.config, which, ctx.mesh)
       with jax.enable_x64(True):
         plan = build.generation(ctx.config, ctx.workdir, which, meshes.rows(mine))
         agree = functools.partial(processes.gather, f"generate/{which}")

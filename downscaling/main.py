@@ -1,7 +1,7 @@
 """The command line: parse, build, call.
 
   downscaling JOB --config=configs/ks.py[:VARIANT] --workdir=DIR [--config.key=value ...] [--distributed=auto|on|off]
-                  [--dry_run [--devices=N]] [--traceback]
+                  [--dry_run [--devices=N|v5e:16x16|h200:8]] [--traceback]
 
 JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order; `downscaling doctor` looks at
 processes, devices and folders and says what to mend. Ends with exit code 0; 1 and a one-line error; 143 after SIGTERM,
@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import pathlib
+import re
 import shlex
 import sys
 import threading
@@ -26,7 +27,11 @@ FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/ks.py:quick. It is Python and is executed.")
 flags.DEFINE_string("workdir", None, "Folder of the run; made if absent, gone on with if it is there.")
 flags.DEFINE_bool("dry_run", False, "Print the plan (devices, shapes, memory, disk, steps) and stop.")
-flags.DEFINE_integer("devices", 0, "With --dry_run: plan for so many virtual CPU devices instead of those here.", 0)
+flags.DEFINE_string(
+  "devices", None,
+  "With --dry_run: plan for devices that are not here: so many virtual CPU devices, or, by their own compiler, a slice "
+  "of Cloud TPU, as v5e:16x16, or GPUs, as h200:8 or h200:4x8 (hosts x GPUs).",
+)  # fmt: skip
 flags.DEFINE_enum(
   "distributed", "auto", ["auto", "on", "off"],
   "Join the processes that a launcher (Slurm, Open MPI, GKE, Cloud TPU) started: if there are any; always; never.",
@@ -35,6 +40,12 @@ flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
 EXPECTED = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, OSError, supervision.PeerFailed)
+
+
+LIGHTER = (  # what to type where a device's memory does not do
+  "A device needs less with a larger --config.memory.microbatches, --config.memory.remat or --config.mesh.fsdp "
+  "(train), a smaller --config.sampling.unit (sample, in another --config.label), --config.debias.path=fused or ring."
+)
 
 
 def run() -> None:
@@ -103,13 +114,18 @@ def main(argv: list[str], stop: supervision.Stop) -> None:
   for name in ("config", "workdir") if len(argv) == 2 and job != "doctor" else ():
     if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
       fail(f"{job} needs --{name}. E.g. downscaling {job} --config=configs/ks.py --workdir=runs/ks")
-  if FLAGS.devices:
+  if (elsewhere := FLAGS.devices) is not None:
     if not FLAGS.dry_run:
-      fail(f"--devices={FLAGS.devices} is for a plan: add --dry_run. A job takes the devices it finds.")
+      fail(f"--devices={elsewhere} is for a plan: add --dry_run. A job takes the devices it finds.")
+    if not re.fullmatch(r"[1-9]\d*|\w+:\d+(x\d+)*", elsewhere):
+      fail(
+        f"--devices={elsewhere}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU, as v5e:16x16, or "
+        "GPUs, as h200:8."
+      )
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = (
-      f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={FLAGS.devices}"
-    )
+    count = elsewhere if elsewhere.isdigit() else 1  # and there is no GPU here to time kernels on
+    asked = f"--xla_force_host_platform_device_count={count} --xla_gpu_autotune_level=0"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {asked}"
   with stop.interruptible("starting"):
     # Imported late: a typo in a flag is answered at once, and no device is touched before the processes have joined.
     import jax
@@ -135,6 +151,8 @@ def main(argv: list[str], stop: supervision.Stop) -> None:
     sys.exit(supervision.STOPPED)
   except Exception as error:
     stop.failed(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    if not FLAGS.traceback and "RESOURCE_EXHAUSTED" in str(error):
+      fail(f"{job}: {str(error).splitlines()[0]} {LIGHTER}")
     if FLAGS.traceback or not isinstance(error, EXPECTED):
       raise
     fail(f"{job}: {error}")
@@ -144,14 +162,15 @@ def work(job: str, stop: supervision.Stop) -> str:
   """Does the job, or plans it; returns what to say of it."""
   from downscaling import build, jobs, plans
   from downscaling.common import mesh as meshes
-  from downscaling.common import processes, runs
+  from downscaling.common import processes, runs, topologies
 
   with stop.interruptible("starting"):
     processes.same_everywhere(facts())
+    devices = topologies.devices(FLAGS.devices) if FLAGS.devices and ":" in FLAGS.devices else None
     context = jobs.Context(
       config=FLAGS.config,
       workdir=pathlib.Path(FLAGS.workdir).expanduser().absolute(),
-      mesh=meshes.make(**FLAGS.config.mesh),
+      mesh=meshes.make(**FLAGS.config.mesh, devices=devices),
       stop=stop,
       command=shlex.join(["downscaling", *sys.argv[1:]]),
     )

@@ -1,6 +1,7 @@
 """--dry_run: what a job would do, in devices, shapes, memory, disk and steps, without doing it.
 
-Memory of the jitted jobs is the compiler's own account of the very program that would run.
+Memory of the jitted jobs is the compiler's own account of the very program that would run, on the devices here or on
+others for which there is a compiler here (common/topologies.py).
 """
 
 import math
@@ -29,31 +30,35 @@ def describe(name: str, ctx) -> str:
   parts = {"generate": _generate, "debias": _debias, "train": _train, "sample": _sample, "evaluate": _evaluate}
   chosen = parts if name == "pipeline" else {name: parts[name]}
   kinds = {d.device_kind for d in ctx.mesh.devices.flat}
+  config = ctx.config.copy_and_resolve_references()
+  if meshes.platform(ctx.mesh) != jax.default_backend() and config.model.convolution == "auto":
+    config.model.convolution = "lax"  # as auto is on all but a CPU, and it goes by the devices here
   lines = [
-    f"devices    {ctx.mesh.size} × {', '.join(sorted(kinds))}, {jax.process_count()} process(es), "
+    f"devices    {ctx.mesh.size} × {', '.join(sorted(kinds))}, {meshes.hosts(ctx.mesh)} process(es), "
     f"mesh {dict(ctx.mesh.shape)}",
     f"workdir    {ctx.workdir}",
   ]
   for job, plan in chosen.items():
-    lines += [job, *(f"  {line}" for line in plan(ctx.config, ctx))]
+    lines += [job, *(f"  {line}" for line in plan(config, ctx))]
   return "\n".join(["dry run, nothing is written", *lines])
 
 
 def _generate(c, ctx) -> list[str]:
   lines, disk = [], 0
   for which in ("hfhr", "lflr"):
-    plan = build.generation(c, ctx.workdir, which, meshes.rows(ctx.mesh))
+    mine = build.simulating(c, which, ctx.mesh)
+    plan = build.generation(c, ctx.workdir, which, meshes.rows(mine))
     shape = plan.builder.info.features["u"].shape
     count = sum(plan.trajectories.values())
     dt = c.fine.dt if which == "hfhr" else c.coarse.dt
-    steps, dtype = round(plan.times[-1] / dt), getattr(build.equation(c, which), "dtype", "float64")
+    steps = round(plan.times[-1] / dt)
     rows = count * len(plan.times)
     disk += rows * (math.prod(shape) * 4 + 24)
     shards = len(plan.shards())
     lines.append(
       f"{which}: {dict(plan.trajectories)} trajectories of {steps} steps, {len(plan.times)} snapshots each, "
-      f"{rows} fields {shape} float32 in {shards} shards; computed in {dtype}, "
-      f"{-(-plan.shard // ctx.mesh.size)} a device at a time"
+      f"{rows} fields {shape} float32 in {shards} shards; computed in "
+      f"{build.precision(c, which)} on {meshes.platform(mine)}, {-(-plan.shard // mine.size)} a device at a time"
     )
   return [*lines, f"disk: {_size(disk)} in {stages.data_dir(c, ctx.workdir)}"]
 
@@ -70,7 +75,7 @@ def _debias(c, ctx) -> list[str]:
       )
     else:
       order = recipes.letters("G" if name == "gaussian" else build.debias_setting(c).recipe, build.quadratic(c))
-      rows = -(-n // jax.process_count())
+      rows = -(-n // meshes.hosts(ctx.mesh))
       lines.append(f"{name}: recipe {order}, {rows} rows a process, {_size(8 * rows * d)} of them in memory")
   stored = (len(c.debias.maps) + 1) * 4 * d * (c.debias.held_out + min(c.debias.held_out, c.debias.points))
   return [*lines, f"disk: {_size(stored)} of rows before and after the maps"]
@@ -200,8 +205,8 @@ def _sample(c, ctx) -> list[str]:
     f"{conditional} sets of {s.conditions} conditions × {s.members} members, {alone} unconditional: "
     f"{fields} {'fields' if plan.series == 1 else f'series of {plan.series} fields'} {build.space(c)}, "
     f"{s.levels.steps} steps of {s.solver.name}, guidance {s.guidance.name}",
-    f"{units} units of {k} conditions × {m} members, {-(-units // jax.process_count())} a process, one a device at a "
-    f"time{advice}",
+    f"{units} units of {k} conditions × {m} members, {-(-units // meshes.hosts(ctx.mesh))} a process, one a device at "
+    f"a time{advice}",
     _hours(work, c, ctx),
     f"memory a device: {_size(memory['temporaries'])} temporary (compiled), {_size(params)} parameters, "
     f"{_size(2 * memory['outputs'])} fields of two units",
@@ -226,9 +231,12 @@ def _sampling_program(c, ctx, device):
   return program, _bytes(state.params), [costs.flops(sampler, keys, y, state.params) for y in (given, None)]
 
 
-def _device_memory(mesh) -> tuple[int, str]:
+def _device_memory(mesh) -> tuple[float, str]:
   """Bytes that one device of this process may use, and in words whose they are."""
-  stats = next(iter(mesh.devices.flat)).memory_stats() or {}
+  device = mesh.devices.flat[0]
+  if device not in jax.local_devices():
+    return costs.USABLE[device.device_kind], "a device"
+  stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"], "a device"
   host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,8 +5,9 @@ training run is split over "fsdp" and replicated over "data"; everything else is
 device it is on: it hands its arrays and shardings to jax.jit.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +21,14 @@ ROWS = PartitionSpec(AXES)
 SMALL = 1024  # elements; a smaller leaf is cheaper to replicate than to gather
 
 
-def make(data: int = -1, fsdp: int = 1) -> Mesh:
+def make(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The mesh data × fsdp; data = −1 takes all devices that are left.
 
   Neighbours along "fsdp" are neighbours in jax.devices(), so that its gathers stay within a host where they can.
+  devices: others than those, for programs that are compiled and never run.
   Raises: ValueError for a mesh that the devices do not fill.
   """
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   total = len(devices)
   if fsdp < 1 or (data == -1 and total % fsdp):
     fits = [n for n in range(1, total + 1) if total % n == 0]
@@ -50,6 +52,44 @@ def local(mesh: Mesh) -> Mesh:
   """The part of the mesh that this process owns, all of it along "data": for work that needs no other process."""
   mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
   return Mesh(np.array(mine).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def hosts(mesh: Mesh) -> int:
+  """How many processes own its devices."""
+  return len({d.process_index for d in mesh.devices.flat})
+
+
+def platform(mesh: Mesh) -> str:
+  """Of its devices, as jax names it: "cpu", "gpu", "tpu"."""
+  return mesh.devices.flat[0].platform
+
+
+def exact(mesh: Mesh) -> Mesh:
+  """Where this process computes in float64: its devices of the mesh, or this host's CPU if they are TPUs.
+
+  A TPU has no FFT in float64.
+  Raises: ValueError if jax was told to leave the CPU alone.
+  """
+  if platform(mesh) != "tpu":
+    return local(mesh)
+  return Mesh(np.array(_host()).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+  """Inside, jax computes in float64, and where its default device is a TPU on this host's CPU; see `exact`."""
+  with jax.enable_x64(True), jax.default_device(_host()[0] if jax.default_backend() == "tpu" else None):
+    yield
+
+
+def _host() -> list[jax.Device]:
+  try:
+    return jax.local_devices(backend="cpu")
+  except RuntimeError:
+    raise ValueError(
+      "a TPU has no FFT in float64, and this job's is done on the host's CPU, which jax may not use as "
+      f"JAX_PLATFORMS={jax.config.jax_platforms!r}: set JAX_PLATFORMS=tpu,cpu or unset it."
+    ) from None
 
 
 def rows(mesh: Mesh) -> NamedSharding:

@@ -81,7 +81,8 @@ def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Ca
 
   Args: momentum: ω, 1 to < 2. path: one of PATHS.
   """
-  body = {"dense": _dense, "fused": _fused, "ring": _ring, "pallas": functools.partial(_ring, lse=_kernel)}[path]
+  kernel = functools.partial(_kernel, platform=meshes.platform(mesh))
+  body = {"dense": _dense, "fused": _fused, "ring": _ring, "pallas": functools.partial(_ring, lse=kernel)}[path]
 
   def chunk(x, y, a, b, f, g, epsilon, moves=None, costs=None):
     run = jax.shard_map(
@@ -178,11 +179,12 @@ def _scan(x, y, f, g, eps):
   return geometry.log_sum_exp(x, y, f, g, eps)[0]
 
 
-def _kernel(x, y, f, g, eps):
+def _kernel(x, y, f, g, eps, platform):
   """On a CPU the kernel's steps run as jax operations, for tests."""
   from downscaling.debias import pallas  # a third of a second, for few
 
-  return pallas.log_sum_exp(x, y, f, g, eps, interpret=not pallas.supported(jax.default_backend()))
+  supported = pallas.supported(platform)
+  return pallas.log_sum_exp(x, y, f, g, eps, interpret=not supported, backend=platform if supported else None)
 
 
 def _soft(x, y, f, g, eps, moves, lse=_scan):

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from downscaling.common import mesh as meshes
 from downscaling.common import symmetry
 from downscaling.debias import moments
 
@@ -90,7 +91,7 @@ def _flat(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.Array]
 
 @functools.cache
 def _values(space, quadratic) -> Callable:
-  """(y [B, *space], weight [B]) -> Σ over rows of φ, [T]. Like the next two in float64: called under enable_x64."""
+  """(y [B, *space], weight [B]) -> Σ over rows of φ, [T]. Like the next two in float64: called under meshes.float64."""
   return jax.jit(lambda y, weight: weight @ jax.vmap(_flat(space, quadratic))(y))
 
 
@@ -126,7 +127,7 @@ def _sum(program: Callable, rows: np.ndarray, size: int = ROWS) -> np.ndarray:
   """Σ over rows [S, *space] of a program of (block, weight), in blocks of one shape."""
   total = 0.0
   for block, there in _padded(rows, size):
-    with jax.enable_x64(True):
+    with meshes.float64():
       total = total + np.asarray(program(jnp.asarray(block), jnp.asarray(there)))
   return total
 
@@ -192,7 +193,7 @@ class Matching:
     rows, program = y - self.mean, _displacement(y.shape[1:], self.quadratic)
     moved = np.empty((len(y), math.prod(y.shape[1:])))
     for k, (block, there) in enumerate(_padded(rows, ROWS)):
-      with jax.enable_x64(True):
+      with meshes.float64():
         part = np.asarray(program(jnp.asarray(block), jnp.asarray(self.coefficients)))
       moved[k * ROWS : (k + 1) * ROWS] = part.reshape(len(part), -1)[: int(there.sum())]
     return moved, np.maximum(np.linalg.norm(rows.reshape(len(y), -1), axis=1), np.finfo(float).tiny)
