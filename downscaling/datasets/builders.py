@@ -76,8 +76,8 @@ class Ks(FieldsBuilder):
 
   about = "u_t + u u_x + u_xx + u_xxxx = 0 on a periodic line of length 64."
   BUILDER_CONFIGS: ClassVar = [
-    FieldsConfig(name="hfhr", description="High fidelity: 192 points, pseudo-spectral.", space=(192,)),
-    FieldsConfig(name="lflr", description="Low fidelity, biased: 24 points of a finite-volume run.", space=(24,)),
+    FieldsConfig(name="hfhr", description="High fidelity: pseudo-spectral.", space=(192,)),
+    FieldsConfig(name="lflr", description="Low fidelity, biased: finite-volume.", space=(24,)),
   ]
 
 
@@ -86,8 +86,8 @@ class Kolmogorov(FieldsBuilder):
 
   about = "Turbulence forced by sin 4y on the periodic plane [0, 2π)², vorticity, rows y and columns x."
   BUILDER_CONFIGS: ClassVar = [
-    FieldsConfig(name="hfhr", description="High fidelity: 256² points, pseudo-spectral.", space=(256, 256)),
-    FieldsConfig(name="lflr", description="Low fidelity, biased: 32² points of a finite-volume run.", space=(32, 32)),
+    FieldsConfig(name="hfhr", description="High fidelity: pseudo-spectral.", space=(256, 256)),
+    FieldsConfig(name="lflr", description="Low fidelity, biased: finite-volume.", space=(32, 32)),
   ]
 
 
@@ -108,10 +108,7 @@ def make(name: str, which: str, data_dir: str | os.PathLike, space: tuple[int, .
     raise ValueError(f"config.data.name={name!r} is unknown; known: {sorted(BUILDERS)}.")
   cls = BUILDERS[name]
   config = {c.name: c for c in cls.BUILDER_CONFIGS}[which]
-  if (config.space, config.channels) != (
-    tuple(space),
-    channels,
-  ):  # another grid is another data set, under its own name
+  if (config.space, config.channels) != (tuple(space), channels):  # another data set, under its own name
     name = f"{which}-{'x'.join(map(str, space))}"
     config = dataclasses.replace(config, name=name, space=tuple(space), channels=channels)
   builder = cls(config=config, data_dir=str(pathlib.Path(data_dir).absolute()))
