@@ -114,18 +114,8 @@ def main(argv: list[str], stop: supervision.Stop) -> None:
   for name in ("config", "workdir") if len(argv) == 2 and job != "doctor" else ():
     if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
       fail(f"{job} needs --{name}. E.g. downscaling {job} --config=configs/ks.py --workdir=runs/ks")
-  if (elsewhere := FLAGS.devices) is not None:
-    if not FLAGS.dry_run:
-      fail(f"--devices={elsewhere} is for a plan: add --dry_run. A job takes the devices it finds.")
-    if not re.fullmatch(r"[1-9]\d*|\w+:\d+(x\d+)*", elsewhere):
-      fail(
-        f"--devices={elsewhere}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU, as v5e:16x16, or "
-        "GPUs, as h200:8."
-      )
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    count = elsewhere if elsewhere.isdigit() else 1  # and there is no GPU here to time kernels on
-    asked = f"--xla_force_host_platform_device_count={count} --xla_gpu_autotune_level=0"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {asked}"
+  if FLAGS.devices is not None:
+    plan_for(FLAGS.devices)
   with stop.interruptible("starting"):
     # Imported late: a typo in a flag is answered at once, and no device is touched before the processes have joined.
     import jax
@@ -151,11 +141,27 @@ def main(argv: list[str], stop: supervision.Stop) -> None:
     sys.exit(supervision.STOPPED)
   except Exception as error:
     stop.failed(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    if not FLAGS.traceback and "RESOURCE_EXHAUSTED" in str(error):
+    short = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if short and not FLAGS.traceback:
       fail(f"{job}: {str(error).splitlines()[0]} {LIGHTER}")
     if FLAGS.traceback or not isinstance(error, EXPECTED):
       raise
     fail(f"{job}: {error}")
+
+
+def plan_for(devices: str) -> None:
+  """Sets up jax, which is not imported yet, for --devices; what it cannot mean ends the program."""
+  if not FLAGS.dry_run:
+    fail(f"--devices={devices} is for a plan: add --dry_run. A job takes the devices it finds.")
+  if not re.fullmatch(r"[1-9]\d*|\w+:\d+(x\d+)*", devices):
+    fail(
+      f"--devices={devices}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU, as v5e:16x16, or "
+      "GPUs, as h200:8."
+    )
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  count = devices if devices.isdigit() else 1
+  asked = f"--xla_force_host_platform_device_count={count} --xla_gpu_autotune_level=0"  # no GPU here to time kernels on
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {asked}"
 
 
 def work(job: str, stop: supervision.Stop) -> str:
