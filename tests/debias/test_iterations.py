@@ -157,7 +157,7 @@ def test_what_the_paths_hold():
 @pytest.mark.parametrize(("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")])
 def test_a_chunk_by_the_kernel_lowers_for_four_accelerators(monkeypatch, platform, mark):
   """Inside shard_map, without the hardware; between devices only the other cloud's parts go around."""
-  monkeypatch.setattr(jax, "default_backend", lambda: platform)
+  monkeypatch.setattr(meshes, "platform", lambda mesh: platform)
   mesh = meshes.make(4)
   rows = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=meshes.rows(mesh)) for s in ((1024, 24),) * 2 + ((1024,),) * 4]
   iterations.make_chunk.cache_clear()
