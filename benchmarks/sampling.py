@@ -269,7 +269,7 @@ def main():
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--out", type=pathlib.Path, help="folder for sampling.json, .txt and .png")
   args = parser.parse_args()
-  asked = ("" if args.vary else "front") if args.cases is None else args.cases
+  asked = args.cases or ("" if args.vary else "front")
   names = {"front": FRONT, "all": tuple(CASES), "": ()}.get(asked, tuple(asked.split(",")))
   if strangers := [n for n in names if n not in CASES]:
     parser.error(f"{strangers[0]!r} is no case; they are: {', '.join(CASES)}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling import build, series, stages
-from downscaling.common import costs
+from downscaling.common import costs, topologies
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
 from downscaling.debias import iterations, recipes, sinkhorn
@@ -235,7 +235,7 @@ def _device_memory(mesh) -> tuple[float, str]:
   """Bytes that one device of this process may use, and in words whose they are."""
   device = mesh.devices.flat[0]
   if device not in jax.local_devices():
-    return costs.USABLE[device.device_kind], "a device"
+    return topologies.memory(device), "a device"
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return stats["bytes_limit"], "a device"

@@ -108,7 +108,7 @@ def test_a_plan_too_large_for_the_chip(command, execute, tmp_path):
 
 @pytest.mark.slow
 @needs("v5e:2x2")
-@pytest.mark.parametrize("name", ["v5e:3x5", "v99:2x2"])
+@pytest.mark.parametrize("name", ["v5e:3x5", "v99:2x2", "v4:2x2x2"])
 def test_slices_that_there_are_not(name):
   with pytest.raises(ValueError, match=rf"--devices={name}: .*Name a slice of Cloud TPU by its chips"):
     topologies.devices(name)

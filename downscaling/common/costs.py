@@ -179,20 +179,6 @@ PEAKS = {
 }
 
 
-# What a program may take of the memory of one device of jax that is not here; one that is here says so itself. TPU:
-# Google Cloud TPU documentation of each, per chip, of which one of TPU7x shows itself as two devices. GPU: NVIDIA's
-# data sheets, of which jax takes three quarters unless told otherwise (XLA_PYTHON_CLIENT_MEM_FRACTION).
-USABLE = {
-  "TPU v5 lite": 16 * 2**30,
-  "TPU v5": 95 * 2**30,
-  "TPU v6 lite": 32 * 2**30,
-  "TPU7x": 96 * 2**30,
-  "NVIDIA A100-SXM4-80GB": 0.75 * 80e9,
-  "NVIDIA H100 80GB HBM3": 0.75 * 80e9,
-  "NVIDIA H200": 0.75 * 141e9,
-}
-
-
 def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
   """Dense FLOP/s of one device as jax names it, for dtype "bfloat16" or "float32" (TF32 on NVIDIA, see PEAKS).
 
