@@ -2,6 +2,9 @@
 
 `execute` runs what `command` says as a user does, in its own process, which inherits all that. `finished` is one whole
 run of the smoke config, cut into many small units; tests read it and must not write there.
+
+A process of pytest runs whole files, as their tests share fixtures; one runs all files that read `finished`, and so
+makes it once.
 """
 
 import os
@@ -29,8 +32,16 @@ def x64():
 
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Small units, so that there is something left to do when a job is stopped after its first.
-SMALL = {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4}
+# Small units, so that there is something left to do when a job is stopped after its first; and every loss logged.
+SMALL = {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4, "plan.log_every": 1}
+
+
+def pytest_collection_modifyitems(items):
+  """Groups for --dist=loadgroup."""
+  readers = {item.path for item in items if "finished" in item.fixturenames}
+  for item in items:
+    group = "finished" if item.path in readers else item.path.stem
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

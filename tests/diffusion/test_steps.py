@@ -21,8 +21,8 @@ def _net(**kwargs):
   return denoiser.Denoiser(net, np.ones((N, 1), np.float32))  # with its FFTs, which XLA would gather the batch for
 
 
-def _make(mesh, net=None, **kwargs):
-  net = net or _net()
+def _make(mesh, remat=0, dtype=jnp.float32, **kwargs):
+  net = _net(remat=remat, dtype=dtype)
   tx = states.optimizer(lambda step: 1e-3, 1.0)
   start, target, specs = states.make(mesh, lambda a, b: states.initial(net, tx, (N,), 1, 1, a, b), *KEYS)
   draw = lambda key, batch: jnp.exp(jax.random.normal(key, (batch,)))
@@ -35,9 +35,10 @@ def _fields():
 
 @functools.cache
 def _compiled(mesh, **kwargs):
-  _, target, step = _make(mesh, **kwargs)
+  """(start, the abstract state, the compiled step): one compilation serves all tests of one way of cutting up."""
+  start, target, step = _make(mesh, **kwargs)
   batch = {"x": jax.ShapeDtypeStruct((B, N, 1), jnp.float32, sharding=meshes.rows(mesh))}
-  return target, training.compiled(step, target, batch)[0]
+  return start, target, training.compiled(step, target, batch)[0]
 
 
 def _split(target):
@@ -49,7 +50,7 @@ def _split(target):
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (2, 2), (1, 4)])
 def test_a_step_sends_one_gradient_and_under_fsdp_its_parameters_and_nothing_else(data, fsdp):
   mesh = meshes.make(data, fsdp)
-  target, program = _compiled(mesh)
+  _, target, program = _compiled(mesh)
   found = costs.collectives(program)
   split, total = _split(target)
   by_kind = {kind: [c for c in found if c.kind == kind] for kind in {c.kind for c in found}}
@@ -74,7 +75,7 @@ def test_memory_a_device_falls_with_fsdp():
   state is given back in place: outputs alias arguments."""
   held = {}
   for fsdp in (1, 2, 4):
-    memory = costs.memory(_compiled(meshes.make(4 // fsdp, fsdp))[1])
+    memory = costs.memory(_compiled(meshes.make(4 // fsdp, fsdp))[-1])
     held[fsdp] = memory["arguments"]
     assert memory["aliased"] > 0.99 * memory["outputs"]
   assert held[2] / held[1] < 0.52
@@ -82,8 +83,8 @@ def test_memory_a_device_falls_with_fsdp():
 
 
 def _two_steps(mesh, **kwargs):
-  start, _, step = _make(mesh, **kwargs)
-  state, step = start(*KEYS), jax.jit(step)
+  start, _, step = _compiled(mesh, **kwargs)
+  state = start(*KEYS)
   batch = meshes.to_global(mesh, {"x": _fields()}, B)
   losses = []
   for _ in range(2):
@@ -101,7 +102,7 @@ def _uncut():
   "kwargs",
   [
     {"mesh": (4, 1)}, {"mesh": (2, 2)}, {"mesh": (1, 4)}, {"mesh": (1, 1), "microbatches": 4},
-    {"mesh": (2, 2), "microbatches": 2}, {"mesh": (1, 1), "net": _net(remat=2)},
+    {"mesh": (2, 2), "microbatches": 2}, {"mesh": (1, 1), "remat": 2},
   ],
   ids=str,
 )  # fmt: skip
@@ -124,7 +125,7 @@ def test_symmetries_are_drawn_anew_and_send_nothing():
   one, four = (_two_steps(meshes.make(d), moves=symmetry.Moves(N, _shift)) for d in (1, 4))
   np.testing.assert_allclose(one[0], four[0], rtol=1e-5)  # sums of 16 rows in another order
   assert all(abs(a - b) > 1e-4 for a, b in zip(one[0], _uncut()[0], strict=True))
-  _, program = _compiled(meshes.make(4), moves=symmetry.Moves(N, _shift))
+  _, _, program = _compiled(meshes.make(4), moves=symmetry.Moves(N, _shift))
   assert {c.kind for c in costs.collectives(program)} == {"all-reduce"}
 
 
@@ -141,8 +142,8 @@ def test_every_row_is_moved_by_an_element_of_its_own():
 def test_microbatches_hold_less():
   """The temporaries of a step: the activations of a quarter of the rows, and one more gradient; measured .63 here."""
   mesh = meshes.make(1)
-  plain = costs.memory(_compiled(mesh)[1])["temporaries"]
-  assert costs.memory(_compiled(mesh, microbatches=4)[1])["temporaries"] < 0.8 * plain
+  plain = costs.memory(_compiled(mesh)[-1])["temporaries"]
+  assert costs.memory(_compiled(mesh, microbatches=4)[-1])["temporaries"] < 0.8 * plain
 
 
 def test_remat_computes_blocks_twice_level_by_level():
@@ -152,7 +153,7 @@ def test_remat_computes_blocks_twice_level_by_level():
   batch = {"x": jax.ShapeDtypeStruct((B, N, 1), jnp.float32, sharding=meshes.rows(mesh))}
   work = []
   for remat in (0, 1, 2):
-    _, target, step = _make(mesh, _net(remat=remat))
+    _, target, step = _make(mesh, remat)
     work.append(costs.flops(step, target, batch))
   assert 1.02 < work[1] / work[0] < work[2] / work[0] < 4 / 3
 
@@ -160,7 +161,7 @@ def test_remat_computes_blocks_twice_level_by_level():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
   """Parameters, gradients, averages and moments stay float32; the loss moves by bfloat16's 2⁻⁸, not by more."""
   mesh = meshes.make(1)
-  start, _, step = _make(mesh, _net(dtype=jnp.bfloat16))
+  start, _, step = _make(mesh, dtype=jnp.bfloat16)
   state, logs = jax.jit(step)(start(*KEYS), {"x": _fields()})
   floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
   assert {x.dtype for x in floats} == {jnp.dtype("float32")}
