@@ -14,6 +14,7 @@ from downscaling.common import runs
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_accelerator_measures_every_row(execute, tmp_path):
   script = ROOT / "benchmarks" / "accelerator.py"
   two = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # the sampler is compiled for each

@@ -189,19 +189,26 @@ def _equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, _numbers(a), _numbers(b))
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  """The folder of eight steps that nothing disturbed."""
+  folder = tmp_path_factory.mktemp("training") / "straight"
+  _run(folder)
+  return folder
+
+
 # Polls: one after every step, one after each evaluator (of which there is one, at steps 4 and 8).
 @pytest.mark.parametrize(("poll", "step"), [(3, 3), (4, 4), (5, 4), (8, 7)])
-def test_eight_steps_are_some_and_a_stop_and_the_rest(tmp_path, poll, step):
+def test_eight_steps_are_some_and_a_stop_and_the_rest(straight, tmp_path, poll, step):
   """Parameters, average, optimiser, key and the log, byte for byte; the fifth poll stops within the evaluation."""
-  _run(tmp_path / "straight")
   with pytest.raises(runs.Interrupted, match=f"stopped at step {step} of 8, which is saved"):
     _run(tmp_path / "cut", stop=Never(poll))
   assert _last(tmp_path / "cut")[0] == step
   _run(tmp_path / "cut")
-  (one, straight), (two, cut) = _last(tmp_path / "straight"), _last(tmp_path / "cut")
+  (one, undisturbed), (two, cut) = _last(straight), _last(tmp_path / "cut")
   assert one == two == 8
-  _equal(straight, cut)
-  assert (tmp_path / "straight" / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
+  _equal(undisturbed, cut)
+  assert (straight / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
 
 
 def test_one_device_and_four_train_alike(tmp_path):
