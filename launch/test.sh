@@ -3,4 +3,4 @@
 # A process for each core, at most four (5 GB each); -n 0 for one alone. Which runs what: tests/conftest.py.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-exec .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadgroup "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses=4 --dist=loadfile "$@"
