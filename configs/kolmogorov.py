@@ -45,13 +45,17 @@ def get_config(variant="cpu"):
     spacing=pick(3.0, 2.0, 1.0),  # between snapshots: after 2 the fine field keeps .12 of itself, after 3 .06
     snapshots=pick(128, 96, 4),  # a trajectory
     shard=pick(32, 16, 8),  # trajectories a file
-    # Trajectories of each split; no split shares one with another.
+    # Trajectories of each split, one use each (downscaling/datasets/builders.py).
     hfhr=pick(
-      dict(train=512, validation=64, test=64),
-      dict(train=64, validation=24, test=24),
-      dict(train=16, validation=16, test=8),
+      dict(train=512, calibration=48, test=64, reference=64, floor=64),
+      dict(train=64, calibration=16, test=24, reference=24, floor=24),
+      dict(train=16, calibration=16, test=8, reference=8, floor=8),
     ),
-    lflr=pick(dict(train=512, test=64), dict(train=192, test=64), dict(train=16, test=8)),
+    lflr=pick(
+      dict(train=512, calibration=48, test=64),
+      dict(train=192, calibration=16, test=64),
+      dict(train=16, calibration=8, test=8),
+    ),
   )
 
   c.debias = dict(

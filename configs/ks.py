@@ -39,13 +39,17 @@ def get_config(variant="quick"):
     spacing=12.5,  # between snapshots
     snapshots=pick(2, 4, 4),  # a trajectory
     shard=pick(512, 1024, 64),  # trajectories a file
-    # Trajectories of each split; no split shares one with another.
+    # Trajectories of each split, one use each (downscaling/datasets/builders.py).
     hfhr=pick(
-      dict(train=8192, validation=2048, test=8192),
-      dict(train=12288, validation=4096, test=4096),
-      dict(train=128, validation=64, test=64),
+      dict(train=8192, calibration=1024, test=1024, reference=4096, floor=2048),
+      dict(train=12288, calibration=2048, test=2048, reference=4096, floor=4096),
+      dict(train=128, calibration=64, test=64, reference=64, floor=64),
     ),
-    lflr=pick(dict(train=8192, test=4096), dict(train=8192, test=4096), dict(train=128, test=64)),
+    lflr=pick(
+      dict(train=8192, calibration=1024, test=4096),
+      dict(train=8192, calibration=1024, test=4096),
+      dict(train=128, calibration=32, test=64),
+    ),
   )
 
   c.debias = dict(
@@ -119,7 +123,7 @@ def get_config(variant="quick"):
     levels=dict(name="guided", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )
-  c.evaluate = dict(reference=pick(16_384, 16_384, 128))  # true fields to compare with
+  c.evaluate = dict(reference=pick(8192, 16_384, 128))  # true fields to compare with
 
   if variant == "series":
     _in_time(c)
@@ -131,8 +135,8 @@ def _in_time(c):
   c.experiment = "ks-16x-series"
   c.grid.update(factor=16, frames=8)  # at every 8th point one snapshot determines the field, and time adds little
   c.data.update(spacing=1.0, snapshots=16)  # the field decorrelates within about 8 time units
-  c.data.hfhr.update(train=4096, validation=1024, test=1024)
-  c.data.lflr.update(train=4096, test=512)
+  c.data.hfhr.update(train=4096, calibration=512, test=512, reference=1024, floor=512)
+  c.data.lflr.update(train=4096, calibration=256, test=512)
   c.debias.update(maps=("gaussian", "equivariant"), held_out=4096)
   # Selection acts on χ², which grows with the number of coarse values: off. The start from a draw of the Gaussian
   # posterior knows each frame alone, so it lies at a σ where what frames know of each other is still to come.

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from downscaling import door, series, stages
-from downscaling.common import checkpoints, operators, runs, symmetry
+from downscaling.common import checkpoints, operators, randomness, runs, symmetry
 from downscaling.common import mesh as meshes
 from downscaling.datasets import builders, generate, statistics
 from downscaling.debias import maps, moments
@@ -136,7 +136,7 @@ def denoising_network(config, stats: statistics.Statistics) -> denoiser.Denoiser
 
 def validation_rows(config) -> int:
   """Held-out windows on which the denoising error is followed."""
-  return min(512, config.data.hfhr.validation * (config.data.snapshots - config.grid.frames + 1))
+  return min(512, config.data.hfhr.calibration * (config.data.snapshots - config.grid.frames + 1))
 
 
 def schedule(config) -> schedules.Schedule:
@@ -414,7 +414,7 @@ def _check_blocks(config) -> None:
   keep(config)
   sources(config)
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))
-  key = jax.eval_shape(jax.random.key, 0)
+  key = jax.eval_shape(lambda: randomness.key(0, "plans"))
   network = denoising_network(config, stats)
   window = jax.ShapeDtypeStruct((1, *points, plan.frames), jnp.float32)
   variables = jax.eval_shape(network.init, key, window, jnp.ones(1))

@@ -136,7 +136,7 @@ def true_rows(ctx: Context, count: int) -> np.ndarray:
 
   Series are [K, L, *space, C].
   """
-  found = stretches(ctx, "hfhr", "validation", count)
+  found = stretches(ctx, "hfhr", "test", count)
   return found[:, 0] if ctx.config.sampling.series.frames == 1 else found
 
 

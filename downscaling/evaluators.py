@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from downscaling.common import mesh as meshes
+from downscaling.common import randomness
 from downscaling.datasets import statistics
 from downscaling.evaluation import canvas, figures, spectra
 
@@ -35,7 +36,7 @@ def unconditional(
 
   @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
   def draw(params):
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(np.arange(count))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, randomness.key(seed, "watching")))(np.arange(count))
     return alone(keys, params)
 
   truth = np.asarray(stats.restore(truth))[..., 0]

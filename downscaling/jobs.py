@@ -59,7 +59,7 @@ def train_job(ctx: Context) -> str:
   trained = ctx.done("train")
   stage, c = ctx.stage("train"), ctx.config
   stats = stage_statistics(ctx)
-  held = stats.repeated(c.grid.frames).normalise(load_windows(ctx, "validation", build.validation_rows(c)))
+  held = stats.repeated(c.grid.frames).normalise(load_windows(ctx, "calibration", build.validation_rows(c)))
   network = build.denoising_network(c, stats)
   with stage.timed():
     summary = stage.summary if trained else _train(ctx, stage, stats, network, held)
@@ -116,7 +116,7 @@ def debias_job(ctx: Context) -> str:
   ctx.need("data", "generate")
   stage, c = ctx.stage("debias"), ctx.config
   op, group = build.operator(c), build.group(c)
-  reference = np.asarray(op.apply(load_rows(ctx, "hfhr", "test", c.evaluate.reference)))[..., 0]
+  reference = np.asarray(op.apply(load_rows(ctx, "hfhr", "reference", c.evaluate.reference)))[..., 0]
 
   def against_truth(rows, mapped):
     return tables.measure(mapped[..., 0], reference, group=group, source=rows[..., 0], quadratic=quadratic_of(c))
@@ -202,10 +202,10 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   """Everything the report is made from, read back from the work folder."""
   c, op = ctx.config, build.operator(ctx.config)
   count, length = c.sampling.conditions, c.sampling.series.frames
-  fine = load_rows(ctx, "hfhr", "test", c.evaluate.reference)[..., 0]
+  fine = load_rows(ctx, "hfhr", "reference", c.evaluate.reference)[..., 0]
   rows, fitted = (by_row(c, held_out(ctx, name)) for name in ("held_out", "in_sample"))
   most = max(count * length, len(rows["ot"]), len(fitted["ot"]), c.sampling.unconditional.fields * length)
-  floor = held_out_rows(ctx, "hfhr", "validation", most)[..., 0]
+  floor = held_out_rows(ctx, "hfhr", "floor", most)[..., 0]
   truth = true_rows(ctx, count)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
   samples, conditions, misfits, in_time = {}, {}, {}, {}
@@ -260,7 +260,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
 def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, coarsen) -> increments.Series:
   """What the report knows of time; truth: [K, L, *space]."""
   plan, most = series.plan(ctx.config), max(map(len, samples.values()))
-  reference = stretches(ctx, "hfhr", "test", -(-ctx.config.evaluate.reference // plan.series))[..., 0]
+  reference = stretches(ctx, "hfhr", "reference", -(-ctx.config.evaluate.reference // plan.series))[..., 0]
   return increments.Series(
     samples=samples,
     truth={name: truth for name in ("true+diffusion",) if name in samples},
@@ -269,7 +269,7 @@ def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, co
     },
     coarse_reference=coarsen(reference),
     reference=reference,
-    floor=stretches(ctx, "hfhr", "validation", most)[..., 0],
+    floor=stretches(ctx, "hfhr", "floor", most)[..., 0],
     seams=plan.seams,
     spacing=ctx.config.data.spacing,
   )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling import build, series, stages
-from downscaling.common import costs, topologies
+from downscaling.common import costs, randomness, topologies
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
 from downscaling.debias import iterations, recipes, sinkhorn
@@ -118,7 +118,7 @@ def _statistics(c, ctx) -> statistics.Statistics:
 
 
 def _abstract_state(c, ctx, network):
-  key = jax.random.key(0)
+  key = randomness.key(0, "plans")
   _, target, specs = states.make(ctx.mesh, build.initial_state(c, network, c.grid.frames), key, key)
   return target, specs
 
@@ -226,7 +226,7 @@ def _sampling_program(c, ctx, device):
   sizes = {"conditions": s.conditions, "members": s.members, "unit": tuple(s.unit), "frames": frames}
   layout = ensemble.layout_of(sampler, state.params, space=build.space(c), coarse=coarse, **sizes)
   program = ensemble.compiled(sampler, c.seed, layout, state.params, [device])[0]
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), math.prod(s.unit)))
+  keys = jax.eval_shape(lambda: jax.random.split(randomness.key(0, "plans"), math.prod(s.unit)))
   given = jax.ShapeDtypeStruct((len(keys), *coarse), jnp.float32)
   return program, _bytes(state.params), [costs.flops(sampler, keys, y, state.params) for y in (given, None)]
 

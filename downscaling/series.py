@@ -119,12 +119,10 @@ def check(config) -> None:
     )
   if (length := whole.series) == 1:
     return
-  most = max(c.debias.held_out, length * c.sampling.unconditional.fields)
   needs = (
     ("debias.held_out", c.debias.held_out, "lflr", "test"),
-    ("sampling.conditions", length * c.sampling.conditions, "hfhr", "validation"),
-    ("debias.held_out or sampling.unconditional.fields", most, "hfhr", "validation"),  # of the floors
-    ("evaluate.reference", 2 * length, "hfhr", "test"),  # two series, to compare increments with
+    ("sampling.conditions", length * c.sampling.conditions, "hfhr", "test"),
+    ("evaluate.reference", 2 * length, "hfhr", "reference"),  # two series, to compare increments with
   )
   for key, need, which, split in needs:
     if need > (there := rows(c, which, split).size):

@@ -4,7 +4,7 @@ import pathlib
 from typing import Any
 
 from downscaling import series
-from downscaling.common import runs
+from downscaling.common import randomness, runs
 
 # What each stage's result depends on; anything else may change between restarts.
 IDENTITY = {
@@ -27,6 +27,10 @@ def identity(config, stage: str) -> dict[str, Any]:
   blocks = {key: runs.plain(config[key]) for key in IDENTITY[stage]}
   unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
   blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
+  if stage == "train":  # nor a fine field of another split
+    blocks["data"]["hfhr"] = {"train": blocks["data"]["hfhr"]["train"]}
+  if stage != "data":  # data are simulated by the keys that they always were
+    blocks["generator"] = randomness.IDENTITY
   if "sampling" in blocks:  # counts decide how much there is, not what: an ensemble grows
     sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members", "sets")}
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}

@@ -17,9 +17,21 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-SPLITS = ("train", "validation", "test")
+# Splits have one use each. The coarse world has the first three.
+#   train        fits the maps and the prior.
+#   calibration  serves every tuned number, the error table, and the error that training follows.
+#   test         is judged.
+#   reference    is what judged fields are compared with.
+#   floor        are more true fields: how far do true fields themselves lie from the reference?
+SPLITS = ("train", "calibration", "test", "reference", "floor")
 # Ids of a split's trajectories begin here: splits never share a trajectory, and enlarging one leaves the others alone.
-FIRST_TRAJECTORY = {"train": 0, "validation": 1_000_000_000, "test": 1_500_000_000}
+FIRST_TRAJECTORY = {
+  "train": 0,
+  "calibration": 1_000_000_000,
+  "test": 1_500_000_000,
+  "reference": 1_700_000_000,
+  "floor": 1_900_000_000,
+}
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

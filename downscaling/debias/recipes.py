@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import scipy.special
 
-from downscaling.common import runs, symmetry
+from downscaling.common import randomness, runs, symmetry
 from downscaling.debias import matching, moments
 from downscaling.debias.equivariant import EquivariantMap, Gaussian, Quantiles, Step, Transfer, blocks
 from downscaling.debias.transport import check_finite
@@ -51,7 +51,7 @@ def fit(
     group: symmetry of the grid; symmetry.trivial(n) if there is none.
     recipe: letters of the steps in order, "GQG", or with counts, ("G", ("A", 12), ("S", 60)). An A is followed by a G.
     quadratic: the equation's name in moments.QUADRATIC, for A; without it an M leaves the transfer alone.
-    seed: of the filters: that of the j-th S is drawn from fold_in(PRNGKey(seed), j).
+    seed: of the filters: that of the j-th S is drawn from fold_in(key(seed, "filters"), j).
     damping: share of a Newton step that an A takes, in (0, 1].
     scratch: a folder, or None.
     stop: asked between steps. progress: called with 1 after each.
@@ -119,7 +119,7 @@ class _Fit:
   def __init__(self, source, target, group, quadratic, seed, damping, scratch, together):
     self.together = together
     self.target, self.group, self.space = target, group, source.shape[1:]
-    self.quadratic, self.damping, self.key, self.slices = quadratic, damping, jax.random.PRNGKey(seed), 0
+    self.quadratic, self.damping, self.key, self.slices = quadratic, damping, randomness.key(seed, "filters"), 0
     self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
     self.makers = {"G": self.gaussian, "Q": self.quantiles, "A": self.transfer, "S": self.sliced, "M": self.matching}
     if scratch is None:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from downscaling.common import mesh as meshes
-from downscaling.common import runs
+from downscaling.common import randomness, runs
 
 FILE = "denoising_error.npz"  # beside the prior
 LEVELS = 44
@@ -58,8 +58,9 @@ def tabulate(
   """The table over held-out fields x [V, *space, C], normalised, the same on every process; V beyond a multiple of the
   devices is left out. A mode's value is the mean over V fields, good to about V^−½.
 
-  Row i at level k has its noise from fold_in(fold_in(key(seed), k), i): of no device. No isotropy is assumed; modes k
-  and −k of a real field are equal, and made so exactly.
+  Row i at level k has its noise from fold_in(fold_in(key(seed, "error table"), k), i): of no device.
+  No isotropy is assumed; modes k and −k of a real field are equal, and made so exactly.
+
   Args:
     params: replicated. stop: polled at each level.
   Raises:
@@ -70,7 +71,7 @@ def tabulate(
   chunk = min(len(x) // mesh.size, ROWS) * mesh.size
   if not chunk:
     raise ValueError(
-      f"{len(x)} held-out fields for {mesh.size} devices: need one a device (config.data.hfhr.validation)."
+      f"{len(x)} held-out fields for {mesh.size} devices: need one a device (config.data.hfhr.calibration)."
     )
   count, axes = len(x) // chunk * chunk, tuple(range(1, x.ndim - 1))
   points = int(np.prod(x.shape[1:-1]))
@@ -96,7 +97,7 @@ def tabulate(
     for k, sigma in enumerate(sigmas):
       if stop():
         raise runs.Interrupted(f"the error table stopped at {k} of {len(sigmas)} noise levels")
-      key = jax.random.fold_in(jax.random.key(seed), k)
+      key = jax.random.fold_in(randomness.key(seed, "error table"), k)
       for block in blocks:
         errors[k] += np.asarray(jax.device_get(summed(params, *block, key, np.float32(sigma))), np.float64) / count
       bar.advance(1)

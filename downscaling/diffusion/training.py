@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from downscaling.common import checkpoints as ckpt
-from downscaling.common import costs, runs, supervision
+from downscaling.common import costs, randomness, runs, supervision
 from downscaling.common import mesh as meshes
 from downscaling.diffusion import state as states
 
@@ -233,7 +233,7 @@ def train(
     the rest: see fit and Checkpoints.
   Returns: {"steps", "parameters", "error"}, the last being the validation error.
   """
-  init_key, run_key, validation_key = jax.random.split(jax.random.key(seed), 3)
+  init_key, run_key, validation_key = jax.random.split(randomness.key(seed, "training"), 3)
   with stop.interruptible("compiling the training step"):
     start, target, specs = states.make(mesh, initialise, init_key, run_key)
     saver = ckpt.Checkpoints(folder / "checkpoints", config_hash, keep, agree)
@@ -286,7 +286,7 @@ def load_prior(
   if not (folder / "prior").exists():
     raise FileNotFoundError(f"{folder} has no prior: run `downscaling train` with the same --config and --workdir.")
   shapes = jax.eval_shape(
-    lambda key: denoiser.init(key, jnp.zeros((1, *space, channels)), jnp.ones(1))["params"], jax.random.key(0)
+    lambda key: denoiser.init(key, jnp.zeros((1, *space, channels)), jnp.ones(1))["params"], randomness.key(0, "plans")
   )
   prior = ckpt.Checkpoints(folder / "prior", config_hash, 1, agree)
   found = prior.restore_last(ckpt.abstract(shapes, meshes.replicated(mesh)))

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from downscaling.common import randomness
+
 
 class Solver(Protocol):
   """What `rollout` asks of a solver. It must be hashable (a frozen dataclass is): it is static under jit.
@@ -61,7 +63,7 @@ def rollout(
 
   Args:
     solver: a Solver.
-    ids: [T] integers in [0, 2³²): key = fold_in(fold_in(PRNGKey(seed), solver.stream), id).
+    ids: [T] integers in [0, 2³²): key = fold_in(simulation_key(seed, solver.stream), id).
     seed: of the data set.
     burn_in, spacing: times, in units of the equation; whole multiples of solver.dt.
     snapshots: how many, ≥ 1.
@@ -85,7 +87,7 @@ def rollout(
 @functools.lru_cache(maxsize=32)
 def _compiled(solver, first, between, snapshots, sharding):
   def one(seed, trajectory):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(seed), solver.stream), trajectory)
+    key = jax.random.fold_in(randomness.simulation_key(seed, solver.stream), trajectory)
     u = solver.advance(solver.start(key), first)
 
     def snapshot(u, _):

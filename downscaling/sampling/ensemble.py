@@ -11,7 +11,7 @@ partitions, XLA simplifies a program before it partitions it, and then otherwise
 of one device. The price is one compilation a device, and that a unit must fit a device. Nothing would be won by
 larger units: fields are independent of each other.
 
-Member m of condition c has the key fold_in(fold_in(key(seed), c), m): what it is depends on no device, unit or order.
+Member m of condition c has the key fold_in(fold_in(key(seed, "ensemble"), c), m), of no device, unit or order.
 A sampler in which the members of a condition act on each other sees one block of unit[1] members of it at a time, the
 last one filled up with members beyond the ensemble: that block is what can be drawn again alone (`block`, `keys`).
 Each device holds two units and the host two of each device, however large the ensemble.
@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common import locks, processes, runs
+from downscaling.common import locks, processes, randomness, runs
 from downscaling.common import mesh as meshes
 from downscaling.sampling import draws, store
 from downscaling.sampling.store import Coordinates, Layout, Unit, read
@@ -181,7 +181,8 @@ def _conclude(path, layout: Layout, before: int, drawn: int, began: float) -> di
 
 def keys(seed: int, condition_ids, member_ids) -> jax.Array:
   """[B] keys of members, by id: those of a unit are keys(seed, *block(...)[:2])."""
-  fold = lambda c, m: jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), c), m)
+  base = randomness.key(seed, "ensemble")
+  fold = lambda c, m: jax.random.fold_in(jax.random.fold_in(base, c), m)
   return jax.vmap(fold)(condition_ids, member_ids)
 
 
@@ -208,7 +209,7 @@ def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
   """Does the sampler return (fields, misfit), of conditions? Raises ValueError for shapes that are not the store's."""
   count = math.prod(layout.unit)
   y = None if layout.coarse is None else jax.ShapeDtypeStruct((count, *layout.coarse), jnp.float32)
-  key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+  key = jax.eval_shape(lambda: jax.random.split(randomness.key(0, "plans"), count))
   made = jax.eval_shape(sampler, key, y, *(() if weights is None else (weights,)))
   fields, *misfit = made if isinstance(made, tuple) else (made,)
   need = (count, *layout.made)
