@@ -162,6 +162,30 @@ def spread(trajectories: int, snapshots: int) -> np.ndarray:
   return trajectory * snapshots + (turn + trajectory) % snapshots
 
 
+def balanced(trajectories: int, snapshots: int, count: int) -> np.ndarray:
+  """Row numbers [count] of a split, ascending: equally many of every trajectory and of every time, to within one.
+
+  Rows lie by trajectory, and by time within. A field's law may change with time (KS is a transient for a while), and
+  neighbours of a trajectory are alike, so a set that is judged or compared holds as much of each.
+
+  Raises: ValueError if the split has fewer rows, or count is below 1.
+  """
+  have = trajectories * snapshots
+  if not 1 <= count <= have:
+    raise ValueError(f"{count} rows of {trajectories} trajectories of {snapshots} snapshots: 1 to {have} can be had.")
+  whole, rest = divmod(count, trajectories)
+  taken = np.zeros((trajectories, snapshots), bool)
+  for turn in range(whole):
+    taken[np.arange(trajectories), (np.arange(trajectories) + turn) % snapshots] = True
+  times = taken.sum(axis=0)
+  for trajectory in np.arange(rest) * trajectories // max(rest, 1):
+    free = np.where(taken[trajectory], count, times)  # no time is taken as often as `count`
+    rarest = int(np.argmin(free))
+    taken[trajectory, rarest] = True
+    times[rarest] += 1
+  return np.flatnonzero(taken)
+
+
 def load(
   builder: FieldsBuilder,
   split: str,
@@ -173,17 +197,15 @@ def load(
 
   Args:
     builder, split: which.
-    count: how many, evenly spread over all trajectories; None for all.
+    count: how many, `balanced` over the builder's trajectories and times; None for all.
     index: instead, which rows.
     view: source -> another one to take them from, as windows.view.
   Raises: ValueError if there are fewer, or a value is not finite (file and trajectory are named).
   """
   data = view(source(builder, split, len(index) if index is not None else count or 1))
   if index is None:
-    count = count or len(data)
-    # One row of every stratum, at a place that wanders: with as many strata as trajectories, one snapshot of each.
-    place = np.arange(count) * 0.6180339887 % 1
-    index = ((np.arange(count) + place) * len(data) / count).astype(int)
+    snapshots = _rows_a_trajectory(data)
+    index = balanced(len(data) // snapshots, snapshots, count or len(data))
   rows = data.__getitems__(index.tolist())
   out = {k: np.stack([np.asarray(r[k]) for r in rows]) for k in ("u", "trajectory", "time")}
   if not (finite := np.isfinite(out["u"]).reshape(len(rows), -1).all(1)).all():
@@ -193,3 +215,16 @@ def load(
       f"holds NaN or infinity ({int((~finite).sum())} of {len(rows)} snapshots). Generate anew in another --workdir."
     )
   return out
+
+
+def _rows_a_trajectory(data) -> int:
+  """How many rows each trajectory of a source has: those before the first of another one."""
+  first = int(data[0]["trajectory"])
+  low, high = 1, len(data)  # rows below `low` are of the first trajectory, row `high` is not
+  while low < high:
+    middle = (low + high) // 2
+    if int(data[middle]["trajectory"]) == first:
+      low = middle + 1
+    else:
+      high = middle
+  return low
