@@ -114,8 +114,9 @@ def get_config(variant="cpu"):
   # start: "gaussian", a draw of the Gaussian posterior plus noise of sigma_max; or "noise" alone (sigma_max >= 40).
   c.sampling = dict(
     conditions=pick(1024, 192, 8),  # of the held-out coarse fields, spread over trajectories, or series of them
-    # What is drawn: a large ensemble may ask for the first alone, and for others later.
-    sets=("ot+diffusion", "raw+diffusion", "true+diffusion", "unconditional"),
+    # What is drawn, named after the map before it; default is debias.map. A large ensemble may ask for
+    # the first alone, and for others later.
+    sets=("default+diffusion", "raw+diffusion", "true+diffusion", "unconditional"),
     # A condition is `frames` consecutive snapshots, drawn by windows of grid.frames with `overlap` in common.
     series=dict(frames=1, overlap=0),
     members=pick(16, 4, 2),  # of each

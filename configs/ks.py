@@ -105,8 +105,9 @@ def get_config(variant="quick"):
   # resample.strength=0.
   c.sampling = dict(
     conditions=pick(512, 1024, 16),  # held-out coarse fields, or series of them
-    # What is drawn: a large ensemble may ask for the first alone, and for others later.
-    sets=("ot+diffusion", "raw+diffusion", "true+diffusion", "unconditional"),
+    # What is drawn, named after the map before it; default is debias.map. A large ensemble may ask for
+    # the first alone, and for others later.
+    sets=("default+diffusion", "raw+diffusion", "true+diffusion", "unconditional"),
     # A condition is `frames` consecutive snapshots, drawn by windows of grid.frames with `overlap` in common.
     series=dict(frames=1, overlap=0),
     members=pick(8, 8, 2),  # of each

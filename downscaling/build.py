@@ -234,17 +234,30 @@ def initial_state(config, network, channels: int) -> Callable:
 
 # ---------------------------------------------------------------- samples
 
-# Sets of samples, and which coarse fields are their conditions.
-SOURCES = {"ot+diffusion": "ot", "raw+diffusion": "raw", "true+diffusion": "true", "unconditional": None}
+RAW, TRUE = "lflr", "true"  # conditions that are no map's: as simulated, and of held-out fine fields
+
+
+def default_set(config) -> str:
+  """The set of samples that is drawn behind the default map."""
+  return f"{config.debias.map}+diffusion"
 
 
 def sources(config) -> dict[str, str | None]:
-  """Those of SOURCES that config.sampling.sets asks for."""
-  for name in config.sampling.sets:
-    choose(SOURCES, name, "config.sampling.sets")
-  if not config.sampling.sets:
-    raise ValueError(f"config.sampling.sets is empty, so nothing would be drawn: name some of {sorted(SOURCES)}.")
-  return {name: source for name, source in SOURCES.items() if name in config.sampling.sets}
+  """{set of samples: its conditions, a map's name or RAW or TRUE or None}, as config.sampling.sets asks for them.
+
+  A set is named after the map that it is drawn behind; "default+diffusion" in the config means config.debias.map.
+  """
+  known = {default_set(config): config.debias.map}
+  known |= {f"{name}+diffusion": name for name in config.debias.maps}
+  known |= {"raw+diffusion": RAW, "true+diffusion": TRUE, "unconditional": None}
+  asked = [default_set(config) if s == "default+diffusion" else s for s in config.sampling.sets]
+  for name in asked:
+    choose(known, name, "config.sampling.sets")
+  if not asked:
+    raise ValueError(
+      f"config.sampling.sets is empty, so nothing would be drawn: name some of {['default+diffusion', *known]}."
+    )
+  return {name: source for name, source in known.items() if name in asked}
 
 
 def needs_table(config) -> bool:

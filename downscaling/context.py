@@ -111,14 +111,14 @@ def quadratic_of(config):
 
 
 def conditions_of(ctx: Context, source: str) -> np.ndarray:
-  """Coarse fields [K, *coarse, C]: "ot" debiased, "raw" as simulated, "true" of held-out fine fields.
+  """Coarse fields [K, *coarse, C]: debiased by the map `source`, or build.RAW, or build.TRUE.
 
   Series are [K, L, *coarse, C].
   """
   count, op = ctx.config.sampling.conditions, build.operator(ctx.config)
-  if source == "true":
+  if source == build.TRUE:
     return np.asarray(op.apply(true_rows(ctx, count)))
-  rows = held_out(ctx)[{"ot": ctx.config.debias.map, "raw": "lflr"}[source]]
+  rows = held_out(ctx)[source]
   if (length := ctx.config.sampling.series.frames) > 1:
     rows = rows[: len(rows) // length * length].reshape(-1, length, *rows.shape[1:])
   if len(rows) < count:
@@ -165,6 +165,6 @@ def readable(path: pathlib.Path, job: str) -> Iterator[None]:
 
 
 def by_row(config, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Rows of the report, without channels: lflr, ot (the map that samples are drawn behind), others by their names."""
+  """Rows of the report, without channels: lflr, the default map, the other maps."""
   names = dict(sorted(stored.items(), key=lambda item: (item[0] != "lflr", item[0] != config.debias.map)))
-  return {"ot" if name == config.debias.map else name: x[..., 0] for name, x in names.items()}
+  return {name: x[..., 0] for name, x in names.items()}
