@@ -84,7 +84,7 @@ def get_config(variant="quick"):
   )
   c.optimizer = dict(peak=3e-3, end=1e-6, warmup_steps=pick(200, 500, 2), clip=1.0)
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.
-  c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1200, 16_000, 20), ema_decay=pick(0.995, 0.999, 0.9))
+  c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1200, 8000, 20), ema_decay=pick(0.995, 0.999, 0.9))
   c.train.dir = ""  # of the prior, which serves every grid.factor and grid.operator; "" for WORKDIR/train
   c.train.augment = False  # every field moved by a random symmetry of the equation, anew in each step: for few data
   # What follows, up to profile, is free to change between restarts. How often, in steps; save_minutes: by the clock.

@@ -195,6 +195,11 @@ def moves(config) -> symmetry.Moves:
   return symmetry.Moves(solver.symmetries, solver.move)
 
 
+def coarse_moves(config) -> symmetry.Moves:
+  """The symmetries of the coarse grid, on [..., *coarse]: `group` without its table."""
+  return symmetry.Moves(len(group(config)), equation(config, "hfhr").move)
+
+
 def augmentation(config, stats: statistics.Statistics) -> symmetry.Moves | None:
   """Those on one normalised field [*space, C]; None where config.train.augment is off."""
   if not config.train.augment:

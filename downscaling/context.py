@@ -15,6 +15,7 @@ from downscaling.common import processes, runs, supervision
 from downscaling.datasets import builders, statistics, windows
 from downscaling.debias import moments
 from downscaling.diffusion import errors
+from downscaling.evaluation import bootstrap
 
 # Stage -> what later jobs read of it. Moved away because it is damaged, it is made again from what the stage still has.
 PRODUCTS = {
@@ -77,9 +78,22 @@ def stage_statistics(ctx: Context) -> statistics.Statistics:
   return statistics.load(stages.data_dir(ctx.config, ctx.workdir) / "statistics.npz")
 
 
+def row_numbers(config, which: str, split: str, count: int | None = None) -> np.ndarray:
+  """Which rows of a split `load_rows` takes, [S]."""
+  trajectories, snapshots = config.data[which][split], config.data.snapshots
+  return builders.balanced(trajectories, snapshots, count or trajectories * snapshots)
+
+
+def origin(config, numbers: np.ndarray) -> bootstrap.Rows:
+  """Trajectory and time of rows of a split, by their numbers [S]."""
+  trajectory, snapshot = np.divmod(numbers, config.data.snapshots)
+  return bootstrap.Rows(trajectory, config.data.burn_in + config.data.spacing * snapshot)
+
+
 def load_rows(ctx: Context, which: str, split: str, count: int | None = None) -> np.ndarray:
-  """Snapshots [S, *space, C], in data units."""
-  return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, count)["u"]
+  """Snapshots [S, *space, C], in data units: `count` of the split, or all."""
+  numbers = row_numbers(ctx.config, which, split, count)
+  return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, index=numbers)["u"]
 
 
 def stretches(ctx: Context, which: str, split: str, count: int | None = None) -> np.ndarray:
@@ -98,10 +112,15 @@ def load_windows(ctx: Context, split: str, count: int) -> np.ndarray:
 
 def held_out_rows(ctx: Context, which: str, split: str, count: int) -> np.ndarray:
   """Snapshots [S, *space, C] that are judged: spread over the split, or the frames of its first series in order."""
-  if (length := ctx.config.sampling.series.frames) == 1:
-    return load_rows(ctx, which, split, count)
-  found = stretches(ctx, which, split, -(-count // length))
-  return found.reshape(-1, *found.shape[2:])[:count]
+  numbers = held_out_numbers(ctx.config, which, split, count)
+  return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, index=numbers)["u"]
+
+
+def held_out_numbers(config, which: str, split: str, count: int) -> np.ndarray:
+  """Which rows of the split those are, [S]."""
+  if config.sampling.series.frames == 1:
+    return row_numbers(config, which, split, count)
+  return series.rows(config, which, split).reshape(-1)[:count]
 
 
 def quadratic_of(config):
@@ -131,6 +150,18 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
   return rows[:count] if order is None else rows[order[:count]]
 
 
+def condition_numbers(config, source: str) -> np.ndarray:
+  """The rows of the test split behind the conditions [K] or [K, L] of `conditions_of`; of LFLR, or of HFHR if TRUE."""
+  count, length = config.sampling.conditions, config.sampling.series.frames
+  if source == build.TRUE:
+    return series.rows(config, "hfhr", "test")[:count].reshape(-1, *([length] if length > 1 else []))
+  numbers = held_out_numbers(config, "lflr", "test", config.debias.held_out)
+  if length > 1:
+    return numbers[: len(numbers) // length * length].reshape(-1, length)[:count]
+  order = series.condition_rows(config)
+  return numbers[:count] if order is None else numbers[order[:count]]
+
+
 def true_rows(ctx: Context, count: int) -> np.ndarray:
   """The held-out fine fields [K, *space, C] behind the conditions "true"; of a larger count, these are the first.
 
@@ -150,6 +181,15 @@ def held_out(ctx: Context, name: str = "held_out") -> dict[str, np.ndarray]:
     if not all(np.isfinite(x).all() for x in rows.values()):
       raise ValueError("it holds NaN, or a file of it is missing")
   return rows
+
+
+def in_sample_rows(ctx: Context) -> np.ndarray:
+  """Which rows of the fit the in-sample rows are, [S]."""
+  import xarray
+
+  path = ctx.folder("debias") / "in_sample.zarr"
+  with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
+    return np.asarray(data["row"])
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ def unconditional(
       return metrics
     few = min(8, len(drawn), len(truth))
     half, held = spectra.band(shells, len(drawn)), spectra.energy_holding_shells(reference)
-    spectrum = figures.spectrum(reference, {"unconditional": energy}, floor, half, held)
+    ends = [reference * (1 - np.minimum(half, 0.99)), floor, reference * (1 + half)]
+    spectrum = figures.spectrum(reference, {"unconditional": energy}, np.stack(ends), held)
     return metrics | {"spectrum": canvas.pixels(spectrum), "fields": canvas.pixels(gallery(drawn[:few], truth[:few]))}
 
   return evaluate

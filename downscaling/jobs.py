@@ -17,13 +17,18 @@ from downscaling.common import processes, runs
 from downscaling.context import (
   Context,
   by_row,
+  condition_numbers,
   conditions_of,
   held_out,
+  held_out_numbers,
   held_out_rows,
+  in_sample_rows,
   load_rows,
   load_windows,
+  origin,
   quadratic_of,
   readable,
+  row_numbers,
   stage_statistics,
   stretches,
   true_rows,
@@ -31,7 +36,7 @@ from downscaling.context import (
 from downscaling.datasets import builders, generate, pipeline, statistics, windows
 from downscaling.debias import job as debias_room
 from downscaling.diffusion import errors, steps, training
-from downscaling.evaluation import evidence, increments, report, tables
+from downscaling.evaluation import bootstrap, evidence, increments, report, tables, terminal
 from downscaling.sampling import ensemble
 
 
@@ -190,7 +195,7 @@ def evaluate_job(ctx: Context) -> str:
   stage, c = ctx.stage("report"), ctx.config
 
   def measure():
-    print(tables.summary_table(report.write(stage.path, evidence_of(ctx))))
+    print(terminal.summary(report.write(stage.path, evidence_of(ctx))))
 
   with stage.timed(), contextlib.nullcontext() if meshes.is_main() else ctx.stop.waiting():
     processes.main_only("evaluate", measure)
@@ -201,44 +206,36 @@ def evaluate_job(ctx: Context) -> str:
 def evidence_of(ctx: Context) -> evidence.Evidence:
   """Everything the report is made from, read back from the work folder."""
   c, op = ctx.config, build.operator(ctx.config)
-  count, length = c.sampling.conditions, c.sampling.series.frames
-  fine = load_rows(ctx, "hfhr", "reference", c.evaluate.reference)[..., 0]
+  fine = held_out_rows(ctx, "hfhr", "reference", c.evaluate.reference)[..., 0]
   rows, fitted = (by_row(c, held_out(ctx, name)) for name in ("held_out", "in_sample"))
-  most = max(count * length, len(rows["ot"]), len(fitted["ot"]), c.sampling.unconditional.fields * length)
-  floor = held_out_rows(ctx, "hfhr", "floor", most)[..., 0]
-  truth = true_rows(ctx, count)[..., 0]
+  more = min(len(row_numbers(c, "hfhr", "floor")), len(fine))
+  floor = held_out_rows(ctx, "hfhr", "floor", more)[..., 0]
+  truth = true_rows(ctx, c.sampling.conditions)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
-  samples, conditions, misfits, in_time = {}, {}, {}, {}
-  for name, source in build.sources(c).items():
-    path = ctx.folder("samples") / f"{name}.zarr"
-    with readable(path, "sample"):
-      stored = ensemble.read(path)
-      data = np.asarray(stored["sample"])
-      if "misfit" in stored:
-        misfits[name] = np.asarray(stored["misfit"])
-    in_time[name] = data if source else data.swapaxes(0, 1)
-    samples[name] = series.as_rows(in_time[name], c, 2)
-    if source:
-      conditions[name] = series.as_rows(conditions_of(ctx, source)[..., 0], c, 1)
-  conditions["ot+cubic"] = series.as_rows(conditions_of(ctx, "ot")[..., 0], c, 1)
-  samples["ot+cubic"] = interpolation.cubic(conditions["ot+cubic"][..., None], op)[:, None, ..., 0]
+  samples, conditions, misfits, in_time = _drawn(ctx)
+  cubic = f"{c.debias.map}+cubic"
+  conditions[cubic] = series.as_rows(conditions_of(ctx, c.debias.map)[..., 0], c, 1)
+  samples[cubic] = interpolation.cubic(conditions[cubic][..., None], op)[:, None, ..., 0]
   known = {"true+diffusion"} & {*samples}  # sets of which the truth is known
   diagnostics = runs.read_json(ctx.folder("debias") / "diagnostics.json")
   solve = diagnostics["maps"].get("entropic") or {}
+  length = c.sampling.series.frames
   return evidence.Evidence(
     experiment=c.experiment,
+    default=c.debias.map,
     coarse=rows | {f"{name} in-sample": x for name, x in fitted.items() if name != "lflr"},
     sources={f"{name} in-sample": fitted["lflr"] for name in fitted if name != "lflr"},
-    maps={"ot" if name == c.debias.map else name: name for name in c.debias.maps},
+    origins=_origins(ctx, samples, len(fine), more),
+    step=None if length == 1 else c.data.spacing,
+    seed=c.seed,
     quadratic=quadratic_of(c),
     effective_targets={
-      "ot" if name == c.debias.map else name: facts["effective_targets"]
-      for name, facts in diagnostics["maps"].items()
-      if "effective_targets" in facts
+      name: facts["effective_targets"] for name, facts in diagnostics["maps"].items() if "effective_targets" in facts
     },
     coarse_reference=coarsen(fine),
     coarse_floor=coarsen(floor),
     group=build.group(c),
+    coarse_moves=build.coarse_moves(c),
     moves=build.moves(c),
     samples=samples,
     conditions=conditions,
@@ -255,6 +252,41 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     length=build.equation(c, "hfhr").length,
     provenance=provenance(ctx),
   )
+
+
+def _drawn(ctx: Context) -> tuple[dict, dict, dict, dict]:
+  """({set: samples as rows}, {set: conditions as rows}, {set: misfits}, {set: samples with their axis of time})."""
+  samples, conditions, misfits, in_time = {}, {}, {}, {}
+  for name, source in build.sources(ctx.config).items():
+    path = ctx.folder("samples") / f"{name}.zarr"
+    with readable(path, "sample"):
+      stored = ensemble.read(path)
+      data = np.asarray(stored["sample"])
+      if "misfit" in stored:
+        misfits[name] = np.asarray(stored["misfit"])
+    in_time[name] = data if source else data.swapaxes(0, 1)
+    samples[name] = series.as_rows(in_time[name], ctx.config, 2)
+    if source:
+      conditions[name] = series.as_rows(conditions_of(ctx, source)[..., 0], ctx.config, 1)
+  return samples, conditions, misfits, in_time
+
+
+def _origins(ctx: Context, samples: dict, reference: int, floor: int) -> dict[str, bootstrap.Rows]:
+  """Trajectory and time of every row that is judged, and of the true rows that it is judged by."""
+  c = ctx.config
+  held = held_out_numbers(c, "lflr", "test", c.debias.held_out)
+  fitted = row_numbers(c, "lflr", "train", c.debias.points)[in_sample_rows(ctx)]
+  numbers = dict.fromkeys(("lflr", *c.debias.maps), held)
+  numbers |= {f"{name} in-sample": fitted for name in c.debias.maps}
+  numbers |= {name: condition_numbers(c, source) for name, source in build.sources(c).items() if source}
+  numbers[f"{c.debias.map}+cubic"] = condition_numbers(c, c.debias.map)
+  numbers["reference"] = held_out_numbers(c, "hfhr", "reference", reference)
+  numbers["floor"] = held_out_numbers(c, "hfhr", "floor", floor)
+  found = {name: origin(c, rows.reshape(-1)) for name, rows in numbers.items()}
+  if "unconditional" in samples and (length := c.sampling.series.frames) > 1:
+    number = np.arange(len(samples["unconditional"]))
+    found["unconditional"] = bootstrap.Rows(number // length, c.data.spacing * (number % length))
+  return found
 
 
 def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, coarsen) -> increments.Series:
@@ -278,7 +310,7 @@ def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, co
 def provenance(ctx: Context) -> dict:
   """Who made the report's numbers: command, config, versions, times, which rows were seen in a fit."""
   c = ctx.config
-  coarse = ["lflr", "ot", *(name for name in c.debias.maps if name != c.debias.map)]
+  coarse = ["lflr", *c.debias.maps]
   times = {}
   for name in ("data", "debias", "train", "samples"):
     times[name] = runs.read_json(ctx.folder(name) / runs.MARKER).get("seconds")
@@ -292,7 +324,7 @@ def provenance(ctx: Context) -> dict:
     "cost": cost(ctx),
     "seeds": {"config.seed": c.seed},
     "sizes": {"debias.points": c.debias.points},
-    "rows": dict.fromkeys((*coarse, *build.sources(c), "ot+cubic"), "held-out")
+    "rows": dict.fromkeys((*coarse, *build.sources(c), f"{c.debias.map}+cubic"), "held-out")
     | {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"},
   }
 
@@ -327,7 +359,7 @@ def pipeline_job(ctx: Context) -> str:
   for name in ("generate", "debias", "train", "sample", "evaluate"):
     runs.say(f"{name}: {run(name, ctx)}")
   if done and meshes.is_main():  # else evaluate has just printed it
-    print(tables.summary_table(runs.read_json(ctx.folder("report") / "metrics.json")))
+    print(terminal.summary(runs.read_json(ctx.folder("report") / "metrics.json")))
   return f"report: {ctx.folder('report') / 'report.html'}"
 
 

@@ -18,11 +18,7 @@ from PIL import Image
 WIDTH = 5.2
 DPI = 180
 
-LABELS = {
-  "lflr": "LFLR, as it came", "ot": "OT", "ot in-sample": "OT, in-sample", "floor": "floor", "reference": "reference",
-  "ot+diffusion": "OT + diffusion", "raw+diffusion": "raw + diffusion", "ot+cubic": "OT + cubic",
-  "unconditional": "unconditional", "true+diffusion": "true + diffusion",
-}  # fmt: skip
+LABELS = {"lflr": "LFLR, as it came"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Theme:
   ink: str
   muted: str
   grid: str
-  ot: str
+  debiased: str
   raw: str
   cubic: str
   free: str
@@ -45,7 +41,7 @@ class Theme:
   def line(self, row: str) -> dict:
     """Colour, dashes and width of a row's line; the dashes tell rows apart where the colours do not."""
     kinds = {
-      "lflr": (self.raw, (0, (5, 1.5))), "raw": (self.raw, (0, (5, 1.5))), "ot": (self.ot, "-"),
+      "lflr": (self.raw, (0, (5, 1.5))), "raw": (self.raw, (0, (5, 1.5))), "equivariant": (self.debiased, "-"),
       "unconditional": (self.free, (0, (1, 1.2))), "true": (self.true, (0, (7, 1.5, 1, 1.5))),
       "entropic": (self.free, (0, (4, 1.2))), "gaussian": (self.true, (0, (1, 1.2))),
       "reference": (self.ink, "-"), "floor": (self.muted, (0, (1, 2))),
@@ -61,22 +57,24 @@ class Theme:
   @property
   def diverging(self) -> LinearSegmentedColormap:
     """Negative, zero (the paper itself), positive."""
-    return LinearSegmentedColormap.from_list(f"ours-{self.name}", [self.low, self.ot, self.paper, self.raw, self.high])
+    return LinearSegmentedColormap.from_list(
+      f"ours-{self.name}", [self.low, self.debiased, self.paper, self.raw, self.high]
+    )
 
 
 LIGHT = Theme(
-  "light", paper="#ffffff", ink="#20262b", muted="#737b82", grid="#e6e4df", ot="#2a78b0", raw="#cc5a3b",
+  "light", paper="#ffffff", ink="#20262b", muted="#737b82", grid="#e6e4df", debiased="#2a78b0", raw="#cc5a3b",
   cubic="#7d8a1f", free="#8562b0", true="#b8860b", low="#0c2f4f", high="#5e1a0c",
 )  # fmt: skip
 DARK = Theme(
-  "dark", paper="#1b1f23", ink="#e3e6e8", muted="#99a1a8", grid="#32383e", ot="#5fa9dc", raw="#ee8564",
+  "dark", paper="#1b1f23", ink="#e3e6e8", muted="#99a1a8", grid="#32383e", debiased="#5fa9dc", raw="#ee8564",
   cubic="#b6c24e", free="#bd9fe6", true="#e9b949", low="#d3ecff", high="#ffe1d6",
 )  # fmt: skip
 
 
 def label(row: str) -> str:
-  """What a row is called in print."""
-  return LABELS.get(row, row)
+  """What a row is called in print: equivariant+diffusion is "equivariant + diffusion"."""
+  return LABELS.get(row, row).replace("+", " + ").replace(" in-sample", ", in-sample")
 
 
 def _style(theme: Theme) -> dict:

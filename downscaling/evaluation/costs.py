@@ -1,6 +1,6 @@
 """What a run cost: seconds a snapshot, a training step and a member, on which devices, beside those of KS."""
 
-from downscaling.evaluation import page, tables
+from downscaling.evaluation import page, terminal
 from downscaling.evaluation.evidence import Evidence
 from downscaling.evaluation.page import Section
 
@@ -46,8 +46,8 @@ def _row(name, under, count, seconds, ks, devices, each=None) -> str:
   """ks: seconds each, "" for none, False for no such column."""
   if each is None and seconds is not None and count:
     each = seconds / count
-  numbers = ["" if count is None else f"{count:,}", "" if seconds is None else f"{seconds:,.4g}", tables.shown(each)]
+  numbers = ["" if count is None else f"{count:,}", "" if seconds is None else f"{seconds:,.4g}", terminal.shown(each)]
   if ks is not False:
-    numbers.append(ks if ks == "" else tables.shown(ks))
+    numbers.append(ks if ks == "" else terminal.shown(ks))
   words = "; ".join(devices) or ("not recorded" if count is not None else "")
   return page.row(name, [(text, "", False) for text in (*numbers, words)], under)

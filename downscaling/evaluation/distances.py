@@ -22,8 +22,8 @@ DENSE_DIMENSIONS = 4096  # above this many dimensions covariances are compared w
 MMD_LENGTHS = (0.2, 0.5, 0.9, 1.3)
 _CHUNK = 2**22  # values converted to float64 at a time
 _TILE = 2048  # rows of a kernel tile
-_CELLS = 12  # bins to a bandwidth
-_NODES = 3  # quadrature nodes to a bandwidth
+CELLS = 12  # bins to a bandwidth
+NODES = 3  # quadrature nodes to a bandwidth
 _MOST = 8192  # bins or nodes of one dimension, however far its outliers lie
 
 
@@ -136,7 +136,7 @@ def kernel_density(x: np.ndarray, at: np.ndarray) -> np.ndarray:
   """
   width = _bandwidth(x)
   low, span = x.min(), np.ptp(x)
-  step = span / min(math.ceil(span / width * _CELLS), _MOST)
+  step = span / min(math.ceil(span / width * CELLS), _MOST)
   place = (x - low) / step
   cell = place.astype(np.int64)
   share = place - cell
@@ -172,7 +172,7 @@ def kld_by_dimension(pred: np.ndarray, ref: np.ndarray) -> np.ndarray:
 def _kld(pred: np.ndarray, ref: np.ndarray) -> float:
   wide, narrow = _bandwidth(ref), min(_bandwidth(ref), _bandwidth(pred))
   low, high = ref.min() - 5 * wide, ref.max() + 5 * wide
-  at = np.linspace(low, high, min(math.ceil((high - low) / narrow * _NODES), _MOST) + 1)
+  at = np.linspace(low, high, min(math.ceil((high - low) / narrow * NODES), _MOST) + 1)
   p, q = (np.maximum(kernel_density(x, at), 1e-300) for x in (ref, pred))
   return float(np.trapezoid(p * np.log(p / q), at))
 
@@ -257,7 +257,7 @@ def mmd(pred: np.ndarray, ref: np.ndarray, ref_term: float | None = None) -> flo
     ref_term: mean k(r, r′) from `kernel_ref_term(ref)`, when many sets are compared with one ref.
   """
   pred, ref = pair(pred, ref)
-  scale, centre = _kernel_scale(ref)
+  scale, centre = kernel_scale(ref)
   own = kernel_mean(ref, None, scale, centre) if ref_term is None else ref_term
   gap = kernel_mean(pred, None, scale, centre) - 2 * kernel_mean(pred, ref, scale, centre) + own
   return math.sqrt(max(gap, 0.0))
@@ -266,10 +266,10 @@ def mmd(pred: np.ndarray, ref: np.ndarray, ref_term: float | None = None) -> flo
 def kernel_ref_term(ref: np.ndarray) -> float:
   """mean k(r, r′) of `mmd`, the part that only ref decides."""
   ref = rows(ref, "ref")
-  return kernel_mean(ref, None, *_kernel_scale(ref))
+  return kernel_mean(ref, None, *kernel_scale(ref))
 
 
-def _kernel_scale(ref: np.ndarray) -> tuple[float, np.ndarray]:
+def kernel_scale(ref: np.ndarray) -> tuple[float, np.ndarray]:
   centre = ref.mean(axis=0, dtype=np.float64)
   trace = sum(float(((block - centre) ** 2).sum()) for _, block in chunks(ref)) / (len(ref) - 1)
   return 2 * positive(trace), centre
@@ -345,9 +345,30 @@ def corr_input(source: np.ndarray, mapped: np.ndarray) -> float:
 
 
 def displacement(source: np.ndarray, mapped: np.ndarray) -> float:
-  """‖T y − y‖ / ‖y‖ over all rows together (root mean squares), no unit. source y, mapped T y: [S, *space]."""
+  """‖T y − y‖ / ‖y − ȳ‖ over all rows together (root mean squares), ȳ the mean of each point; no unit.
+
+  A field's mean does not count, so the number is the same for °C and K. source y, mapped T y: [S, *space].
+  """
   source, mapped = (np.asarray(x, np.float64) for x in _rowwise(source, mapped))
-  return float(np.linalg.norm(mapped - source) / math.sqrt(positive(float((source**2).sum()))))
+  anomaly = source - source.mean(axis=0)
+  return float(np.linalg.norm(mapped - source) / math.sqrt(positive(float((anomaly**2).sum()))))
+
+
+def amplitude(mapped: np.ndarray, ref: np.ndarray) -> float:
+  """√(tr Cov(T y) / tr Cov(y′)): 1 where anomalies are as large as the truth's. A correlation cannot see it."""
+  mapped, ref = pair(mapped, ref)
+  sizes = [float(x.var(axis=0, dtype=np.float64).sum()) for x in (mapped, ref)]
+  return math.sqrt(sizes[0] / positive(sizes[1]))
+
+
+def persistence(x: np.ndarray, now: np.ndarray, later: np.ndarray) -> float | None:
+  """Lag-1 correlation of anomalies: corr(x(t), x(t + Δ)) over the rows `now` and `later` of x [S, *space].
+
+  None for fewer than two such pairs.
+  """
+  if len(now) < 2:
+    return None
+  return corr_input(x[now], x[later])
 
 
 def _rowwise(source: np.ndarray, mapped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,9 @@ import numpy as np
 
 from downscaling.common import symmetry
 from downscaling.common.operators import Operator
-from downscaling.evaluation import calibration, tables
+from downscaling.evaluation import bootstrap, calibration, judge, tables
 from downscaling.evaluation.increments import Series
+from downscaling.evaluation.reference import Reference
 
 CLIMATOLOGY = 256  # held-out fields that stand for an ensemble without a condition
 
@@ -32,16 +33,20 @@ class Evidence:
 
   Attributes:
     experiment: key of the table of published numbers, e.g. "ks-8x".
-    coarse: {"lflr": y, "ot": T y, ...}, [S, *coarse] each.
+    coarse: {"lflr": y, map: T y, ...}, [S, *coarse] each. default: the map that samples are drawn behind, or None.
     sources: {row: y [S, *coarse]} for rows not made from coarse["lflr"].
-    coarse_reference, coarse_floor: [R, *coarse] and [≥ S, *coarse], independent held-out C′x.
-    group: symmetry of the coarse grid; moves: of the fine one. quadratic: N of the equation, see higher_order, or None.
-    maps: {row of coarse: the map it was made by}, e.g. {"ot": "equivariant", "entropic": "entropic"}.
+    coarse_reference, coarse_floor: [R, *coarse] and [P, *coarse], independent held-out C′x.
+    group, coarse_moves: symmetry of the coarse grid; moves: of the fine one.
+    quadratic: N of the equation, see higher_order, or None.
     effective_targets: {row: {quantile: over how many targets a row of the fit is averaged}} of entropic maps.
-    samples: {"ot+diffusion": [K, M, *fine], ...}; an unconditional set is [S, 1, *fine].
+    samples: {set: [K, M, *fine], ...}, e.g. "equivariant+diffusion"; an unconditional set is [S, 1, *fine].
     conditions: {row: y′ [K, *coarse]}. misfits: {row: χ² [K, M] of every member's misfit to its condition}.
     truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
-    fine_reference, fine_floor: [R, *fine] and [≥ K, *fine], independent held-out x.
+    fine_reference, fine_floor: [R, *fine] and [P, *fine], independent held-out x.
+    origins: {row of coarse or samples, "reference", "floor": where its rows come from}; rows of a set that is not
+      named are taken as independent.
+    step: time between rows that follow each other, where rows are in time.
+    seed: of bootstrap replicates.
     guesses: {row of truth: [K, *fine]}, an interpolation of its conditions, which a forecast should beat.
     operator: C′.
     series: of samples in time, or None; above, their frames are rows, and K counts frames.
@@ -58,10 +63,14 @@ class Evidence:
   sources: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   coarse_reference: np.ndarray | None = None
   coarse_floor: np.ndarray | None = None
+  default: str | None = None
+  origins: dict[str, bootstrap.Rows] = dataclasses.field(default_factory=dict)
+  step: float | None = None
+  seed: int = 0
   group: symmetry.Group | None = None
+  coarse_moves: symmetry.Moves | None = None
   moves: symmetry.Moves | None = None
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None
-  maps: dict[str, str] = dataclasses.field(default_factory=dict)
   effective_targets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   samples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -105,21 +114,49 @@ class Evidence:
   def calibrations(self) -> dict[str, calibration.Calibration]:
     """Scores against the truth of rows that have one and two members or more."""
     return {
-      name: calibration.calibrate(self.samples[name], truth)
-      for name, truth in self.truth.items()
-      if np.shape(self.samples[name])[1] > 1
+      name: calibration.calibrate(*self.whole(name)) for name in self.truth if np.shape(self.samples[name])[1] > 1
     }
+
+  def whole(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(members, truth) of a set's conditions none of whose members failed."""
+    x = np.asarray(self.samples[name])
+    kept = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+    return x[kept], self.truth[name][kept]
 
   @functools.cached_property
   def references(self) -> dict[str, dict[str, calibration.Reference]]:
     """{row: {"climatology", "interpolation"}}: what every calibrated row must beat."""
     found = {}
     for name in self.calibrations:
-      truth = self.truth[name]
+      truth = self.whole(name)[1]
       found[name] = {"climatology": calibration.climatology(self.fine_reference[:CLIMATOLOGY], truth)}
       if name in self.guesses:
-        found[name]["interpolation"] = calibration.single(self.guesses[name], truth)
+        found[name]["interpolation"] = calibration.single(self.guesses[name], self.truth[name])
     return found
+
+  @functools.cached_property
+  def coarse_judge(self) -> judge.Judge:
+    """Of coarse rows; without a group, symcov is covRMSE."""
+    group = self.group or symmetry.trivial(int(np.prod(np.shape(self.coarse_reference)[1:])))
+    moves = None if self.group is None else self.coarse_moves
+    return self._judge("coarse", moves=moves, group=group, quadratic=self.quadratic)
+
+  @functools.cached_property
+  def fine_judge(self) -> judge.Judge:
+    """Of samples."""
+    return self._judge("fine", moves=self.moves)
+
+  def _judge(self, level: str, **of_grid) -> judge.Judge:
+    fields = {kind: getattr(self, f"{level}_{kind}") for kind in ("reference", "floor")}
+    origins = {kind: self.origins.get(kind) or bootstrap.single(len(x)) for kind, x in fields.items()}
+    return judge.Judge(
+      Reference(fields["reference"]),
+      origins["reference"],
+      fields["floor"],
+      origins["floor"],
+      seed=self.seed,
+      **of_grid,
+    )
 
   @functools.cached_property
   def metrics(self) -> dict:
@@ -127,17 +164,16 @@ class Evidence:
     given = self.provenance
     debias, samples = {}, {}
     if self.coarse:
-      debias = tables.debias_rows(
-        self.coarse, self.sources, self.coarse_reference, self.coarse_floor, self.group, self.quadratic
-      )
+      debias = tables.debias_rows(self.coarse, self.sources, self.coarse_judge, self.origins, self.step)
     if self.samples:
-      sets = self.samples, self.conditions, self.fine_reference, self.fine_floor
-      samples = tables.sample_rows(*sets, self.operator, self.misfits, self.moves)
+      samples = tables.sample_rows(
+        self.samples, self.conditions, self.fine_judge, self.operator, self.misfits, self.origins
+      )
     metrics = {
       "experiment": self.experiment,
+      "default": self.default,
       "debias": debias,
       "samples": samples,
-      "maps": dict(self.maps),
       "calibration": {
         name: c.as_json() | {"references": {k: r._asdict() for k, r in self.references[name].items()}}
         for name, c in self.calibrations.items()
@@ -154,8 +190,10 @@ class Evidence:
       "machine": dict(given.get("machine") or machine()),
       **({} if self.series is None else {"series": self.series.rows()}),
       "notes": (
-        "Floors: the same metric of independent true fields, as many as the row has. Distribution metrics of samples "
-        "see member 0 of every condition; variability and constraint see all members."
+        "interval: 2.5 and 97.5 % of the row's own value, its trajectories drawn anew. "
+        "floor: 2.5, 50 and 97.5 % of the same metric of true sets with as many rows of as many trajectories, "
+        "against the same reference. Distribution metrics of samples see one member of every condition; "
+        "variability and constraint see all members."
         + ("" if self.series is None else " Frames of series are rows, in the floors as well.")
       ),
     }

@@ -14,12 +14,10 @@ from downscaling.evaluation.canvas import Theme, label, page
 Draw = Callable[[Theme], Figure]
 
 
-def spectrum(
-  reference: np.ndarray, rows: Mapping[str, np.ndarray], floor: np.ndarray, half: np.ndarray, held: np.ndarray
-) -> Draw:
-  """E(k) on log axes over E(k)/E_ref(k) with the floor band.
+def spectrum(reference: np.ndarray, rows: Mapping[str, np.ndarray], band: np.ndarray, held: np.ndarray) -> Draw:
+  """E(k) on log axes over E(k)/E_ref(k) with the band of true sets.
 
-  reference, floor, half (relative half width of the band), held (mask of energy-holding shells): [k].
+  reference, held (mask of energy-holding shells): [k]. band: [3, k], low, median and high energy of true sets.
   rows: {name: [k]}.
   """
   k = np.arange(1, len(reference) + 1)
@@ -29,10 +27,8 @@ def spectrum(
     figure = page(4.5)
     top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.loglog(k, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference", zorder=1)
-    low.fill_between(
-      k, 1 - np.minimum(half, 0.99), 1 + half, color=theme.muted, alpha=0.28, linewidth=0, label="floor band"
-    )
-    low.loglog(k, _ratio(floor, reference), **theme.line("floor") | {"linewidth": 1.2}, label="floor set")
+    ends = [_ratio(edge, reference) for edge in (band[0], band[2])]
+    low.fill_between(k, *ends, color=theme.muted, alpha=0.28, linewidth=0, label="true sets, 95 %")
     for name, energy in rows.items():
       top.loglog(k, np.maximum(energy, 1e-30 * reference.sum()), **theme.line(name), label=label(name))
       low.loglog(k, _ratio(energy, reference), **theme.line(name))
@@ -194,9 +190,11 @@ def convergence(steps: np.ndarray, epsilon: np.ndarray, errors: np.ndarray, thre
     figure = page(3.4)
     top, low = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
     final = epsilon == epsilon[-1]
-    top.semilogy(steps, errors, color=theme.ot, linewidth=1.0, alpha=0.5)
-    top.semilogy(steps[~final], errors[~final], "o", color=theme.ot, alpha=0.5, markersize=3, label="larger ε")
-    top.semilogy(steps[final], errors[final], "o", color=theme.ot, markersize=3, label=f"last ε, {epsilon[-1]:.2g}")
+    top.semilogy(steps, errors, color=theme.debiased, linewidth=1.0, alpha=0.5)
+    top.semilogy(steps[~final], errors[~final], "o", color=theme.debiased, alpha=0.5, markersize=3, label="larger ε")
+    top.semilogy(
+      steps[final], errors[final], "o", color=theme.debiased, markersize=3, label=f"last ε, {epsilon[-1]:.2g}"
+    )
     if threshold:
       top.axhline(threshold, color=theme.raw, linewidth=0.9, linestyle=(0, (3, 2)), label=f"threshold, {threshold:.2g}")
     low.step(steps, epsilon, where="mid", color=theme.ink, linewidth=1.2)
@@ -218,11 +216,11 @@ def loss(steps: np.ndarray, values: np.ndarray) -> Draw:
   def draw(theme: Theme) -> Figure:
     figure = page(2.6)
     axes = figure.subplots()
-    axes.plot(steps, values, color=theme.ot, alpha=0.3, linewidth=0.9, label="as logged")
+    axes.plot(steps, values, color=theme.debiased, alpha=0.3, linewidth=0.9, label="as logged")
     width = max(len(values) // 20, 1)
     if width > 1:
       smooth = np.convolve(values, np.ones(width) / width, "valid")
-      axes.plot(steps[width - 1 :], smooth, color=theme.ot, linewidth=1.6, label=f"mean of {width} records")
+      axes.plot(steps[width - 1 :], smooth, color=theme.debiased, linewidth=1.6, label=f"mean of {width} records")
     positive = values.min() > 0
     if positive:
       axes.set_yscale("log")

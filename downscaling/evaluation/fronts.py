@@ -16,12 +16,10 @@ JUDGED = ("sym_cov_rmse", "melr_unweighted", "melr_weighted", "kld_sum", *tables
 
 
 def over_floor(table: dict, name: str) -> float | None:
-  """Geometric mean of a row's columns JUDGED over their floors, each at least 1; None for a row without a floor."""
-  floor = tables.floor_of(table, name)
-  if floor is None:
-    return None
-  pairs = [(table[name][key], floor[key]) for key in JUDGED if table[name][key] is not None]
-  ratios = [max(value / least, 1.0) for value, least in pairs if least]
+  """Geometric mean of a row's columns JUDGED over the medians of their floors, each at least 1; None without any."""
+  row = table[name]
+  pairs = [(row[key], row["floor"].get(key)) for key in JUDGED]
+  ratios = [max(value / floor[1], 1.0) for value, floor in pairs if value is not None and floor and floor[1]]
   return math.exp(float(np.mean(np.log(ratios)))) if ratios else None
 
 
@@ -40,14 +38,15 @@ def points(e: Evidence) -> dict[str, tuple[float, float]]:
 def note(e: Evidence) -> str:
   """What the rows of the table of higher orders mean, and which map is which."""
   text = (
-    "<p class='note'>corr: correlation of T y with y. excess: E|T y − y|² / E|y′|² beyond what the two covariances ask "
-    "of any map (the Bures bound). Relative errors of the bispectrum, of the energy (vorticity: enstrophy) that the "
-    "quadratic term moves between shells, of E y⁴/(E y²)² of the field and of its gradients, of the covariance of "
-    "squares.</p>"
+    "<p class='note'>corr: correlation of anomalies of T y with those of y. amplitude: √(tr Cov T y / tr Cov y′), 1 is "
+    "right. displaced: ‖T y − y‖ over the anomalies of y. excess: E|T y − y|² / tr Cov y′ beyond what the two "
+    "covariances ask of any map (the Bures bound). Higher orders are relative errors: of the bispectrum; of the energy "
+    "(vorticity: enstrophy) that the quadratic term moves between shells; of E y⁴/(E y²)² of the field and of its "
+    "gradients; of the covariance of squares. AUC: how well a small network tells the row from true fields, .5 not at "
+    "all.</p>"
   )
-  if e.maps:
-    named = "; ".join(f"<b>{page.escape(row)}</b> is the map {page.escape(name)}" for row, name in e.maps.items())
-    text += f"<p class='note'>{named}. Samples are drawn behind the row ot.</p>"
+  if e.default:
+    text += f"<p class='note'>Samples are drawn behind the map <b>{page.escape(e.default)}</b>, the default.</p>"
   return text
 
 
@@ -69,5 +68,5 @@ def moved(e: Evidence) -> figures.Draw | None:
 def draw(e: Evidence) -> figures.Draw | None:
   """The front; None if there is no map to show."""
   found = points(e)
-  more = {row: f" ({name})" for row, name in e.maps.items() if row != name}
+  more = {} if e.default is None else {e.default: " (default)"}
   return figures.front(found, more) if len(found) > 1 else None

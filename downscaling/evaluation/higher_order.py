@@ -57,41 +57,63 @@ def higher_order(
   sums["gradient_flatness"] = sums.pop("slope_fourth") / max(sums.pop("slope_second") ** 2, np.finfo(float).tiny)
   sums["square_covariance"] = spread - np.outer(squares, squares)
   if "bispectrum" in sums:
-    sums["bispectrum"] = _average_bispectrum(sums["bispectrum"], group)
+    sums["bispectrum"] = average_bispectrum(sums["bispectrum"], group)
   return sums
 
 
 def _moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
   """Sums over the rows of one block [S, D]."""
   square = (block - mean) ** 2
-  out = {
-    "second": square.mean(axis=1).sum(),
-    "fourth": (square**2).mean(axis=1).sum(),
-    "squares": square.sum(axis=0),
-    "square_products": square.T @ square,
-  }
-  y, axes = block.reshape(-1, *space), tuple(range(1, len(space) + 1))
-  slopes = np.stack([np.roll(y - mean.reshape(space), -1, axis) - (y - mean.reshape(space)) for axis in axes]) ** 2
-  out["slope_second"], out["slope_fourth"] = (
-    p.mean(axis=(0, *(a + 1 for a in axes))).sum() for p in (slopes, slopes**2)
-  )
+  sums = {name: part.sum(axis=0) for name, part in row_moments(block, mean, space, quadratic).items()}
+  return sums | {"squares": square.sum(axis=0), "square_products": square.T @ square}
+
+
+def row_moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
+  """What each row [S, D] adds to the moments that are linear in the rows, [S] or [S, K] each.
+
+  second, fourth, slope_second, slope_fourth: of the flatnesses. The rest as `higher_order` returns them, before the
+  average over the group. mean: [D], of each point.
+  """
+  axes = tuple(range(1, len(space) + 1))
+  centred = (block - mean).reshape(-1, *space)
+  slopes = [np.roll(centred, -1, axis) - centred for axis in axes]
+  out = {}
+  for power, name in ((2, "second"), (4, "fourth")):
+    out[name] = (centred**power).mean(axis=axes)
+    out[f"slope_{name}"] = np.mean([(slope**power).mean(axis=axes) for slope in slopes], axis=0)
+  y = block.reshape(-1, *space)
   waves = np.fft.fftn(y, axes=axes, norm="forward")
   if quadratic is not None:
-    size = np.sqrt(sum(k**2 for k in np.meshgrid(*(np.fft.fftfreq(n, 1 / n) for n in space), indexing="ij")))
-    shell = np.floor(size + 0.5).astype(int).ravel()
-    flux = (waves.conj() * np.fft.fftn(quadratic(y), axes=axes, norm="forward")).real.sum(axis=0)
-    out["transfer"] = np.bincount(shell, flux.ravel())[1:]
-    if len(space) == 2:
-      out["energy_transfer"] = np.bincount(shell, (flux / np.where(size > 0, size, np.inf) ** 2).ravel())[1:]
+    flux = (waves.conj() * np.fft.fftn(quadratic(y), axes=axes, norm="forward")).real
+    out |= _shell_fluxes(flux.reshape(len(y), -1), space)
   if len(space) == 1:
-    top = (space[0] - 1) // 2
-    j, k = np.array([(j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top], int).reshape(-1, 2).T
-    if j.size:  # four points or fewer have none
-      out["bispectrum"] = np.einsum("sk,sk,sk->k", waves[:, j], waves[:, k], waves[:, j + k].conj())
+    first, second = _triads(space[0])
+    if first.size:  # four points or fewer have none
+      out["bispectrum"] = waves[:, first] * waves[:, second] * waves[:, first + second].conj()
   return out
 
 
-def _average_bispectrum(found: np.ndarray, group: Group) -> np.ndarray:
+def _shell_fluxes(flux: np.ndarray, space: tuple[int, ...]) -> dict[str, np.ndarray]:
+  """Fluxes [S, D] into the modes, summed over shells k = 1, 2, ...; in 2-D also those over k²."""
+  waves = np.meshgrid(*(np.fft.fftfreq(n, 1 / n) for n in space), indexing="ij")
+  size = np.sqrt(sum(k**2 for k in waves)).ravel()
+  shell = np.floor(size + 0.5).astype(int)
+  member = (shell[:, None] == np.arange(1, shell.max() + 1)).astype(float)
+  out = {"transfer": flux @ member}
+  if len(space) == 2:
+    out["energy_transfer"] = (flux / np.where(size > 0, size, np.inf) ** 2) @ member
+  return out
+
+
+def _triads(points: int) -> tuple[np.ndarray, np.ndarray]:
+  """(j, k) of every triad 1 ≤ k ≤ j, j + k < N/2."""
+  top = (points - 1) // 2
+  found = [(j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top]
+  first, second = np.array(found, int).reshape(-1, 2).T
+  return first, second
+
+
+def average_bispectrum(found: np.ndarray, group: Group) -> np.ndarray:
   """A shift leaves a bispectrum alone, a sign turns it round, running backwards conjugates it."""
   n = group.index.shape[1]
   way = (group.index[:, 1] - group.index[:, 0]) % n
@@ -151,7 +173,7 @@ def bures_squared(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov
 
 
 def displacement(source: np.ndarray, mapped: np.ndarray, ref: np.ndarray, group: Group) -> dict[str, float]:
-  """What a map moves, and what it moves without need, in shares of E|y′|² of the reference.
+  """What a map moves, and what it moves without need, in shares of tr Cov(y′), the reference's total variance.
 
   {"moved": E|Ty − y|², "bound": `bures_squared` between source and ref by group-averaged moments, "excess": moved −
   bound}. The bound is of the two samples: excess may fall below 0 by their noise.
@@ -169,7 +191,7 @@ def displacement(source: np.ndarray, mapped: np.ndarray, ref: np.ndarray, group:
     kept = (group.sign[:, None] * mean[group.index]).mean(axis=0)
     second = distances.covariance(x) * ((len(x) - 1) / len(x)) + np.outer(mean, mean)
     moments += [kept, group.average_covariance(second) - np.outer(kept, kept)]
-  scale = sum(float((block**2).sum()) for _, block in distances.chunks(ref)) / len(ref)
+  scale = distances.positive(float(ref.var(axis=0, dtype=np.float64).sum()))
   moved = sum(
     float(((block - source[first : first + len(block)]) ** 2).sum()) for first, block in distances.chunks(mapped)
   )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from downscaling.evaluation import figures, page, tables
+from downscaling.evaluation import figures, page, terminal
 from downscaling.evaluation.canvas import label
 from downscaling.evaluation.evidence import Evidence
 from downscaling.evaluation.increments import EXCHANGED, exchanged
@@ -26,7 +26,7 @@ def section(e: Evidence) -> Section:
   )
   rows = []
   for name, values in found.items():
-    cells = [(tables.shown(values[key]), "", False) for key in COLUMNS]
+    cells = [(terminal.shown(values[key]), "", False) for key in COLUMNS]
     if name == "floor":
       rows.append(page.row("Floor", cells, "true series, independent", "floor"))
     elif name.endswith(EXCHANGED):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from downscaling.evaluation import figures, page
+from downscaling.evaluation import figures, page, tables
 from downscaling.evaluation.canvas import label
 from downscaling.evaluation.evidence import Evidence
 from downscaling.evaluation.page import Panel, Section
@@ -13,7 +13,7 @@ STRIPES = 40  # snapshots in a picture of rows
 
 def gallery(e: Evidence) -> Section:
   panels = []
-  for name in [n for n in ("ot+diffusion", "true+diffusion", "raw+diffusion", "ot+cubic") if n in e.samples]:
+  for name in [n for n in e.samples if n in e.conditions]:
     x, y, truth = np.asarray(e.samples[name]), e.conditions.get(name), e.truth.get(name)
     chosen = np.unique(np.linspace(0, len(x) - 1, GALLERY).astype(int))
     if x.ndim == 3:
@@ -78,18 +78,16 @@ def rows(e: Evidence) -> Section:
     text = "" if e.samples else page.job("sample", "No samples yet:")
     return Section("pictures", "Fields beside fields", "", text or "<p>The maps above show whole fields.</p>", [])
   for name, true in e.truth.items():
-    x = np.asarray(e.samples[name])[:, 0]
+    kept, x = tables.first_members(e.samples[name], name)
+    true = true[kept]
     order = _by_phase(true)[:STRIPES]
     shown = {"truth": true[order], "one sample": x[order], "difference": x[order] - true[order]}
     text = (
       f"{label(name)}: {len(order)} held-out fields as rows, a sample of each from its coarse points, the difference."
     )
     panels.append(_stripes(e, f"rows_{name}", shown, text))
-  chosen = {
-    label(n): np.asarray(e.samples[n])[:, 0]
-    for n in ("ot+diffusion", "raw+diffusion", "unconditional")
-    if n in e.samples
-  }
+  wanted = (f"{e.default}+diffusion", "raw+diffusion", "unconditional")
+  chosen = {label(n): tables.first_members(e.samples[n], n)[1] for n in wanted if n in e.samples}
   sets = {"reference": e.fine_reference, **dict(list(chosen.items())[:2])}
   count = min(STRIPES, *(len(x) for x in sets.values()))
   shown = {name: x[:count][_by_phase(x[:count])] for name, x in sets.items()}

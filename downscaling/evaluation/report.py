@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from downscaling.common import runs
-from downscaling.evaluation import canvas, in_time, page, sections, tables
+from downscaling.evaluation import canvas, in_time, page, sections, terminal
 from downscaling.evaluation.evidence import Evidence
 
 __all__ = ["Evidence", "write"]
@@ -57,10 +57,11 @@ def headline(e: Evidence) -> str:
   said = []
   coarse = np.shape(next(iter(e.coarse.values()), np.zeros((0, 0))))
   if e.coarse:
-    kind = e.metrics["rows"].get("ot", e.metrics["rows"].get("lflr", "")).strip()
+    kind = e.metrics["rows"].get("lflr", "").strip()
+    by = f"the {e.default} map" if e.default else "several maps"
     said.append(
-      f"{coarse[0]:,} {kind + ' ' if kind else ''}biased coarse fields of {_points(coarse[1:])} were carried onto the "
-      "statistics of the truth by optimal transport"
+      f"{coarse[0]:,} {kind + ' ' if kind else ''}biased coarse fields of {_points(coarse[1:])} were carried towards "
+      f"the statistics of the truth by {by}"
     )
   drawn = [n for n in e.samples if n.endswith("+diffusion")]
   if drawn:
@@ -73,7 +74,7 @@ def headline(e: Evidence) -> str:
     )
   text = "; ".join(said) + "." if said else "No stage has finished yet."
   text = text[0].upper() + text[1:]
-  return text + (" Every number stands beside its sampling floor." if said else "")
+  return text + (" Every number stands beside what true data do." if said else "")
 
 
 def _points(space: tuple[int, ...]) -> str:
@@ -83,23 +84,22 @@ def _points(space: tuple[int, ...]) -> str:
 def _tiles(e: Evidence) -> list[str]:
   """The few numbers a reader wants first."""
   out, m = [], e.metrics
-  debias, samples = m["debias"], m["samples"]
+  debias, samples, behind = m["debias"], m["samples"], f"{e.default}+diffusion"
   for key, name in (("cov_rmse", "Covariance error, debiased"), ("melr_weighted", "Spectral error, debiased")):
-    if {"lflr", "ot"} <= {*debias}:
-      out.append(_from_to(name, debias["lflr"][key], debias["ot"][key], tables.floor_of(debias, "ot"), key))
-  if {"ot+diffusion", "raw+diffusion"} <= {*samples}:
-    values = [samples[n]["melr_weighted"] for n in ("raw+diffusion", "ot+diffusion")]
-    out.append(_from_to("Spectral error, samples", *values, tables.floor_of(samples, "ot+diffusion"), "melr_weighted"))
+    if {"lflr", e.default} <= {*debias}:
+      out.append(_from_to(name, debias["lflr"], debias[e.default], key))
+  if {behind, "raw+diffusion"} <= {*samples}:
+    out.append(_from_to("Spectral error, samples", samples["raw+diffusion"], samples[behind], "melr_weighted"))
   for c in list(e.calibrations.values())[:1]:
     below = f"of the field’s rms, a sample from true coarse values; spread / error {c.spread_error:.2f}"
     out.append(page.tile(f"{100 * c.member_rmse:.3g} %", "Error against the truth", below))
   return out
 
 
-def _from_to(name: str, before: float, after: float, floor: dict | None, key: str) -> str:
-  least = floor[key] if floor else None
-  below = f"{_TITLES[key]}, raw → OT" + (f"; floor {tables.shown(least)}" if least is not None else "")
-  return page.tile(f"<i>{tables.shown(before)} →</i> {tables.shown(after)}", name, below)
+def _from_to(name: str, before: dict, after: dict, key: str) -> str:
+  floor = after["floor"].get(key)
+  below = f"{_TITLES[key]}, raw → debiased; true data {terminal.between(floor)}"
+  return page.tile(f"<i>{terminal.shown(before[key])} →</i> {terminal.shown(after[key])}", name, below)
 
 
 _TITLES = {"cov_rmse": "covRMSE", "melr_weighted": "MELRw"}

@@ -4,7 +4,21 @@ import json
 
 import numpy as np
 
-from downscaling.evaluation import calibration, costs, distances, figures, fronts, page, pictures, spectra, tables
+from downscaling.evaluation import (
+  bootstrap,
+  calibration,
+  costs,
+  distances,
+  figures,
+  fronts,
+  judge,
+  page,
+  pictures,
+  published,
+  spectra,
+  tables,
+  terminal,
+)
 from downscaling.evaluation.canvas import label
 from downscaling.evaluation.evidence import Evidence
 from downscaling.evaluation.page import Panel, Section
@@ -31,19 +45,22 @@ def every(e: Evidence) -> list[Section]:
   ]
 
 
-def _ones(x: np.ndarray) -> np.ndarray:
-  """Member 0 of every condition, the rows that distribution metrics see."""
-  return np.asarray(x)[:, 0]
-
-
 def _levels(e: Evidence) -> list[tuple[str, dict, np.ndarray, np.ndarray]]:
-  """(coarse or fine, {row: fields}, reference, floor of as many fields) for what there is."""
+  """(coarse or fine, {row: fields}, reference, further true fields) for what there is."""
   out = []
   if e.coarse:
     out.append(("coarse", dict(e.coarse), e.coarse_reference, e.coarse_floor))
   if e.samples:
-    out.append(("fine", {k: _ones(v) for k, v in e.samples.items()}, e.fine_reference, e.fine_floor))
-  return [(a, rows, ref, floor[: max(len(x) for x in rows.values())]) for a, rows, ref, floor in out]
+    rows = {name: tables.first_members(x, name)[1] for name, x in e.samples.items()}
+    out.append(("fine", rows, e.fine_reference, e.fine_floor))
+  return out
+
+
+def _band(e: Evidence, level: str) -> np.ndarray:
+  """[3, K]: energies of true sets, of the size that the first row of the level has."""
+  judged, rows = (e.coarse_judge, e.coarse) if level == "coarse" else (e.fine_judge, e.samples)
+  name, first = next(iter(rows.items()))
+  return judged.band(e.origins.get(name) or bootstrap.single(len(first)))
 
 
 # ---------------------------------------------------------------- tables
@@ -52,63 +69,72 @@ def _levels(e: Evidence) -> list[tuple[str, dict, np.ndarray, np.ndarray]]:
 def scores(e: Evidence) -> Section:
   m, body = e.metrics, ""
   lead = (
-    f"Smaller is better. Under each value stands its multiple of the sampling floor; shaded values are at most "
-    f"{tables.AT_FLOOR} × the floor, so a set of this size could hardly show them lower."
+    "Smaller is better, but for corr and amplitude, where 1 is right, and AUC, where .5 is. Each value stands with "
+    "half of its 95 % interval. Shaded values lie inside what true data do: of true sets with as many rows of as many "
+    "trajectories, compared with the same reference, 95 % lie between the numbers of the last rows."
   )
   if m["debias"]:
-    body += "<h3>Coarse fields: before and after debiasing</h3>" + _table(e, "debias", tables.DEBIAS_COLUMNS)
-    if e.experiment in tables.PAPER:
+    body += "<h3>Coarse fields: before and after debiasing</h3>" + _table(e, "debias", terminal.DEBIAS_COLUMNS)
+    if e.experiment in published.NUMBERS:
       body += (
         '<p class="note">Paper: Wan et al. 2023, Table 1. Its sample sizes, and so its floors, are not published; '
-        "its KLD is read as a sum over dimensions.</p>"
+        "its KLD is read as a sum over dimensions. Its OT is an entropic map.</p>"
       )
-    body += (
-      '<p class="note">symcov: covRMSE after averaging over the equation’s symmetries. corr: correlation of T y with '
-      "its input y, 1 where the input’s weather is kept. displ.: ‖T y − y‖ / ‖y‖.</p>"
-    )
-    body += "<h3>Coarse fields: higher orders, and what a map moves</h3>" + _table(e, "debias", tables.HIGHER_COLUMNS)
+    body += '<p class="note">symcov: covRMSE after averaging over the equation’s symmetries.</p>'
+    body += "<h3>Coarse fields: higher orders</h3>" + _table(e, "debias", terminal.HIGHER_COLUMNS)
+    body += "<h3>Coarse fields: what a map keeps of its input</h3>" + _table(e, "debias", terminal.KEPT_COLUMNS)
     body += fronts.note(e)
   else:
     body += page.job("debias", "No debiased fields yet:")
   if m["samples"]:
-    body += "<h3>Fine samples</h3>" + _table(e, "samples", tables.SAMPLE_COLUMNS)
+    body += "<h3>Fine samples</h3>" + _table(e, "samples", terminal.SAMPLE_COLUMNS)
+    body += "<h3>Fine samples: members and conditions</h3>" + _table(e, "samples", terminal.MEMBER_COLUMNS)
     body += (
-      '<p class="note">One member a condition is compared with the reference; var. (spread of a condition’s members, '
-      "in units of the field) and constr. (‖C′x − y′‖ / ‖C′x‖) see all members. MELRe: MELRu over the shells that hold "
-      "99.9999 % of the reference’s energy; beyond them rounding is measured. KLD is summed over points, in nats. χ²: "
-      "misfit of the unguided denoiser to the condition, 1 where it is what the prior expects, large where the coarse "
-      "field lies outside what the prior knows.</p>"
+      '<p class="note">One member a condition is compared with the reference; variability (spread of a condition’s '
+      "members, in units of the field) and constraint (‖C′x − y′‖ / ‖C′x‖) see all members. MELRe: MELRu over the "
+      "shells that hold 99.9999 % of the reference’s energy; beyond them rounding is measured. KLD is summed over "
+      "points, in nats. corr(y′, C′x): how much of the condition is left where it is not met exactly. χ²: misfit of the unguided "
+      "denoiser to the condition, 1 where it is what the prior expects, large where the coarse field lies outside what "
+      "the prior knows.</p>"
     )
   else:
     body += page.job("sample", "No samples yet:")
-  swatch = '<p class="note"><span class="swatch"></span>at the floor: the same metric '
-  swatch += "between two independent sets of true fields</p>"
+  swatch = '<p class="note"><span class="swatch"></span>inside what true data do'
+  swatch += "; † fewer than 200 fields: what true data do is wide, and the shade says little</p>"
   return Section("scores", "Scores", lead, swatch + body, [])
 
 
 def _table(e: Evidence, part: str, columns: dict[str, str]) -> str:
   table, kinds, rows = e.metrics[part], e.metrics["rows"], []
   for name, values in table.items():
-    floor = tables.floor_of(table, name) or {}
-    cells = [(f"{values['n']:,}", "", False)]
-    for key in columns:
-      value, least = values[key], floor.get(key) if key in tables.COMPARED else None
-      below = _times(value / least) if value is not None and least else ""
-      cells.append((tables.shown(value), below, tables.at_floor(value, least)))
-    if name.startswith("floor"):
-      rows.append(page.row("Floor" + name[5:], cells, "true fields, independent", "floor"))
-      continue
-    rows.append(page.row(label(name), cells, kinds.get(name, "")))
-    published = tables.published(e.experiment, table, name) if columns is tables.DEBIAS_COLUMNS else None
-    if published:
-      cells = [(tables.shown(published[k]) if k in published else "", "", False) for k in columns]
-      paper = "LFLR" if name == "lflr" else "OT"
-      rows.append(page.row(f"{paper}, the paper’s", [("", "", False), *cells], kind="paper"))
+    cells = [(f"{values['n']:,}", "", False), *(_cell(values, key) for key in columns)]
+    few = "†" if values["n"] < bootstrap.FEW else ""
+    chosen = " (default)" if name == e.default else ""
+    rows.append(page.row(label(name) + chosen + few, cells, kinds.get(name, "")))
+    paper = published.beside(e.experiment, name) if columns is terminal.DEBIAS_COLUMNS else None
+    if paper:
+      cells = [(terminal.shown(paper[k]) if k in paper else "", "", False) for k in columns]
+      title = f"{published.NAMES[name]}, the paper’s"
+      rows.append(page.row(title, [("", "", False), *cells], kind="paper"))
+  if any(key in tables.COMPARED for key in columns):
+    rows += [_floor_row(count, floor, columns) for (count, _), floor in tables.floors(table).items()]
   return page.table(["", "n", *columns.values()], rows)
 
 
-def _times(ratio: float) -> str:
-  return f"{ratio:.2f} ×" if ratio < 10 else f"{ratio:.3g} ×"
+def _cell(values: dict, key: str) -> tuple[str, str, bool]:
+  """(value, half of its interval, is it inside what true data do?)"""
+  ends = values["interval"].get(key)
+  below = "" if ends is None else f"± {terminal.shown((ends[1] - ends[0]) / 2)}"
+  return terminal.shown(values[key]), below, judge.inside(values[key], values["floor"].get(key))
+
+
+def _floor_row(count: int, floor: dict, columns: dict[str, str]) -> str:
+  cells = [(f"{count:,}", "", False)]
+  for key in columns:
+    known = floor.get(key) if key in tables.COMPARED else None
+    middle = "" if known is None else f"median {terminal.shown(known[1])}"
+    cells.append((terminal.between(known), middle, False))
+  return page.row("True data", cells, "95 % of true sets", "floor")
 
 
 # ---------------------------------------------------------------- distributions
@@ -116,18 +142,17 @@ def _times(ratio: float) -> str:
 
 def spectrum(e: Evidence) -> Section:
   panels = []
-  for level, rows, ref, floor in _levels(e):
-    reference, shells = spectra.energies(ref), spectra.shell_energies(floor)
-    draw = figures.spectrum(
-      reference, {name: spectra.energies(x, name) for name, x in rows.items()}, shells.mean(axis=0),
-      spectra.band(shells, len(ref)), spectra.energy_holding_shells(reference),
-    )  # fmt: skip
+  for level, rows, ref, _ in _levels(e):
+    reference = spectra.energies(ref)
+    drawn = {name: spectra.energies(x, name) for name, x in rows.items()}
+    held = spectra.energy_holding_shells(reference)
+    draw = figures.spectrum(reference, drawn, _band(e, level), held)
     text = {
       "coarse": "Coarse fields. A debiased spectrum should lie in the grey band, where other true fields lie.",
       "fine": "Fine samples, one a condition. Right of the dotted line less than a millionth of the energy is left.",
     }[level]
     panels.append(Panel(f"spectrum_{level}", draw, f"Energy spectra of {level} fields", text))
-  lead = "Energy by wavenumber, and its ratio to the reference. Band: two standard errors of a true set of that size."
+  lead = "Energy by wavenumber, and its ratio to the reference. Band: 95 % of true sets of that size."
   return Section("spectra", "Spectra", lead, "" if panels else page.job("debias", "Nothing to compare yet:"), panels)
 
 
@@ -164,9 +189,8 @@ def covariance(e: Evidence) -> Section:
     flat = ref.ndim == 2 and ref.shape[1] <= 512
     table = (lambda x: distances.covariance(distances.rows(x, "fields"))) if flat else _two_point
     reference = table(ref)
-    shown = (
-      [n for n in ("lflr", "ot") if n in rows] if level == "coarse" else [n for n in ("ot+diffusion",) if n in rows]
-    )
+    wanted = ("lflr", e.default) if level == "coarse" else (f"{e.default}+diffusion",)
+    shown = [name for name in wanted if name in rows]
     for name in shown or list(rows)[:1]:
       pred = table(rows[name])
       draw = figures.covariances(
@@ -248,11 +272,11 @@ def truth(e: Evidence) -> Section:
   rows = []
   for name, c in found.items():
     numbers = [c.member_rmse, c.mean_rmse, c.spread, c.spread_error, c.crps, c.energy]
-    cells = [(f"{c.conditions} × {c.members}", "", False), *((tables.shown(v), "", False) for v in numbers)]
+    cells = [(f"{c.conditions} × {c.members}", "", False), *((terminal.shown(v), "", False) for v in numbers)]
     cells += [(f"{100 * v:.0f} %", f"ideal {100 * c.ideal[level]:.0f} %", False) for level, v in c.coverage.items()]
     rows.append(page.row(label(name), [*cells, (f"{100 * c.pinned:.3g} %", "", False)]))
     for kind, r in e.references[name].items():
-      shown = ["", tables.shown(r.error), "", "", "", tables.shown(r.crps), tables.shown(r.energy), "", "", ""]
+      shown = ["", terminal.shown(r.error), "", "", "", terminal.shown(r.crps), terminal.shown(r.energy), "", "", ""]
       rows.append(page.row(kind.capitalize(), [(text, "", False) for text in shown], "for comparison", "floor"))
   note = (
     '<p class="note">Mean RMSE: of the ensemble mean. spread / error carries the factor √((M + 1)/M) that a finite '
@@ -263,7 +287,7 @@ def truth(e: Evidence) -> Section:
   panels = [
     Panel("ranks", figures.ranks({n: c.ranks for n, c in found.items()}), "Rank histogram",
           "Where the truth ranks among the members: ∪ means too little spread, ∩ too much, a slope bias."),
-    Panel("spread_error", figures.spread_error({n: calibration.by_condition(e.samples[n], e.truth[n]) for n in found}),
+    Panel("spread_error", figures.spread_error({n: calibration.by_condition(*e.whole(n)) for n in found}),
           "Spread and error by condition", "One dot a condition: does the ensemble know which conditions are hard?"),
   ]  # fmt: skip
   return Section("truth", title, lead, page.table(head, rows) + note, panels)

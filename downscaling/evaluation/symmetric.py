@@ -36,9 +36,20 @@ def sym_cov_rmse(pred: np.ndarray, ref: np.ndarray, space: tuple[int, ...], shel
 
   shells: mask [min(space)//2] of k = 1, 2, ..., e.g. spectra.energy_holding_shells; the mean and the corners are out.
   """
-  number, twice = spectra.shell_numbers(space)
-  number = number.reshape(-1, len(twice))
-  counts = np.concatenate([[False], shells, np.zeros(number.max(), bool)])[number].T  # [k, q]
-  weight = twice[:, None, None] * (counts[:, :, None] & counts[:, None, :])
+  weight = mask(space, shells)
   size = distances.positive(float((weight * np.abs(ref) ** 2).sum()))
   return math.sqrt(float((weight * np.abs(pred - ref) ** 2).sum()) / size)
+
+
+def mask(space: tuple[int, ...], shells: np.ndarray | None) -> np.ndarray:
+  """How often each entry of `covariance` counts in a norm over all waves, [N//2 + 1, q, q]; 0 outside the shells.
+
+  shells: see sym_cov_rmse; None for all waves, the mean and the corners among them.
+  """
+  number, twice = spectra.shell_numbers(space)
+  number = number.reshape(-1, len(twice))
+  if shells is None:
+    counts = np.ones(number.T.shape, bool)
+  else:
+    counts = np.concatenate([[False], shells, np.zeros(number.max(), bool)])[number].T  # [k, q]
+  return twice[:, None, None] * (counts[:, :, None] & counts[:, None, :])
