@@ -317,3 +317,40 @@ def moved(
     return figure
 
   return draw
+
+
+def transfer(reference: np.ndarray, rows: Mapping[str, np.ndarray], band: np.ndarray, symbol: str) -> Draw:
+  """What the quadratic term moves into each shell: reference [k], rows {name: [k]}, band [3, k] of true sets."""
+  k = np.arange(1, len(reference) + 1)
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(3.3)
+    axes = figure.subplots()
+    axes.axhline(0, color=theme.muted, linewidth=0.7)
+    axes.fill_between(k, band[0], band[2], color=theme.muted, alpha=0.28, linewidth=0, label="true sets, 95 %")
+    axes.plot(k, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference")
+    for name, values in rows.items():
+      axes.plot(k, values, **theme.line(name), label=label(name))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="wavenumber k (waves a box)", ylabel=f"transfer of {symbol}² into k")
+    axes.legend(loc="best")
+    return figure
+
+  return draw
+
+
+def beside(at: np.ndarray, panels: Mapping[str, Mapping[str, np.ndarray]], symbol: str, unit: str) -> Draw:
+  """Lines below each other: {title: {row: field [n]}}, e.g. y, T y and the true field nearest to it."""
+
+  def draw(theme: Theme) -> Figure:
+    figure = page(1.7 * len(panels) + 0.6)
+    every = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, (title, rows) in zip(every, panels.items(), strict=True):
+      for name, field in rows.items():
+        axes.plot(at, field, **theme.line(name), label=label(name))
+      axes.set(title=title, ylabel=symbol)
+    every[-1].set(xlabel=f"x ({unit})" if unit else "x")
+    every[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.15), ncols=3)
+    return figure
+
+  return draw

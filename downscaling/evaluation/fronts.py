@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from downscaling.evaluation import figures, page, tables
+from downscaling.evaluation import figures, judge, page, replicates, tables
 from downscaling.evaluation.evidence import Evidence
 
 LEVELS = np.linspace(0.005, 0.995, 100)
@@ -48,6 +48,12 @@ def note(e: Evidence) -> str:
   if e.default:
     text += f"<p class='note'>Samples are drawn behind the map <b>{page.escape(e.default)}</b>, the default.</p>"
   return text
+
+
+def transfer_of(x: np.ndarray, judged: judge.Judge) -> np.ndarray:
+  """Transfer by shell [K] of coarse rows [S, *coarse]."""
+  even = np.ones((1, len(x)), np.float32)
+  return replicates.transfer(x, even, judged.reference, judged.quadratic)[0]
 
 
 def moved(e: Evidence) -> figures.Draw | None:

@@ -63,6 +63,12 @@ class Judge:
     """[3, K]: the same quantiles of the energy in each shell."""
     return self._of_true_sets(rows)[1]
 
+  def transfer_band(self, rows: bootstrap.Rows) -> np.ndarray:
+    """[3, K]: the same quantiles of the transfer into each shell, of an equation with a quadratic term."""
+    fields, origin = self._pool
+    weights = bootstrap.true_sets(origin, rows, self.draws, self.seed)
+    return np.quantile(replicates.transfer(fields, weights, self.reference, self.quadratic), LEVELS, axis=0)
+
   def interval(self, x: np.ndarray, rows: bootstrap.Rows, values: Mapping[str, float | None]) -> Quantiles:
     """{metric: [2.5 %, 97.5 %]} of the values of the set x itself, for those metrics that have a floor."""
     drawn = self._metrics(x, bootstrap.judged(rows, self.draws, self.seed))

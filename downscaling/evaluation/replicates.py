@@ -51,6 +51,11 @@ def energies(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
   return share @ spectra.shell_energies(x)
 
 
+def transfer(x: np.ndarray, weights: np.ndarray, reference: Reference, quadratic) -> np.ndarray:
+  """Re E[ŷ* N̂] by shell of every weighting, [B, K]; see higher_order."""
+  return _weighted_moments(np.asarray(x), weights, reference, quadratic)["transfer"]
+
+
 def _spectral(x, weights, reference) -> dict[str, np.ndarray]:
   each = [spectra.melr(energy, reference.energies) for energy in energies(x, weights)]
   return {f"melr_{name}": np.array([row[name] for row in each]) for name in each[0]}

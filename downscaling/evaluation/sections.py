@@ -7,6 +7,7 @@ import numpy as np
 from downscaling.evaluation import (
   bootstrap,
   calibration,
+  cases,
   costs,
   distances,
   figures,
@@ -37,6 +38,8 @@ def every(e: Evidence) -> list[Section]:
       pictures.gallery,
       pictures.rows,
       covariance,
+      cases.section,
+      transfer,
       fits,
       truth,
       costs.section,
@@ -90,12 +93,12 @@ def scores(e: Evidence) -> Section:
     body += "<h3>Fine samples</h3>" + _table(e, "samples", terminal.SAMPLE_COLUMNS)
     body += "<h3>Fine samples: members and conditions</h3>" + _table(e, "samples", terminal.MEMBER_COLUMNS)
     body += (
-      '<p class="note">One member a condition is compared with the reference; variability (spread of a condition’s '
-      "members, in units of the field) and constraint (‖C′x − y′‖ / ‖C′x‖) see all members. MELRe: MELRu over the "
+      '<p class="note">One member a condition is compared with the reference; variab. (spread of a condition’s '
+      "members, in units of the field) and constr. (‖C′x − y′‖ / ‖C′x‖) see all members. MELRe: MELRu over the "
       "shells that hold 99.9999 % of the reference’s energy; beyond them rounding is measured. KLD is summed over "
-      "points, in nats. corr(y′, C′x): how much of the condition is left where it is not met exactly. χ²: misfit of the unguided "
-      "denoiser to the condition, 1 where it is what the prior expects, large where the coarse field lies outside what "
-      "the prior knows.</p>"
+      "points, in nats. corr(C′x): correlation of C′x with y′, less than 1 where the condition is not met exactly. χ²: "
+      "misfit of the unguided denoiser to the condition, 1 where it is what the prior expects, large where the coarse "
+      "field lies outside what the prior knows.</p>"
     )
   else:
     body += page.job("sample", "No samples yet:")
@@ -209,6 +212,23 @@ def _two_point(x: np.ndarray) -> np.ndarray:
   x = np.asarray(x, np.float64) - np.mean(x, axis=0, dtype=np.float64)
   centre = x[(slice(None), *(n // 2 for n in x.shape[1:]))]
   return np.atleast_2d(np.tensordot(centre, x, axes=(0, 0)) / (len(x) - 1))
+
+
+def transfer(e: Evidence) -> Section:
+  """A statistic of third order that no spectrum shows: how the quadratic term moves energy between shells."""
+  title = "Transfer between scales"
+  if not e.coarse or e.quadratic is None:
+    return Section("transfer", title, "", page.job("debias", "No debiased fields of an equation that has one:"), [])
+  judged = e.coarse_judge
+  reference = judged.reference.higher(e.quadratic, judged.group)["transfer"]
+  rows = {name: x for name, x in e.coarse.items() if not name.endswith("in-sample")}
+  drawn = {name: fronts.transfer_of(x, judged) for name, x in rows.items()}
+  name, first = next(iter(rows.items()))
+  band = judged.transfer_band(e.origins.get(name) or bootstrap.single(len(first)))
+  draw = figures.transfer(reference, drawn, band, e.symbol)
+  text = "Any Gaussian map has the right spectrum; only a map with the right third moments has the right transfer."
+  lead = "What the equation’s quadratic term takes from and gives to each shell, in coarse fields."
+  return Section("transfer", title, lead, "", [Panel("transfer", draw, "Transfer by shell", text)])
 
 
 # ---------------------------------------------------------------- the jobs behind it

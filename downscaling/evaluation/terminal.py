@@ -16,15 +16,15 @@ HIGHER_COLUMNS = {
 }  # fmt: skip
 KEPT_COLUMNS = {
   "corr_input": "corr", "amplitude": "amplitude", "displacement": "displaced", "excess": "excess",
-  "persistence": "persistence",
+  "persistence": "lag-1",
 }  # fmt: skip
 SAMPLE_COLUMNS = {
   "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_energy": "MELRe", "melr_weighted": "MELRw",
   "kld_sum": "KLD sum", "wass1": "Wass1", "auc": "AUC",
 }  # fmt: skip
 MEMBER_COLUMNS = {
-  "melr_unweighted": "MELRu", "mmd": "MMD", "variability": "variability", "constraint_rmse": "constraint",
-  "corr_condition": "corr(y′,C′x)", "misfit": "χ²", "failed": "failed",
+  "melr_unweighted": "MELRu", "mmd": "MMD", "variability": "variab.", "constraint_rmse": "constr.",
+  "corr_condition": "corr(C′x)", "misfit": "χ²", "failed": "failed",
 }  # fmt: skip
 PARTS = (
   ("debias", DEBIAS_COLUMNS, "Coarse fields"),
