@@ -47,7 +47,7 @@ def get_config(variant="cpu"):
     shard=pick(32, 16, 8),  # trajectories a file
     # Trajectories of each split, one use each (downscaling/datasets/builders.py).
     hfhr=pick(
-      dict(train=512, calibration=48, test=64, reference=64, floor=64),
+      dict(train=512, calibration=48, test=64, reference=32, floor=32),
       dict(train=64, calibration=16, test=24, reference=24, floor=24),
       dict(train=16, calibration=16, test=8, reference=8, floor=8),
     ),
@@ -136,6 +136,7 @@ def get_config(variant="cpu"):
     levels=dict(name="edm", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(2048, 256, 8), steps=pick(48, 32, 4), sigma_max=80.0),
   )
-  c.evaluate = dict(reference=pick(4096, 2048, 16))  # true fields to compare with
+  # reference: true fields to compare with. draws: replicates behind intervals and floors.
+  c.evaluate = dict(reference=pick(4096, 2304, 32), draws=pick(100, 100, 40))
 
   return c

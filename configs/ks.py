@@ -43,7 +43,7 @@ def get_config(variant="quick"):
     hfhr=pick(
       dict(train=8192, calibration=1024, test=1024, reference=4096, floor=2048),
       dict(train=12288, calibration=2048, test=2048, reference=4096, floor=4096),
-      dict(train=128, calibration=64, test=64, reference=64, floor=64),
+      dict(train=128, calibration=64, test=64, reference=32, floor=32),
     ),
     lflr=pick(
       dict(train=8192, calibration=1024, test=4096),
@@ -124,7 +124,8 @@ def get_config(variant="quick"):
     levels=dict(name="guided", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
     unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )
-  c.evaluate = dict(reference=pick(8192, 16_384, 128))  # true fields to compare with
+  # reference: true fields to compare with. draws: replicates behind intervals and floors.
+  c.evaluate = dict(reference=pick(8192, 16_384, 128), draws=pick(200, 200, 40))
 
   if variant == "series":
     _in_time(c)
@@ -136,7 +137,7 @@ def _in_time(c):
   c.experiment = "ks-16x-series"
   c.grid.update(factor=16, frames=8)  # at every 8th point one snapshot determines the field, and time adds little
   c.data.update(spacing=1.0, snapshots=16)  # the field decorrelates within about 8 time units
-  c.data.hfhr.update(train=4096, calibration=512, test=512, reference=1024, floor=512)
+  c.data.hfhr.update(train=4096, calibration=512, test=512, reference=512, floor=512)
   c.data.lflr.update(train=4096, calibration=256, test=512)
   c.debias.update(maps=("gaussian", "equivariant"), held_out=4096)
   # Selection acts on χ², which grows with the number of coarse values: off. The start from a draw of the Gaussian

@@ -41,6 +41,11 @@ def sizes(config, mesh: jax.sharding.Mesh) -> None:
       f"config.sampling.conditions={c.sampling.conditions}, but only config.debias.held_out={c.debias.held_out} fields "
       f"are debiased: set --config.sampling.conditions={c.debias.held_out} or fewer, or raise held_out."
     )
+  if c.evaluate.draws < 40:
+    raise ValueError(
+      f"config.evaluate.draws={c.evaluate.draws}: the ends of a 95 % interval need 40 replicates at least. Set "
+      "--config.evaluate.draws=200, or 40 for a quick look."
+    )
   for block, least in ((c.plan, 0), (c.profile, 0), (c.memory, 0), (c.supervision, 0), (c.watch, 1)):
     if bad := [key for key, value in block.items() if value < least]:
       raise ValueError(f"config: {bad[0]}={block[bad[0]]} must be at least {least}.")

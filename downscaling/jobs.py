@@ -227,6 +227,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     sources={f"{name} in-sample": fitted["lflr"] for name in fitted if name != "lflr"},
     origins=_origins(ctx, samples, len(fine), more),
     step=None if length == 1 else c.data.spacing,
+    draws=c.evaluate.draws,
     seed=c.seed,
     quadratic=quadratic_of(c),
     effective_targets={

@@ -46,7 +46,7 @@ class Evidence:
     origins: {row of coarse or samples, "reference", "floor": where its rows come from}; rows of a set that is not
       named are taken as independent.
     step: time between rows that follow each other, where rows are in time.
-    seed: of bootstrap replicates.
+    draws: how many bootstrap replicates. seed: of them.
     guesses: {row of truth: [K, *fine]}, an interpolation of its conditions, which a forecast should beat.
     operator: C′.
     series: of samples in time, or None; above, their frames are rows, and K counts frames.
@@ -66,6 +66,7 @@ class Evidence:
   default: str | None = None
   origins: dict[str, bootstrap.Rows] = dataclasses.field(default_factory=dict)
   step: float | None = None
+  draws: int = bootstrap.DRAWS
   seed: int = 0
   group: symmetry.Group | None = None
   coarse_moves: symmetry.Moves | None = None
@@ -154,6 +155,7 @@ class Evidence:
       origins["reference"],
       fields["floor"],
       origins["floor"],
+      draws=self.draws,
       seed=self.seed,
       **of_grid,
     )

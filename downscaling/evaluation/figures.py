@@ -339,6 +339,9 @@ def transfer(reference: np.ndarray, rows: Mapping[str, np.ndarray], band: np.nda
   return draw
 
 
+_NEAREST = {"reference": "nearest true field"}
+
+
 def beside(at: np.ndarray, panels: Mapping[str, Mapping[str, np.ndarray]], symbol: str, unit: str) -> Draw:
   """Lines below each other: {title: {row: field [n]}}, e.g. y, T y and the true field nearest to it."""
 
@@ -347,7 +350,7 @@ def beside(at: np.ndarray, panels: Mapping[str, Mapping[str, np.ndarray]], symbo
     every = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, (title, rows) in zip(every, panels.items(), strict=True):
       for name, field in rows.items():
-        axes.plot(at, field, **theme.line(name), label=label(name))
+        axes.plot(at, field, **theme.line(name), label=_NEAREST.get(name, label(name)))
       axes.set(title=title, ylabel=symbol)
     every[-1].set(xlabel=f"x ({unit})" if unit else "x")
     every[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.15), ncols=3)

@@ -20,7 +20,6 @@ from downscaling.evaluation import bootstrap, replicates
 from downscaling.evaluation.reference import Reference
 
 LEVELS = (0.025, 0.5, 0.975)
-LARGE = 4096  # values in a field, from which fewer replicates are drawn
 Quantiles = dict[str, list[float]]
 
 
@@ -32,7 +31,7 @@ class Judge:
     reference: the true set that rows are compared with. reference_rows: where it comes from.
     more: [P, *space] further true fields, for the floors. more_rows: where they come from.
     moves, group, quadratic: see replicates.metrics; a group makes a debias table.
-    seed: of the replicates.
+    draws: how many replicates. seed: of them.
   """
 
   reference: Reference
@@ -42,6 +41,7 @@ class Judge:
   moves: symmetry.Moves | None = None
   group: symmetry.Group | None = None
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None
+  draws: int = bootstrap.DRAWS
   seed: int = 0
   _floors: dict = dataclasses.field(default_factory=dict)
 
@@ -49,11 +49,6 @@ class Judge:
     for fields, rows in ((self.reference.fields, self.reference_rows), (self.more, self.more_rows)):
       if len(fields) != len(rows):
         raise ValueError(f"{len(fields)} true fields, but {len(rows)} say where they come from: need one each.")
-
-  @property
-  def draws(self) -> int:
-    large = self.reference.flat.shape[1] >= LARGE
-    return bootstrap.DRAWS // 2 if large else bootstrap.DRAWS
 
   def floor(self, rows: bootstrap.Rows) -> Quantiles:
     """{metric: [2.5 %, median, 97.5 %]} over true sets of the structure of `rows`; computed once a structure."""

@@ -55,6 +55,20 @@ def forms(x: np.ndarray, weights: np.ndarray, y: np.ndarray | None, scale: float
   return square, kernel
 
 
+def along(x: np.ndarray, weights: np.ndarray, directions: np.ndarray, scale: float) -> np.ndarray:
+  """mᵀ M_w m / scale² of every direction m [B, D] and weighting [B, S], or one weighting [1, S] for all; [B].
+
+  With it second moments become covariances: ⟨M_w − m mᵀ, M_v − m′m′ᵀ⟩ needs no more than these.
+  """
+  counts = weights.sum(axis=1, dtype=np.float64)
+  total = np.zeros(len(directions))
+  for first, block in distances.chunks(x):
+    square = (block @ directions.T) ** 2
+    part = weights[:, first : first + len(block)]
+    total += (part * square.T).sum(axis=1)
+  return total / (counts * scale**2)
+
+
 def _padded(x: np.ndarray, weights: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
   """A tile of rows and of their weights; padding has weight 0, so that one program serves every tile."""
   block = np.asarray(x[first : first + TILE], np.float32)

@@ -61,7 +61,7 @@ class Reference:
     if self._squares is None or self._squares[0] != moves:
       even = np.ones((1, len(self.fields)), np.float32)
       z = waves.waves(self.anomalies(self.fields), moves, power=2)
-      self._squares = (moves, np.concatenate([*waves.blocks(z, even, centred=True)]))
+      self._squares = (moves, np.concatenate([*waves.blocks(z, even, "group")]))
     return self._squares[1]
 
   def anomalies(self, x: np.ndarray) -> np.ndarray:

@@ -63,10 +63,16 @@ def _spectral(x, weights, reference) -> dict[str, np.ndarray]:
 
 def _paired(x, weights, reference) -> dict[str, np.ndarray]:
   scale = reference.scale[0]
-  rows = reference.centred(x)
+  rows, others = reference.centred(x), reference.centred(reference.fields)
   own_square, own_kernel = pairs.forms(rows, weights, None, scale)
-  square, kernel = pairs.forms(rows, weights, reference.centred(reference.fields), scale)
+  square, kernel = pairs.forms(rows, weights, others, scale)
   ref_square, ref_kernel = reference.own_forms
+  means = weights @ rows / weights.sum(axis=1, keepdims=True)
+  own_square -= 2 * pairs.along(rows, weights, means, scale) - (means**2).sum(axis=1) ** 2 / scale**2
+  square -= pairs.along(others, np.ones((1, len(others)), np.float32), means, scale)
+  sizes = weights.sum(axis=1), len(others)
+  factor, ref_factor = (count / (count - 1) for count in sizes)  # a covariance divides by n − 1
+  own_square, square, ref_square = own_square * factor**2, square * factor * ref_factor, ref_square * ref_factor**2
   gap = np.maximum(own_square - 2 * square + ref_square, 0)
   apart = np.maximum(own_kernel - 2 * kernel + ref_kernel, 0)
   return {"cov_rmse": np.sqrt(gap / ref_square), "mmd": np.sqrt(apart)}
@@ -76,7 +82,8 @@ def _symmetric(x, weights, reference, moves, coarse: bool) -> np.ndarray:
   space = x.shape[1:]
   shells = None if coarse else spectra.energy_holding_shells(reference.energies)
   z = waves.waves(reference.anomalies(x), moves)
-  return waves.relative(z, weights, reference.symmetric(moves), symmetric.mask(space, shells))
+  mask = symmetric.mask(space, shells)
+  return waves.relative(z, weights, reference.symmetric(moves), mask, "point")
 
 
 def _higher(x, weights, reference, moves, group, quadratic) -> dict[str, np.ndarray]:
@@ -95,7 +102,7 @@ def _higher(x, weights, reference, moves, group, quadratic) -> dict[str, np.ndar
   if moves is not None:
     z = waves.waves(reference.anomalies(x), moves, power=2)
     mask = symmetric.mask(x.shape[1:], None)
-    found["square_covariance"] = waves.relative(z, weights, reference.symmetric_squares(moves), mask, centred=True)
+    found["square_covariance"] = waves.relative(z, weights, reference.symmetric_squares(moves), mask, "group")
   return found
 
 

@@ -147,7 +147,8 @@ def spectrum(e: Evidence) -> Section:
   panels = []
   for level, rows, ref, _ in _levels(e):
     reference = spectra.energies(ref)
-    drawn = {name: spectra.energies(x, name) for name, x in rows.items()}
+    judged = {name: x for name, x in rows.items() if not name.endswith("in-sample")}
+    drawn = {name: spectra.energies(x, name) for name, x in judged.items()}
     held = spectra.energy_holding_shells(reference)
     draw = figures.spectrum(reference, drawn, _band(e, level), held)
     text = {
@@ -217,8 +218,10 @@ def _two_point(x: np.ndarray) -> np.ndarray:
 def transfer(e: Evidence) -> Section:
   """A statistic of third order that no spectrum shows: how the quadratic term moves energy between shells."""
   title = "Transfer between scales"
-  if not e.coarse or e.quadratic is None:
-    return Section("transfer", title, "", page.job("debias", "No debiased fields of an equation that has one:"), [])
+  if e.quadratic is None:
+    return Section("transfer", title, "", '<p class="note">The equation has no quadratic term.</p>', [])
+  if not e.coarse:
+    return Section("transfer", title, "", page.job("debias", "No debiased fields yet:"), [])
   judged = e.coarse_judge
   reference = judged.reference.higher(e.quadratic, judged.group)["transfer"]
   rows = {name: x for name, x in e.coarse.items() if not name.endswith("in-sample")}

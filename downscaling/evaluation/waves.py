@@ -35,10 +35,11 @@ def waves(x: np.ndarray, moves: Moves, power: int = 1) -> np.ndarray:
   return out
 
 
-def blocks(z: np.ndarray, weights: np.ndarray, centred: bool = False) -> Iterator[np.ndarray]:
-  """For every k, the blocks [B, q, q] complex of all weightings [B, S] of `waves` z.
+def blocks(z: np.ndarray, weights: np.ndarray, mean: str) -> Iterator[np.ndarray]:
+  """For every k, the covariance blocks [B, q, q] complex of all weightings [B, S] of `waves` z.
 
-  centred: the mean of each weighting is removed, which only k = 0 has after an average over shifts.
+  mean: what is removed of each weighting. "point": the mean of every point, as a covariance does. "group": the mean
+  that is left after an average over the group, which only k = 0 has.
   """
   counts = weights.sum(axis=1)[:, None]
   share = (weights / counts).astype(np.float32)
@@ -50,16 +51,20 @@ def blocks(z: np.ndarray, weights: np.ndarray, centred: bool = False) -> Iterato
     for first in range(0, q, step):
       part = np.einsum("sep,seq->spq", at[:, :, first : first + step], at.conj()) / lots
       out[:, first : first + step] = (share @ part.reshape(rows, -1)).reshape(len(weights), -1, q)
-    if centred and k == 0:
-      mean = share @ at.mean(axis=1)
-      out -= mean[:, :, None] * mean[:, None].conj()
+    if mean == "point":
+      each = np.einsum("bs,sep->bep", share, at)
+      out -= np.einsum("bep,beq->bpq", each, each.conj()) / lots
+      out *= (counts / (counts - 1))[..., None]
+    elif k == 0:
+      whole = share @ at.mean(axis=1)
+      out -= whole[:, :, None] * whole[:, None].conj()
     yield out
 
 
-def relative(z, weights, reference: np.ndarray, mask: np.ndarray, centred: bool = False) -> np.ndarray:
+def relative(z, weights, reference: np.ndarray, mask: np.ndarray, mean: str) -> np.ndarray:
   """‖C_w − C‖ / ‖C‖ of all weightings, [B]; reference [N//2 + 1, q, q], mask [N//2 + 1, q, q] weighs its entries."""
   gap = np.zeros(len(weights))
-  for k, found in enumerate(blocks(z, weights, centred)):
+  for k, found in enumerate(blocks(z, weights, mean)):
     gap += (mask[k] * np.abs(found - reference[k]) ** 2).sum(axis=(1, 2), dtype=np.float64)
   size = float((mask * np.abs(reference) ** 2).sum())
   return np.sqrt(gap / distances.positive(size))

@@ -188,10 +188,26 @@ def test_what_a_map_keeps_of_its_input(rng):
   assert distances.corr_input(y, 2 * y + 5) == pytest.approx(1)
   assert distances.corr_input(y, -y) == pytest.approx(-1)
   assert abs(distances.corr_input(y, rng.normal(size=y.shape))) < 0.03  # 24 000 values: ±.0065
-  assert distances.displacement(y, 1.1 * y) == pytest.approx(0.1)
+  anomaly = y - y.mean(axis=0)
+  assert distances.displacement(y, y + 0.1 * anomaly) == pytest.approx(0.1)
+  # 273 more on both sides change no number: °C and K give one displacement.
+  assert distances.displacement(y + 273, y + 0.1 * anomaly + 273) == pytest.approx(0.1)
   assert distances.displacement(y, y) == 0
+  assert distances.amplitude(0.01 * y, y) == pytest.approx(0.01)  # which a correlation calls 1
   with pytest.raises(ValueError, match="the very rows y"):
     distances.corr_input(y, y[:10])
+
+
+def test_persistence_is_the_correlation_of_neighbours(rng):
+  """An autoregressive series with coefficient .8 has the lag-1 correlation .8."""
+  steps = [rng.normal(size=(50, 3))]
+  for _ in range(400):
+    steps.append(0.8 * steps[-1] + 0.6 * rng.normal(size=(50, 3)))
+  x = np.stack(steps).reshape(-1, 3)
+  now = np.arange(len(x) - 50)
+  # 60 000 values with a decorrelation time of 9 steps: ± .005.
+  assert distances.persistence(x, now, now + 50) == pytest.approx(0.8, abs=0.02)
+  assert distances.persistence(x, now[:1], now[:1] + 50) is None
 
 
 @pytest.mark.parametrize("metric", [distances.cov_rmse, distances.kld, distances.wass1, distances.mmd])

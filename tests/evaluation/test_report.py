@@ -31,17 +31,23 @@ def small(space=(32,), **changes):
   y = coarsen(waves(rng, 16, space))
   fields = {
     "experiment": "ks-8x",
-    "coarse": {"lflr": 0.7 * y, "ot": y},
+    "default": "equivariant",
+    "draws": 40,
+    "coarse": {"lflr": 0.7 * y, "equivariant": y},
     "coarse_reference": coarsen(reference),
     "coarse_floor": coarsen(floor),
     "samples": {
-      "ot+diffusion": around(ot),
+      "equivariant+diffusion": around(ot),
       "raw+diffusion": around(0.7 * ot),
-      "ot+cubic": ot[:, None],
+      "equivariant+cubic": ot[:, None],
       "unconditional": waves(rng, 12, space)[:, None],
       "true+diffusion": around(truth),
     },
-    "conditions": {"ot+diffusion": coarsen(ot), "raw+diffusion": coarsen(0.7 * ot), "true+diffusion": coarsen(truth)},
+    "conditions": {
+      "equivariant+diffusion": coarsen(ot),
+      "raw+diffusion": coarsen(0.7 * ot),
+      "true+diffusion": coarsen(truth),
+    },
     "truth": {"true+diffusion": truth},
     "fine_reference": reference,
     "fine_floor": floor,
@@ -56,7 +62,7 @@ def small(space=(32,), **changes):
       "versions": {"jax": "0.10.2"},
       "config_hash": "0123456789ab",
       "times": {"debias": 12.0, "train": 200.0},
-      "rows": {"ot": "held-out"},
+      "rows": {"equivariant": "held-out"},
       "seeds": {"data": 3},
       "config": {"grid": {"points": 32}},
     },
@@ -87,7 +93,8 @@ def test_the_page_stands_alone_and_has_every_section(written):
     assert f'<section id="{part.anchor}"><h2>' in text
     assert f'href="#{part.anchor}"' in text
   for words in (
-    "Kuramoto–Sivashinsky, 8×", "the paper’s", "0.343", "Floor", "OT + diffusion", "raw + diffusion", "OT + cubic",
+    "Kuramoto–Sivashinsky, 8×", "the paper’s", "0.343", "True data",
+    "equivariant + diffusion", "raw + diffusion", "equivariant + cubic",
     "unconditional", "true + diffusion", "held-out", "pipeline --config=configs/ks.py:smoke &lt;x&gt;", "jax", "0.10.2",
     "3.33 min", "processor", "spread / error", "config hash", "0123456789ab", "Seeds",
   ):  # fmt: skip
@@ -101,8 +108,9 @@ def test_figures_are_files_and_stand_in_the_page_for_light_and_dark(written):
   names = {path.stem for path in folder.glob("*.png")}
   assert names >= {
     "spectrum_coarse", "spectrum_fine", "density_coarse", "density_fine",
-    "gallery_ot_diffusion", "gallery_true_diffusion", "rows_reference", "rows_true_diffusion", "covariance_coarse_ot",
-    "covariance_fine_ot_diffusion", "sinkhorn", "loss",
+    "gallery_equivariant_diffusion", "gallery_true_diffusion", "rows_reference", "rows_true_diffusion",
+    "covariance_coarse_equivariant",
+    "covariance_fine_equivariant_diffusion", "sinkhorn", "loss",
     "ranks", "spread_error",
   }  # fmt: skip
   text = (folder / "report.html").read_text()
@@ -115,9 +123,12 @@ def test_metrics_file(written):
   folder, returned = written
   metrics = json.loads((folder / "metrics.json").read_text())
   assert metrics["debias"] == returned["debias"]
-  assert [*metrics["samples"]][-2:] == ["floor", "floor n=12"]
-  assert metrics["rows"] == {"ot": "held-out"}
-  assert metrics["sizes"]["samples.ot+diffusion"] == [8, 3, 32]
+  assert metrics["default"] == "equivariant"
+  for row in metrics["samples"].values():
+    low, middle, high = row["floor"]["cov_rmse"]
+    assert 0 < low < middle < high
+  assert metrics["rows"] == {"equivariant": "held-out"}
+  assert metrics["sizes"]["samples.equivariant+diffusion"] == [8, 3, 32]
   assert metrics["calibration"]["true+diffusion"]["members"] == 3
   assert metrics["config_hash"] == "0123456789ab"
   # Members were made 0.1 of a field apart around the truth, also at the observed points.
@@ -167,7 +178,7 @@ def test_fields_of_the_plane(tmp_path):
   assert "paper’s" not in text
   assert "<h1>mine</h1>" in text
   assert (tmp_path / "gallery_true_diffusion.png").exists()
-  assert metrics["samples"]["ot+diffusion"]["n"] == 8
+  assert metrics["samples"]["equivariant+diffusion"]["n"] == 8
 
 
 def test_coarse_dots_sit_where_the_operator_looks():
@@ -187,8 +198,8 @@ def test_sinkhorn_record():
 
 
 def test_bad_evidence_writes_nothing(tmp_path):
-  bad = small().samples | {"ot+diffusion": np.full((8, 3, 32), np.nan)}
-  with pytest.raises(ValueError, match=r"samples 'ot\+diffusion' holds NaN"):
+  bad = small().samples | {"equivariant+diffusion": np.full((8, 3, 32), np.nan)}
+  with pytest.raises(ValueError, match=r"every member holds NaN"):
     report.write(tmp_path, small(samples=bad))
   assert not [*tmp_path.iterdir()]
   with pytest.raises(ValueError, match="came without coarse_reference"):

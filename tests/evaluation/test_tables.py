@@ -1,4 +1,4 @@
-"""Rows of metrics.json: the schema, floors, and the printed table."""
+"""Rows of metrics.json: the schema, intervals, floors, and the printed tables."""
 
 import json
 
@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from downscaling.common import operators, symmetry
-from downscaling.evaluation import distances, tables
+from downscaling.evaluation import bootstrap, distances, judge, tables, terminal
+from downscaling.evaluation.reference import Reference
+
+DRAWS = 40
 
 
 def waves(rng, s, n=32, scale=1.0):
@@ -16,25 +19,36 @@ def waves(rng, s, n=32, scale=1.0):
   return (scale * np.fft.irfft(modes * n / 2, n=n, axis=1)).astype(np.float32)
 
 
+def judging(reference, more, **of_grid):
+  """A judge of independent rows."""
+  origins = [bootstrap.single(len(x)) for x in (reference, more)]
+  return judge.Judge(Reference(reference), origins[0], more, origins[1], draws=DRAWS, **of_grid)
+
+
 @pytest.fixture(scope="module")
 def made():
   """metrics of a small KS-like experiment, with one row that has other sizes."""
   rng = np.random.default_rng(0)
   operator = operators.Strided.on((32,), 8)
-  reference, floor = waves(rng, 300), waves(rng, 200)
+  reference, more = waves(rng, 300), waves(rng, 200)
   y = waves(rng, 120, scale=0.6)[:, ::8]
-  coarse = {"lflr": y, "ot": y / 0.6, "ot in-sample": waves(rng, 60)[:, ::8]}
+  coarse = {"lflr": y, "gaussian": y / 0.6, "gaussian in-sample": waves(rng, 60)[:, ::8]}
   fine = waves(rng, 50)
-  samples = {"ot+diffusion": np.stack([fine, fine + 0.1 * waves(rng, 50)], 1), "unconditional": waves(rng, 80)[:, None]}
-  debias = tables.debias_rows(coarse, {}, reference[:, ::8], floor[:, ::8], symmetry.trivial(4))
-  rows = tables.sample_rows(samples, {"ot+diffusion": fine[:, ::8]}, reference, floor, operator)
-  return {"experiment": "ks-8x", "debias": debias, "samples": rows, "versions": {"jax": "0"}, "config_hash": "abc"}
+  drawn = np.stack([fine, fine + 0.1 * waves(rng, 50)], 1)
+  samples = {"gaussian+diffusion": drawn, "unconditional": waves(rng, 80)[:, None]}
+  of_coarse = judging(reference[:, ::8], more[:, ::8], group=symmetry.trivial(4))
+  debias = tables.debias_rows(coarse, {}, of_coarse)
+  conditions = {"gaussian+diffusion": fine[:, ::8]}
+  rows = tables.sample_rows(samples, conditions, judging(reference, more), operator)
+  about = {"experiment": "ks-8x", "versions": {"jax": "0"}, "config_hash": "abc", "default": "gaussian"}
+  return about | {"debias": debias, "samples": rows}
 
 
 def test_a_finished_file_follows_the_schema(made):
   tables.check_schema(json.loads(json.dumps(made)))
-  assert {*made["debias"]["ot"]} == {*tables.KEYS, *tables.DEBIAS_KEYS}
-  assert {*made["samples"]["floor"]} == {*tables.KEYS, *tables.SAMPLE_KEYS}
+  ranges = {*tables.RANGES}
+  assert {*made["debias"]["gaussian"]} == {*tables.KEYS, *tables.DEBIAS_KEYS} | ranges
+  assert {*made["samples"]["unconditional"]} == {*tables.KEYS, *tables.SAMPLE_KEYS} | ranges
 
 
 @pytest.mark.parametrize(
@@ -42,8 +56,9 @@ def test_a_finished_file_follows_the_schema(made):
   [
     (lambda m: m.pop("experiment"), "experiment is NoneType"),
     (lambda m: m.pop("config_hash"), "config_hash is missing"),
-    (lambda m: m["debias"]["ot"].pop("corr_input"), "debias.ot.corr_input is missing"),
-    (lambda m: m["samples"].pop("floor"), "samples has no floor"),
+    (lambda m: m["debias"]["gaussian"].pop("corr_input"), "debias.gaussian.corr_input is missing"),
+    (lambda m: m["samples"]["unconditional"].pop("floor"), "samples.unconditional.floor is missing"),
+    (lambda m: m["samples"]["unconditional"]["floor"].update(mmd=[3, 2, 1]), r"floor.mmd is \[3, 2, 1\]"),
     (lambda m: m["samples"]["unconditional"].update(mmd=float("nan")), "samples.unconditional.mmd is nan"),
     (lambda m: m["samples"]["unconditional"].update(wass1=None), "samples.unconditional.wass1 is None"),
     (lambda m: m["samples"]["unconditional"].update(extra=1), "extra is not in the schema"),
@@ -57,45 +72,64 @@ def test_a_broken_file_does_not(made, break_it, says):
 
 
 def test_every_row_has_the_floor_of_its_size(made):
-  debias, samples = made["debias"], made["samples"]
-  assert [*debias] == ["lflr", "ot", "ot in-sample", "floor", "floor n=60"]
-  assert [*samples] == ["ot+diffusion", "unconditional", "floor", "floor n=80"]
-  assert tables.floor_of(debias, "ot") is debias["floor"]
-  assert tables.floor_of(debias, "ot in-sample") is debias["floor n=60"]
-  assert tables.floor_of(samples, "floor") is None
-  assert debias["floor n=60"]["cov_rmse"] > debias["floor"]["cov_rmse"]  # fewer rows, a higher floor
+  debias = made["debias"]
+  assert debias["lflr"]["floor"] == debias["gaussian"]["floor"]
+  few, many = (debias[name]["floor"]["cov_rmse"][1] for name in ("gaussian in-sample", "gaussian"))
+  assert few > many  # fewer rows, a higher floor
+  assert [*tables.floors(made["samples"])] == [(50, 50), (80, 80)]
+
+
+def test_intervals_hold_their_values(made):
+  for table in (made["debias"], made["samples"]):
+    for row in table.values():
+      assert {"cov_rmse", "melr_weighted", "wass1", "mmd"} <= {*row["interval"]}
+      for key, (low, high) in row["interval"].items():
+        assert low <= row[key] <= high, key
 
 
 def test_rows_say_what_they_can(made):
-  ot, lflr = made["debias"]["ot"], made["debias"]["lflr"]
-  assert ot["corr_input"] == pytest.approx(1, abs=1e-5)
-  assert ot["displacement"] == pytest.approx(2 / 3, abs=1e-5)  # |y/.6 − y| / |y|
+  mapped, lflr = made["debias"]["gaussian"], made["debias"]["lflr"]
+  assert mapped["corr_input"] == pytest.approx(1, abs=1e-5)
+  assert mapped["displacement"] == pytest.approx(2 / 3, rel=0.02)  # |y/.6 − y| / |y − ȳ|, and ȳ is nearly 0
   assert lflr["displacement"] == 0
-  assert made["debias"]["ot in-sample"]["corr_input"] is None  # its own input was not handed in
-  assert made["debias"]["floor"]["corr_input"] is None
-  drawn, free = made["samples"]["ot+diffusion"], made["samples"]["unconditional"]
+  # The input was made .6 times as large; 120 rows of 4 points know a standard deviation to about .05.
+  assert lflr["amplitude"] == pytest.approx(0.6, abs=0.1)
+  assert mapped["amplitude"] == pytest.approx(1, abs=0.15)
+  assert made["debias"]["gaussian in-sample"]["corr_input"] is None  # its own input was not handed in
+  drawn, free = made["samples"]["gaussian+diffusion"], made["samples"]["unconditional"]
   assert drawn["constraint_rmse"] > 0
+  assert drawn["corr_condition"] == pytest.approx(1, abs=1e-6)  # member 0 has the very coarse values
   assert drawn["variability"] > 0
-  assert free["constraint_rmse"] is None
-  assert free["variability"] is None
+  assert free["constraint_rmse"] is free["corr_condition"] is free["variability"] is None
   assert (drawn["n"], free["n"]) == (50, 80)
+  assert drawn["failed"] == 0
 
 
-def test_a_right_map_reaches_the_floor_and_its_input_does_not(made):
+def test_a_right_map_is_inside_what_true_data_do_and_its_input_is_not(made):
   debias = made["debias"]
-  assert debias["floor"]["bispectrum"] is debias["floor"]["transfer"] is None  # four points, no quadratic term given
-  without = {"bispectrum", "transfer", "flatness", "gradient_flatness"}  # the last two do not see the input's scale
-  for key in (k for k in tables.COMPARED if k not in without):
-    assert debias["ot"][key] < 2 * debias["floor"][key], key  # 120 rows: floors scatter by half their size
-    assert debias["lflr"][key] > debias["ot"][key], key
+  assert debias["lflr"]["bispectrum"] is debias["lflr"]["transfer"] is None  # four points, no quadratic term
+  marked = [judge.inside(debias["gaussian"][k], debias["gaussian"]["floor"].get(k)) for k in tables.COMPARED]
+  known = [k for k in tables.COMPARED if k in debias["gaussian"]["floor"]]
+  # Each of about ten correlated columns misses a 95 % range one time in twenty; more than three are another law.
+  assert sum(marked) >= len(known) - 3
+  for key in ("cov_rmse", "melr_weighted", "kld_sum", "wass1", "mmd"):
+    assert not judge.inside(debias["lflr"][key], debias["lflr"]["floor"][key]), key
 
 
-def test_distribution_metrics_see_the_first_member():
+def test_distribution_metrics_see_the_first_whole_member():
   rng = np.random.default_rng(1)
   ensemble, reference = np.stack([waves(rng, 40), waves(rng, 40, scale=9)], 1), waves(rng, 90)
-  row = tables.sample_rows({"a": ensemble}, {}, reference, waves(rng, 40))["a"]
+  judged = judging(reference, waves(rng, 40))
+  row = tables.sample_rows({"a": ensemble}, {}, judged)["a"]
   assert row["cov_rmse"] == pytest.approx(distances.cov_rmse(ensemble[:, 0], reference))
   assert row["variability"] == pytest.approx(distances.variability(ensemble))
+  ensemble[3, 0] = np.nan  # it failed
+  ensemble[5] = np.nan
+  misfit = np.where(np.isnan(ensemble[..., 0]), np.inf, 1.0)
+  row = tables.sample_rows({"a": ensemble}, {}, judged, misfits={"a": misfit})["a"]
+  kept = np.concatenate([ensemble[:3, 0], ensemble[3:4, 1], ensemble[4:5, 0], ensemble[6:, 0]])
+  assert row["cov_rmse"] == pytest.approx(distances.cov_rmse(kept, reference))
+  assert (row["failed"], row["n"], row["misfit"]) == (3, 39, 1.0)
 
 
 def test_bad_rows_are_named():
@@ -103,35 +137,35 @@ def test_bad_rows_are_named():
   reference = waves(rng, 30)
   bad = waves(rng, 20)
   bad[3, 3] = np.nan
-  with pytest.raises(ValueError, match=r"row 'ot': .*holds NaN"):
-    tables.debias_rows({"ot": bad}, {}, reference, waves(rng, 20))
-  with pytest.raises(ValueError, match=r"samples 'raw\+diffusion' holds NaN"):
-    tables.sample_rows({"raw+diffusion": bad[:, None]}, {}, reference, waves(rng, 20))
+  judged = judging(reference, waves(rng, 20), group=symmetry.trivial(32))
+  with pytest.raises(ValueError, match=r"row 'gaussian': .*holds NaN"):
+    tables.debias_rows({"gaussian": bad}, {}, judged)
+  with pytest.raises(ValueError, match=r"raw\+diffusion: member 0 of condition 3 holds NaN .* at some points"):
+    tables.sample_rows({"raw+diffusion": bad[:, None]}, {}, judged)
   with pytest.raises(ValueError, match="the reference holds NaN"):
     tables.measure(reference, bad)
-  with pytest.raises(ValueError, match="floor set has 10 rows and a set of 20 is judged"):
-    tables.debias_rows({"ot": waves(rng, 20)}, {}, reference, waves(rng, 10))
+  with pytest.raises(ValueError, match="20 true fields, but 10 say where they come from"):
+    judge.Judge(Reference(reference), bootstrap.single(30), waves(rng, 20), bootstrap.single(10))
 
 
-def test_the_printed_table_fits_a_terminal(made):
-  text = tables.summary_table(made)
+def test_the_printed_tables_fit_a_terminal(made):
+  text = terminal.summary(made)
   lines = text.splitlines()
   assert max(map(len, lines)) <= 100
   row = lambda name: next(line for line in lines if line.startswith(name))
-  assert "paper, LFLR" in text
-  assert "0.343" in row("  paper, LFLR")
+  assert "0.343" in row("  the paper's LFLR")
+  assert "the paper's OT" not in text  # it is an entropic map, and there is none here
   assert "*" not in row("lflr")
-  head, ot = lines[0], row("ot ")
-  column = head.index("covRMSE") + len("covRMSE")
-  assert ot[:column].rstrip("*").split()[-1] == tables.shown(made["debias"]["ot"]["cov_rmse"])
-  other = tables.summary_table(made | {"experiment": "mine"})
-  assert "paper" not in other
+  assert row("gaussian (default)†").count("*") >= 3
+  assert "fewer than 200 fields" in text
+  assert "paper" not in terminal.summary(made | {"experiment": "mine"})
 
 
 def test_numbers_are_printed_short():
   values = {
     None: "–",
-    0: "0",
+    0.0: "0",
+    3: "3",
     0.0123: "0.012",
     1.5: "1.500",
     29.3: "29.3",
@@ -140,5 +174,10 @@ def test_numbers_are_printed_short():
     1234.5: "1.23e+03",
   }
   for value, text in values.items():
-    assert tables.shown(value) == text
+    assert terminal.shown(value) == text
     assert len(text) <= 8
+  assert terminal.with_interval(0.0731, [0.069, 0.0774]) == ".073±.004"
+  assert terminal.with_interval(1.247, [1.13, 1.37]) == "1.2±.1"
+  assert terminal.with_interval(17.2, [10, 24]) == "17±7"
+  assert terminal.with_interval(0.5, None) == "0.500"
+  assert terminal.between([0.042, 0.05, 0.0612]) == ".042–.061"
