@@ -3,12 +3,13 @@ r"""Kuramoto–Sivashinsky, 8× downscaling: biased coarse 24 points -> 192 poin
 Run:       python -m downscaling pipeline --config=configs/ks.py --workdir=runs/ks
 Full:      --config=configs/ks.py:full    docs/results/ks has its figures
 Smoke:     --config=configs/ks.py:smoke   every job in a minute or two; its scores mean nothing
+Stationary: --config=configs/ks.py:stationary   quick with a burn-in of 100, when the field's variance has settled
 Series:    --config=configs/ks.py:series  16× in time: every 16th point of 16 consecutive snapshots, 1 time unit apart
 """
 
 import ml_collections
 
-VARIANTS = ("quick", "full", "smoke", "series")
+VARIANTS = ("quick", "full", "smoke", "series", "stationary")
 
 
 def get_config(variant="quick"):
@@ -16,7 +17,7 @@ def get_config(variant="quick"):
     raise ValueError(f"configs/ks.py:{variant} is unknown; use one of {', '.join(':' + v for v in VARIANTS)}.")
 
   def pick(quick, full, smoke):
-    return {"quick": quick, "full": full, "smoke": smoke, "series": quick}[variant]
+    return {"full": full, "smoke": smoke}.get(variant, quick)
 
   c = ml_collections.ConfigDict()
   c.experiment = "ks-8x"
@@ -35,7 +36,9 @@ def get_config(variant="quick"):
   c.data = dict(
     name="ks",
     dir="",  # "" for WORKDIR/data
-    burn_in=25.0,  # KS time units before the first snapshot
+    # KS time units before the first snapshot. 25 is the paper's, when KS is still a transient: the variance is 1.23
+    # at 25, 1.55 at 37.5, 1.72 from about 75 on.
+    burn_in=100.0 if variant == "stationary" else 25.0,
     spacing=12.5,  # between snapshots
     snapshots=pick(2, 4, 4),  # a trajectory
     shard=pick(512, 1024, 64),  # trajectories a file

@@ -370,7 +370,7 @@ def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, 
   assert run("sample", **few).startswith("wrote")
   assert run("evaluate", **few).startswith("wrote")
   assert run("evaluate", **few).startswith("evaluate is done already")
-  store = workdir / "samples" / "ot+diffusion.zarr"
+  store = workdir / "samples" / "equivariant+diffusion.zarr"
   before = tree(store / "sample" / "c")
   more = few | {"sampling.conditions": 6, "sampling.members": 4}
   assert "run `downscaling sample` first" in attempt("evaluate", workdir, **more)
@@ -379,7 +379,7 @@ def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, 
   assert ensemble.read(store).sample.shape == (6, 4, 192)
   assert run("evaluate", **more).startswith("wrote")
   metrics = runs.read_json(workdir / "report" / "metrics.json")
-  assert metrics["samples"]["ot+diffusion"]["n"] == 6  # conditions
+  assert metrics["samples"]["equivariant+diffusion"]["n"] == 6  # conditions
   said = attempt("sample", workdir, **few)
   assert "holds 6 conditions, 4 were asked for: an ensemble grows, but nothing is taken from it" in said
   assert run("sample", **more).startswith("sample is done already")
@@ -417,7 +417,7 @@ def poisoned(finished, tmp_path_factory):
 
 @pytest.mark.parametrize(
   ("job", "which", "split"),
-  [("train", "hfhr", "train"), ("train", "hfhr", "validation"), ("debias", "lflr", "train"), ("debias", "lflr", "test"),
+  [("train", "hfhr", "train"), ("train", "hfhr", "calibration"), ("debias", "lflr", "train"), ("debias", "lflr", "test"),
    ("debias", "hfhr", "train")],
 )  # fmt: skip
 def test_nan_is_named_and_nothing_is_made_of_it(poisoned, attempt, tmp_path, job, which, split):

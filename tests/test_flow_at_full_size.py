@@ -10,7 +10,8 @@ import xarray
 # Everything that costs time and nothing that costs shape: the grids, the network and the solvers stay the config's own.
 TINY = {
   "data.burn_in": 0.2, "data.spacing": 0.1, "data.snapshots": 4, "data.shard": 2,
-  "data.hfhr.train": 4, "data.hfhr.validation": 2, "data.hfhr.test": 2, "data.lflr.train": 4, "data.lflr.test": 2,
+  "data.hfhr.train": 4, "data.hfhr.calibration": 2, "data.hfhr.test": 2, "data.hfhr.reference": 2, "data.hfhr.floor": 2,
+  "data.lflr.train": 4, "data.lflr.calibration": 2, "data.lflr.test": 2,
   "debias.points": 16, "debias.held_out": 8, "debias.epsilon": 0.01, "debias.threshold": 1e-2, "debias.recipe": "GQG",
   "train.batch": 2, "train.total_steps": 2, "train.augment": True, "optimizer.warmup_steps": 1,
   "watch.fields": 1, "watch.steps": 1, "plan.log_every": 1, "plan.eval_every": 2, "plan.save_every": 2,
@@ -28,9 +29,11 @@ def test_the_whole_path_at_256_squared(command, tmp_path, variant, coarse):
   assert done.returncode == 0, done.stderr
   metrics = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
   rows = metrics["samples"]
-  assert {"ot+diffusion", "raw+diffusion", "true+diffusion", "floor"} <= set(rows)
+  assert {"equivariant+diffusion", "raw+diffusion", "true+diffusion"} <= set(rows)
   # Two steps teach nothing, but the constraint holds by the gain, which is float32: rounding of values up to 20.
-  assert all(rows[name]["constraint_rmse"] < 1e-4 for name in ("ot+diffusion", "raw+diffusion", "true+diffusion"))
-  stored = xarray.open_zarr(tmp_path / "run" / "samples" / "ot+diffusion.zarr")
+  assert all(
+    rows[name]["constraint_rmse"] < 1e-4 for name in ("equivariant+diffusion", "raw+diffusion", "true+diffusion")
+  )
+  stored = xarray.open_zarr(tmp_path / "run" / "samples" / "equivariant+diffusion.zarr")
   assert stored["sample"].shape == (2, 2, 256, 256)
   assert stored["y_coarse"].shape == (coarse,)

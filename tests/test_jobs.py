@@ -21,7 +21,7 @@ from downscaling.datasets import builders, statistics
 from downscaling.diffusion import errors, training
 from downscaling.evaluation import tables
 
-SETS = ("ot+diffusion", "raw+diffusion", "true+diffusion", "unconditional")
+SETS = ("equivariant+diffusion", "raw+diffusion", "true+diffusion", "unconditional")
 
 
 def state(folder):
@@ -59,7 +59,7 @@ def test_every_stage_left_its_files(finished):
   cost = runs.read_json(workdir / "report" / "metrics.json")["cost"]
   # 4 snapshots of each trajectory of both worlds; 3 sets of 16 conditions × 2 members and 16 without a condition
   counts = {stage: row["count"] for stage, row in cost.items()}
-  assert counts == {"data": (128 + 64 + 64 + 128 + 64) * 4, "train": 20, "samples": 3 * 16 * 2 + 16}
+  assert counts == {"data": (128 + 64 + 64 + 32 + 32 + 128 + 32 + 64) * 4, "train": 20, "samples": 3 * 16 * 2 + 16}
   assert all(row["seconds"] > 0 and row["devices"][0].startswith("4 × cpu on ") for row in cost.values())
   assert 0 < cost["train"]["median"] < cost["train"]["seconds"]
   assert list((workdir / "train").glob("events.out.tfevents.*"))
@@ -73,8 +73,10 @@ def test_it_says_what_it_did_and_prints_the_table(finished):
   assert f"downscaling pipeline: report: {workdir / 'report' / 'report.html'}" in done.stderr
   assert "Traceback" not in done.stderr
   rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
-  assert {"lflr", "ot", "floor", *SETS, "ot+cubic"} <= {row[0] for row in rows}
-  assert "paper, OT" in done.stdout
+  names = {row[0].rstrip("†") for row in rows}
+  assert {"lflr", "equivariant", "entropic", "gaussian", *SETS, "equivariant+cubic"} <= names
+  assert "the paper's OT" in done.stdout
+  assert done.stdout.count("true data, n=64") == 2  # of both tables of coarse columns that have a floor
   assert done.stdout.count("covRMSE") == 2  # one table of coarse fields, one of samples, each once
 
 
@@ -82,13 +84,16 @@ def test_metrics_follow_the_schema_and_the_samples_keep_their_constraint(finishe
   metrics = json.loads((finished[0] / "report" / "metrics.json").read_text())
   tables.check_schema(metrics)
   assert metrics["experiment"] == "ks-8x"
-  assert {"lflr", "ot", "entropic", "ot in-sample", "entropic in-sample", "floor"} <= {*metrics["debias"]}
-  assert metrics["maps"] == {"ot": "equivariant", "entropic": "entropic", "gaussian": "gaussian"}
-  assert {*SETS, "ot+cubic", "floor"} <= {*metrics["samples"]}
+  maps = ("equivariant", "entropic", "gaussian")
+  assert {"lflr", *maps, *(f"{name} in-sample" for name in maps)} == {*metrics["debias"]}
+  assert metrics["default"] == "equivariant"
+  assert {*SETS, "equivariant+cubic"} == {*metrics["samples"]}
+  # 64 rows of as many trajectories of the test split, one snapshot each
+  assert (metrics["debias"]["lflr"]["n"], metrics["debias"]["lflr"]["blocks"]) == (64, 64)
   for name in SETS[:3]:  # float32 fields of order one, 24 values a condition; a missing projection gives about 1
     assert metrics["samples"][name]["constraint_rmse"] < 1e-5
   # Twenty steps teach the prior nothing, but debiasing has all it needs: 256 rows a side bring the spectrum nearer.
-  assert metrics["debias"]["ot"]["melr_weighted"] < metrics["debias"]["lflr"]["melr_weighted"]
+  assert metrics["debias"]["equivariant"]["melr_weighted"] < metrics["debias"]["lflr"]["melr_weighted"]
 
 
 def test_samples_open_in_xarray_as_cf(finished):
@@ -142,22 +147,22 @@ def test_one_set_alone_and_others_later(finished, command, execute, tmp_path):
   work = tmp_path / "run"
   for stage in ("data", "debias", "train"):
     shutil.copytree(finished[0] / stage, work / stage)
-  done = execute(command("pipeline", work, **{"sampling.sets": "('ot+diffusion',)"}))
+  done = execute(command("pipeline", work, **{"sampling.sets": "('default+diffusion',)"}))
   assert done.returncode == 0, done.stderr
-  assert {p.name for p in (work / "samples").glob("*.zarr")} == {"ot+diffusion.zarr"}
+  assert {p.name for p in (work / "samples").glob("*.zarr")} == {"equivariant+diffusion.zarr"}
   metrics = runs.read_json(work / "report" / "metrics.json")
-  assert {*metrics["samples"]} == {"ot+diffusion", "ot+cubic", "floor"}
-  alone = state(work / "samples" / "ot+diffusion.zarr")
+  assert {*metrics["samples"]} == {"equivariant+diffusion", "equivariant+cubic"}
+  alone = state(work / "samples" / "equivariant+diffusion.zarr")
   done = execute(command("pipeline", work))
   assert done.returncode == 0, done.stderr
-  assert state(work / "samples" / "ot+diffusion.zarr") == alone
+  assert state(work / "samples" / "equivariant+diffusion.zarr") == alone
   stores = (state(w / "samples" / "raw+diffusion.zarr") for w in (work, finished[0]))
   ours, theirs = ({k: sha for k, (_, sha) in store.items() if "/c/" in k} for store in stores)  # chunks, no attributes
   assert ours == theirs != {}
   assert {*SETS} < {*runs.read_json(work / "report" / "metrics.json")["samples"]}
   done = execute(command("sample", work, **{"sampling.sets": "('ot',)"}))
   assert done.returncode == 1
-  assert "config.sampling.sets='ot' is unknown; use one of ['ot+diffusion'" in done.stderr
+  assert "config.sampling.sets='ot' is unknown; use one of ['entropic+diffusion'" in done.stderr
 
 
 def test_a_prior_without_its_error_table_gets_it_and_is_not_trained_again(finished, command, execute, tmp_path):
@@ -304,7 +309,7 @@ def test_sigterm_while_generating(finished, command, execute, tmp_path):
   goes_on(argv, execute)
   assert all(p.stat().st_mtime_ns == then for p, then in first.items()), "finished shards were made again"
   for which, points in (("hfhr", 192), ("lflr", 24)):
-    for split in ("train", "validation", "test") if which == "hfhr" else ("train", "test"):
+    for split in builders.SPLITS if which == "hfhr" else builders.SPLITS[:3]:
       one, two = (builders.load(builders.make("ks", which, w / "data", (points,)), split) for w in (workdir, tmp_path))
       same_tree(one, two)
   one, two = (statistics.load(w / "data" / "statistics.npz") for w in (workdir, tmp_path))

@@ -3,12 +3,15 @@
 import importlib.util
 import pathlib
 import re
+import runpy
 
+import numpy as np
 import pytest
 
 from downscaling import build, jobs, plans, stages
 from downscaling.common import mesh as meshes
 from downscaling.common import supervision
+from downscaling.datasets import builders
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -26,7 +29,7 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
   text = plans.describe("pipeline", _context(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
   assert "4 × cpu" in text
-  assert "1024 fields (192, 1) float32 in 4 shards" in text  # (128 + 64 + 64) × 4 snapshots, 64 trajectories a shard
+  assert "1280 fields (192, 1) float32 in 6 shards" in text  # (128 + 64 + 64 + 32 + 32) × 4 snapshots
   assert "256 × 256 points in 24 dimensions" in text
   assert "20 steps of batch 16 (4 a device, in 1 part(s)) = 320 samples" in text
   assert "112 fields (192,)" in text  # 3 sets × 16 conditions × 2 members + 16
@@ -45,7 +48,7 @@ def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
 @pytest.mark.parametrize(
   ("name", "variant"),
   [
-    *(("ks", v) for v in ("quick", "full", "smoke", "series")),
+    *(("ks", v) for v in ("quick", "full", "smoke", "series", "stationary")),
     *(("kolmogorov", v) for v in ("8x", "16x", "cpu", "smoke")),
   ],
 )
@@ -63,11 +66,27 @@ def test_every_variant_builds(tmp_path, name, variant):
   rows = {which: {k: n * c.data.snapshots for k, n in c.data[which].items()} for which in ("hfhr", "lflr")}
   assert min(rows["hfhr"]["train"], rows["lflr"]["train"]) >= c.debias.points
   assert rows["lflr"]["test"] >= c.debias.held_out >= c.sampling.conditions
-  assert rows["hfhr"]["test"] >= c.evaluate.reference
-  judged = max(c.debias.held_out, c.sampling.unconditional.fields)
-  assert rows["hfhr"]["validation"] >= judged  # a floor as large as every set
+  assert rows["hfhr"]["test"] >= c.sampling.conditions
+  assert rows["hfhr"]["reference"] == c.evaluate.reference  # whole trajectories
   for stage in stages.IDENTITY:
     assert "dir" not in stages.identity(c, stage).get("data", {})
+
+
+@pytest.mark.parametrize("name", ["ks", "kolmogorov"])
+def test_no_trajectory_has_two_uses(tmp_path, name):
+  """What is tuned on a split is never reported on it: ids of all splits are apart, in every variant."""
+  module = runpy.run_path(str(CONFIGS / f"{name}.py"))
+  for variant in module["VARIANTS"]:
+    ctx = _context(tmp_path, variant, name)
+    for which, splits in (("hfhr", builders.SPLITS), ("lflr", builders.SPLITS[:3])):
+      assert {*ctx.config.data[which]} == {*splits}
+      plan = build.generation(ctx.config, tmp_path, which, meshes.rows(ctx.mesh))
+      ids = {split: [] for split in splits}
+      for split, _, trajectories, _ in plan.shards():
+        ids[split].append(trajectories)
+      whole = np.concatenate([np.concatenate(found) for found in ids.values()])
+      assert len(np.unique(whole)) == len(whole) == sum(ctx.config.data[which].values())
+      assert whole.max() < 2**31  # ids are folded into keys as 32-bit words
 
 
 def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_path):

@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Trajectories of 6 frames, series of all 6 by windows of 4 that have 2 in common.
 TINY = {
   "grid.frames": 4, "sampling.series.overlap": 2, "data.snapshots": 6,
-  "data.shard": 8, "data.hfhr.train": 16, "data.hfhr.validation": 8, "data.hfhr.test": 8,
+  "data.shard": 8, "data.hfhr.train": 16, "data.hfhr.calibration": 8, "data.hfhr.test": 8, "data.hfhr.reference": 8,
+  "data.hfhr.floor": 8, "data.lflr.calibration": 8,
   "data.lflr.train": 16, "data.lflr.test": 8, "debias.maps": ("gaussian",), "debias.map": "gaussian",
   "debias.points": 64, "debias.held_out": 40, "model.channels": (8, 8), "model.strides": (4, 4), "model.embedding": 8,
   "train.batch": 16, "train.total_steps": 4, "optimizer.warmup_steps": 1, "plan.log_every": 2, "plan.eval_every": 4,
@@ -106,9 +107,9 @@ def _hash(c, stage):
     ({"sampling.series.frames": 5}, r"--config.sampling.series.frames=4 or 6\."),
     ({"sampling.series.frames": 3}, r"--config.sampling.series.frames=4 or more"),
     ({"sampling.series.overlap": 4}, r"need 0 to 3.*--config.sampling.series.overlap=3"),
-    ({"sampling.conditions": 9}, r"asks for 54 hfhr validation frames in series of 6: 48.*hfhr.validation=9"),
+    ({"sampling.conditions": 9}, r"asks for 54 hfhr test frames in series of 6: 48.*hfhr.test=9"),
     ({"sampling.conditions": 7}, r"held_out=40 fields.*conditions=6 or fewer, or --config.debias.held_out=42"),
-    ({"sampling.unconditional.fields": 9}, r"sampling.unconditional.fields asks for 54 hfhr validation frames"),
+    ({"evaluate.reference": 49}, r"evaluate.reference asks for 49 hfhr reference snapshots"),
     ({"train.batch": 52, "grid.frames": 6, "data.hfhr.train": 11}, r"has 11 windows of 6 frames"),
   ],
 )
@@ -165,7 +166,7 @@ def run(tmp_path_factory):
 @pytest.mark.slow
 def test_the_pipeline_end_to_end(run):
   """Stores with an axis of time, conditions that are stretches in order of time, a report that knows both."""
-  for name, source in build.SOURCES.items():
+  for name, source in build.sources(run.config).items():
     with xarray.open_zarr(run.folder("samples") / f"{name}.zarr") as data:
       assert data["sample"].dims == ("condition", "member", "time", "x")
       assert data["sample"].shape == ((4, 2, 6, 192) if source else (1, 4, 6, 192))
@@ -184,9 +185,9 @@ def test_the_pipeline_end_to_end(run):
   stored = ensemble.read(run.folder("samples") / "true+diffusion.zarr")["condition_field"]
   np.testing.assert_array_equal(stored, true[:, :, ::16, 0])
   metrics = json.loads((run.folder("report") / "metrics.json").read_text())
-  assert {"ot+diffusion", "ot+diffusion, members exchanged", "floor"} <= {*metrics["series"]}
+  assert {"gaussian+diffusion", "gaussian+diffusion, members exchanged", "floor"} <= {*metrics["series"]}
   assert metrics["series"]["floor"]["increment"] == pytest.approx(1, abs=0.5)  # 8 series of chaos
-  assert metrics["sizes"]["samples.ot+diffusion"] == [24, 2, 192]  # frames are rows
+  assert metrics["sizes"]["samples.gaussian+diffusion"] == [24, 2, 192]  # frames are rows
   assert (run.folder("report") / "hovmoeller_true_diffusion.png").exists()
 
 

@@ -177,11 +177,12 @@ def balanced(trajectories: int, snapshots: int, count: int) -> np.ndarray:
   taken = np.zeros((trajectories, snapshots), bool)
   for turn in range(whole):
     taken[np.arange(trajectories), (np.arange(trajectories) + turn) % snapshots] = True
-  times = taken.sum(axis=0)
-  for trajectory in np.arange(rest) * trajectories // max(rest, 1):
-    free = np.where(taken[trajectory], count, times)  # no time is taken as often as `count`
-    rarest = int(np.argmin(free))
-    taken[trajectory, rarest] = True
+  times, unused = taken.sum(axis=0), np.ones(trajectories, bool)
+  for wanted in np.arange(rest) * trajectories / max(rest, 1):
+    rarest = int(np.argmin(times))
+    free = np.flatnonzero(unused & ~taken[:, rarest])
+    nearest = free[np.argmin(np.abs(free - wanted))]
+    taken[nearest, rarest], unused[nearest] = True, False
     times[rarest] += 1
   return np.flatnonzero(taken)
 

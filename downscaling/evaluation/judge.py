@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from downscaling.common import symmetry
-from downscaling.evaluation import bootstrap, replicates
+from downscaling.evaluation import bootstrap, classifier, replicates
 from downscaling.evaluation.reference import Reference
 
 LEVELS = (0.025, 0.5, 0.975)
+CLASSIFIED = 100  # rows from which a classifier is trained
 Quantiles = dict[str, list[float]]
 
 
@@ -74,6 +75,27 @@ class Judge:
         found[key] = [float(values[key] * edge / middle) for edge in (low, high)]
     return found
 
+  def auc(self, x: np.ndarray, rows: bootstrap.Rows) -> tuple[float, list[float], list[float]] | None:
+    """(AUC, its interval, its floor as in `floor`) of a classifier that tells x from as many reference rows.
+
+    None for fewer than CLASSIFIED rows, which teach no network anything.
+    """
+    if len(x) < CLASSIFIED or min(rows.blocks, self.reference_rows.blocks) < classifier.LEAST:
+      return None
+    count = min(len(x), len(self.reference.fields))
+    some = _spread(len(self.reference.fields), count)
+    other = self.reference_rows.block[some] - 1 - self.reference_rows.block.max()  # numbers of their own
+    found = classifier.auc(x, rows.block, self.reference.fields[some], other, seed=self.seed)
+    return found.auc, list(found.interval), self._auc_floor(rows, count)
+
+  def _auc_floor(self, rows: bootstrap.Rows, count: int) -> list[float]:
+    key = ("auc", *rows.structure)
+    if key not in self._floors:
+      fields, origin = self._pool
+      found = classifier.floor(fields, origin.block, (len(rows), count), seed=self.seed)
+      self._floors[key] = [found.interval[0], found.auc, found.interval[1]]
+    return self._floors[key]
+
   def _metrics(self, x, weights) -> dict[str, np.ndarray]:
     return replicates.metrics(x, weights, self.reference, moves=self.moves, group=self.group, quadratic=self.quadratic)
 
@@ -91,6 +113,12 @@ class Judge:
       band = np.quantile(replicates.energies(fields, weights), LEVELS, axis=0)
       self._floors[rows.structure] = (quantiles, band)
     return self._floors[rows.structure]
+
+
+def _spread(have: int, count: int) -> np.ndarray:
+  """`count` of `have` row numbers, ascending and evenly spread over trajectories and times (golden section)."""
+  order = np.argsort(np.arange(have) * 0.6180339887 % 1)
+  return np.sort(order[:count])
 
 
 def inside(value: float | None, floor: list[float] | None) -> bool:

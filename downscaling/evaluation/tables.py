@@ -233,7 +233,11 @@ def _judged(name: str, x, judge: Judge, origin: bootstrap.Rows, **of_set) -> dic
     row = measure(x, judge.reference, rows=origin, **of_set)
   except ValueError as error:
     raise ValueError(f"row {name!r}: {error}") from None
-  return row | {"interval": judge.interval(x, origin, row), "floor": judge.floor(origin)}
+  row |= {"interval": judge.interval(x, origin, row), "floor": dict(judge.floor(origin))}
+  told = None if name.endswith("in-sample") else judge.auc(x, origin)
+  if told is not None:
+    row["auc"], row["interval"]["auc"], row["floor"]["auc"] = told
+  return row
 
 
 def floors(table: Mapping[str, dict]) -> dict[tuple[int, int], dict]:

@@ -120,8 +120,8 @@ def test_too_few_samples_are_refused(tmp_path):
   builder = _made(tmp_path)
   with pytest.raises(ValueError, match="has 30 train snapshots, 31 are needed"):
     builders.load(builder, "train", 31)
-  with pytest.raises(ValueError, match="has 0 validation snapshots"):
-    builders.source(builder, "validation")
+  with pytest.raises(ValueError, match="has 0 calibration snapshots"):
+    builders.source(builder, "calibration")
   source = builders.source(builder, "test")
   with pytest.raises(ValueError, match="12 training snapshots, a batch of 16"):
     pipeline.Batches(source, None, 16, seed=0)
@@ -203,3 +203,21 @@ def test_any_beginning_of_the_rows_is_spread_out():
   assert sorted(order) == [*range(24)]
   assert sorted(order[:6] // 4) == [*range(6)]
   assert {*(order[:6] % 4)} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("trajectories", "snapshots"), [(12, 4), (7, 3), (10, 1), (30, 2)])
+def test_rows_are_balanced_over_trajectories_and_times(trajectories, snapshots):
+  """A field's law may change with time, and neighbours of a trajectory are alike: no count may alias with either."""
+  for count in range(1, trajectories * snapshots + 1):
+    rows = builders.balanced(trajectories, snapshots, count)
+    assert len(np.unique(rows)) == len(rows) == count
+    for place, kinds in ((rows // snapshots, trajectories), (rows % snapshots, snapshots)):
+      often = np.bincount(place, minlength=kinds)
+      assert often.max() - often.min() <= 1, count
+  with pytest.raises(ValueError, match=f"1 to {trajectories * snapshots} can be had"):
+    builders.balanced(trajectories, snapshots, trajectories * snapshots + 1)
+
+
+def test_a_source_says_how_many_rows_a_trajectory_has(tmp_path):
+  builder = _made(tmp_path)
+  assert builders._rows_a_trajectory(builders.source(builder, "train")) == 3

@@ -1,0 +1,118 @@
+r"""What a star means: how often independent true sets lie inside the floors of a report.
+
+  python benchmarks/star.py --workdir=runs/ks-full --config=configs/ks.py:full [--sets=12] [--out=DIR]
+
+WORKDIR holds a finished `generate` of that config. Each set has the size and the trajectories of the row that it stands
+for: the held-out coarse fields, and the samples of true conditions. It is simulated anew, from trajectories that
+nothing else uses, and judged by the same reference and floor as the report's rows. 95 % are expected inside. Sets share
+the reference, so a reference that is by chance far from the law moves all of them alike.
+"""
+
+import argparse
+import os
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+
+from downscaling import build, context
+from downscaling.common import mesh as meshes
+from downscaling.common import runs, supervision
+from downscaling.evaluation import bootstrap, judge, replicates
+from downscaling.evaluation.reference import Reference
+
+FIRST = 2_000_000_000  # ids beyond those of every split
+
+
+def simulated(config, count: int, first: int, mesh) -> np.ndarray:
+  """[count, snapshots, *space] of trajectories that no split has."""
+  mine = build.simulating(config, "hfhr", mesh)
+  with jax.enable_x64(True):
+    plan = build.generation(config, pathlib.Path("unused"), "hfhr", meshes.rows(mine))
+    ids = np.arange(first, first + -(-count // mine.size) * mine.size)
+    fields = plan.rollout(jax.device_put(ids, meshes.rows(mine)))
+  return np.asarray(fields, np.float32)[:count, ..., 0]
+
+
+def like(config, source: str) -> bootstrap.Rows:
+  """The structure of the coarse rows, or of the samples of true conditions."""
+  if source == "coarse":
+    numbers = context.held_out_numbers(config, "lflr", "test", config.debias.held_out)
+  else:
+    numbers = context.condition_numbers(config, build.TRUE)
+  return context.origin(config, numbers.reshape(-1))
+
+
+def judged_by(ctx, level: str) -> judge.Judge:
+  """The judge of the report's coarse rows or of its samples."""
+  c, op = ctx.config, build.operator(ctx.config)
+  count = c.evaluate.reference
+  fields, origins = {}, {}
+  for split in ("reference", "floor"):
+    most = min(count, len(context.row_numbers(c, "hfhr", split)))
+    fields[split] = context.held_out_rows(ctx, "hfhr", split, most)
+    origins[split] = context.origin(c, context.held_out_numbers(c, "hfhr", split, most))
+  if level == "coarse":
+    fields = {split: np.asarray(op.apply(x)) for split, x in fields.items()}
+    of_grid = {"moves": build.coarse_moves(c), "group": build.group(c), "quadratic": context.quadratic_of(c)}
+  else:
+    of_grid = {"moves": build.moves(c)}
+  fields = {split: x[..., 0] for split, x in fields.items()}
+  return judge.Judge(
+    Reference(fields["reference"]), origins["reference"], fields["floor"], origins["floor"],
+    draws=c.evaluate.draws, seed=c.seed, **of_grid,
+  )  # fmt: skip
+
+
+def count_stars(ctx, level: str, sets: int) -> tuple[bootstrap.Rows, dict[str, int], dict[str, list[float]]]:
+  """(structure, {metric: how many of `sets` lie inside}, {metric: floor})."""
+  c, op = ctx.config, build.operator(ctx.config)
+  judged, rows = judged_by(ctx, level), like(ctx.config, level)
+  floor = judged.floor(rows)
+  inside = dict.fromkeys(floor, 0)
+  number = np.unique(rows.block, return_inverse=True)[1]
+  snapshot = np.round((rows.time - c.data.burn_in) / c.data.spacing).astype(int)
+  with runs.Progress(f"star {level}", sets, "sets") as bar:
+    for turn in range(sets):
+      x = simulated(c, rows.blocks, FIRST + turn * 1_000_000, ctx.mesh)[number, snapshot]
+      if level == "coarse":
+        x = np.asarray(op.apply(x[..., None]))[..., 0]
+      even = np.ones((1, len(x)), np.float32)
+      found = replicates.metrics(
+        x, even, judged.reference, moves=judged.moves, group=judged.group, quadratic=judged.quadratic
+      )
+      for key, (value,) in found.items():
+        inside[key] += judge.inside(float(value), floor[key])
+      bar.advance(1)
+  return rows, inside, floor
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", type=pathlib.Path, required=True)
+  parser.add_argument("--config", default="configs/ks.py:full")
+  parser.add_argument("--sets", type=int, default=12)
+  parser.add_argument("--out", type=pathlib.Path)
+  args = parser.parse_args()
+  path, _, variant = args.config.partition(":")
+  config = runpy.run_path(path)["get_config"](*([variant] if variant else []))
+  ctx = context.Context(config, args.workdir.absolute(), meshes.make(), supervision.Stop(), "")
+  lines = [f"{args.sets} independent true sets, how many lie inside the floor (95 % expected)"]
+  for level in ("coarse", "fine"):
+    rows, inside, floor = count_stars(ctx, level, args.sets)
+    lines.append(f"{level}: {len(rows)} fields of {rows.blocks} trajectories")
+    for key, count in inside.items():
+      low, middle, high = floor[key]
+      lines.append(f"  {key:<20}{count:>3} of {args.sets}   floor {low:.4g} … {middle:.4g} … {high:.4g}")
+  text = "\n".join(lines)
+  print(text)
+  if args.out:
+    args.out.mkdir(parents=True, exist_ok=True)
+    temporary = args.out / f".star.{os.getpid()}.tmp"
+    temporary.write_text(text + "\n", "utf-8")
+    os.replace(temporary, args.out / "star.txt")
+
+
+if __name__ == "__main__":
+  main()
