@@ -417,9 +417,14 @@ def poisoned(finished, tmp_path_factory):
 
 @pytest.mark.parametrize(
   ("job", "which", "split"),
-  [("train", "hfhr", "train"), ("train", "hfhr", "calibration"), ("debias", "lflr", "train"), ("debias", "lflr", "test"),
-   ("debias", "hfhr", "train")],
-)  # fmt: skip
+  [
+    ("train", "hfhr", "train"),
+    ("train", "hfhr", "calibration"),
+    ("debias", "lflr", "train"),
+    ("debias", "lflr", "test"),
+    ("debias", "hfhr", "train"),
+  ],
+)
 def test_nan_is_named_and_nothing_is_made_of_it(poisoned, attempt, tmp_path, job, which, split):
   folder = poisoned(which, split)
   before = tree(folder)
