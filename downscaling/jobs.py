@@ -233,6 +233,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     effective_targets={
       name: facts["effective_targets"] for name, facts in diagnostics["maps"].items() if "effective_targets" in facts
     },
+    health=diagnostics.get("health", []),
     coarse_reference=coarsen(fine),
     coarse_floor=coarsen(floor),
     group=build.group(c),

@@ -50,6 +50,7 @@ class Evidence:
     guesses: {row of truth: [K, *fine]}, an interpolation of its conditions, which a forecast should beat.
     operator: C′.
     series: of samples in time, or None; above, their frames are rows, and K counts frames.
+    health: findings of the debias job, {"level", "check", "map", "value", "limit", "message"} each.
     history: the solver's checks, {"iteration": [...], "epsilon": [...], "error": [...]} (debias/diagnostics.json).
     mean_cost: of the solve, to print ε relative to it; threshold: marginal error at which it calls itself converged.
     loss: (steps, values).
@@ -82,6 +83,7 @@ class Evidence:
   fine_floor: np.ndarray | None = None
   operator: Operator | None = None
   series: Series | None = None
+  health: list[dict] = dataclasses.field(default_factory=list)
   history: dict[str, list] | None = None
   mean_cost: float | None = None
   threshold: float | None = None

@@ -250,6 +250,7 @@ def fits(e: Evidence) -> Section:
     if e.effective_targets:
       caption += " Right: over how many targets an entropic map averages; at 1 it looks up the nearest."
     panels.append(Panel("moved", draw, "Displacement by quantile", caption))
+  text += _health(e)
   if record := e.convergence():
     unit = "of mean cost" if e.mean_cost else "absolute"
     steps, epsilon, error = (values[-1] for values in record)
@@ -266,6 +267,18 @@ def fits(e: Evidence) -> Section:
   else:
     text += page.job("train", "No record of the training loss:")
   return Section("fits", "Debiasing maps, Sinkhorn convergence, training loss", "", text, panels)
+
+
+def _health(e: Evidence) -> str:
+  """What the debias job found of its rows and maps: warnings in words, the rest as a count."""
+  if not e.health:
+    return ""
+  told = [found for found in e.health if found["level"] != "ok"]
+  pairs = [(f"{found['level']}, {label(found['map'] or 'all maps')}", found["message"]) for found in told]
+  fine = len(e.health) - len(told)
+  note = f"{fine} of {len(e.health)} checks of rows and maps found nothing; all of them stand in diagnostics.json."
+  body = page.facts(pairs) if pairs else ""
+  return f"<h3>Health of the maps</h3>{body}<p class='note'>{note}</p>"
 
 
 def truth(e: Evidence) -> Section:
