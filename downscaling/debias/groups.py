@@ -22,7 +22,11 @@ AUTO, FULL, TRIVIAL = "auto", "full", "trivial"
 FALSE_ALARM = 1e-3
 UNITS = 512  # independent units at most; more trajectories are merged, as no quantile changes beyond
 RUNS = 64  # units of rows that come without ids: so many runs of consecutive rows
-ROUNDING = 1e-6  # standard errors below it, of statistics without unit, are rounding: some equations keep a mean
+SOME = 4096  # rows that say where the middle of a law lies
+REACH = 3.0  # standard deviations beyond which a value counts as if it were there
+ROUNDING = 1e-6  # standard errors below it are rounding: some equations keep a mean
+TINY = 1e-20  # variance of a point that does not vary, in units of the field's
+SMALLEST = 1e-300  # probability that is told from 0
 STATISTICS = ("mean", "standard deviation", "skewness", "slope")
 SIGNED = np.array([True, False, True, False])  # which of them a change of sign turns round
 
@@ -84,13 +88,39 @@ def check_name(name: str, group: symmetry.Group, space: tuple[int, ...]) -> None
 
 
 class Profile(NamedTuple):
-  """Statistics by point of one cloud and their noise. values: [4, n]; parts: of each unit, [U, 4, n], sum 0.
+  """Statistics by point of one cloud and their noise.
 
-  values + Σ parts of a resampled set of units is what other units would have given, to first order.
+  values: the STATISTICS, in units of `Scale.unit`, [4, n]. without: the same less one unit of rows each, [U, 4, n].
   """
 
   values: np.ndarray
-  parts: np.ndarray
+  without: np.ndarray
+
+
+class Scale(NamedTuple):
+  """What both clouds are measured by. centre, reach: by point, [*space]; values beyond centre ± reach count as there.
+
+  Skewness of heavy tails hangs on single rows: without a reach the test raises false alarms. unit: [].
+  """
+
+  centre: np.ndarray
+  reach: np.ndarray
+  unit: float
+
+  @classmethod
+  def of(cls, one: np.ndarray, other: np.ndarray) -> "Scale":
+    """Of two clouds [S, *space]: from quantiles, as a standard deviation hangs on outliers."""
+    (a, s), (b, t) = (_middle_and_width(rows) for rows in (one, other))
+    wide = np.maximum(s, t)
+    unit = float(np.sqrt((wide**2).mean()))
+    return cls((a + b) / 2, REACH * wide + np.abs(a - b) / 2, unit or 1.0)
+
+
+def _middle_and_width(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Median, and the standard deviation of a normal law with the same central 90 %, by point."""
+  some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME)).astype(int)]
+  low, middle, high = np.quantile(np.asarray(some, np.float64), [0.05, 0.5, 0.95], axis=0)
+  return middle, (high - low) / (2 * scipy.stats.norm.isf(0.05))
 
 
 def units(count: int, ids: np.ndarray | None) -> np.ndarray:
@@ -102,46 +132,32 @@ def units(count: int, ids: np.ndarray | None) -> np.ndarray:
   return found * min(UNITS, number) // number
 
 
-def profile(rows: np.ndarray, ids: np.ndarray | None = None) -> Profile:
+def profile(rows: np.ndarray, scale: Scale, ids: np.ndarray | None = None) -> Profile:
   """Of rows [S, *space]; ids: trajectory of each row, [S], or None.
 
   Mean, log standard deviation, skewness, and half the log of the mean square slope (central differences, all axes).
   """
   unit = units(len(rows), ids)
-  count = len(rows)
-  mean = sum(block.sum(axis=0) for _, block in blocks(rows)) / count
-  powers = [sum(part) / count for part in zip(*(_powers(block, mean) for _, block in blocks(rows)), strict=True)]
-  second, third, slope = powers
-  tiny = np.finfo(float).tiny
-  std = np.sqrt(np.maximum(second, tiny))
-  skew = third / std**3
-  parts = np.zeros((int(unit.max()) + 1, 4, mean.size))
+  number = int(unit.max()) + 1
+  sums = np.zeros((number, 4, *rows.shape[1:]))
   for place, block in blocks(rows):
-    square, cube, gradient = (value for value in _each(block, mean))
-    z = (block - mean) / std
-    influence = np.stack(
-      [
-        block - mean,
-        (square / std**2 - 1) / 2,
-        cube / std**3 - skew - 3 * z - 1.5 * skew * (z**2 - 1),
-        (gradient / np.maximum(slope, tiny) - 1) / 2,
-      ],
-      axis=1,
-    )
-    np.add.at(parts, unit[place], influence.reshape(len(block), 4, -1) / count)
-  values = np.stack([mean, np.log(std), skew, np.log(np.maximum(slope, tiny)) / 2])
-  return Profile(values.reshape(4, -1), parts)
+    v = np.clip(block - scale.centre, -scale.reach, scale.reach) / scale.unit
+    slopes = [np.roll(v, -1, axis) - np.roll(v, 1, axis) for axis in range(1, v.ndim)]
+    squares = sum(slope**2 for slope in slopes)
+    np.add.at(sums, unit[place], np.stack([v, v**2, v**3, squares], axis=1))
+  sums = sums.reshape(number, 4, -1)
+  count = np.bincount(unit)[:, None, None]
+  total = sums.sum(axis=0)
+  without = _statistics((total - sums) / np.maximum(len(rows) - count, 1))
+  return Profile(_statistics(total / len(rows)), without)
 
 
-def _each(block: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Squares, cubes and squared slopes of every value, like block."""
-  gone = block - mean
-  slopes = [np.roll(gone, -1, axis) - np.roll(gone, 1, axis) for axis in range(1, block.ndim)]
-  return gone**2, gone**3, sum(slope**2 for slope in slopes)
-
-
-def _powers(block, mean):
-  return tuple(value.sum(axis=0) for value in _each(block, mean))
+def _statistics(means: np.ndarray) -> np.ndarray:
+  """STATISTICS [..., 4, n] of the means of v, v², v³ and squared slopes, [..., 4, n]."""
+  mean, square, cube, slope = np.moveaxis(means, -2, 0)
+  variance = np.maximum(square - mean**2, TINY)
+  third = cube - 3 * mean * square + 2 * mean**3
+  return np.stack([mean, np.log(variance) / 2, third / variance**1.5, np.log(np.maximum(slope, TINY)) / 2], axis=-2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,40 +191,30 @@ def test(raw: Profile, true: Profile, group: symmetry.Group, name: str = "", alp
   """
   pool = moments.Pool.of(group)
   gap = _with_average(_broken(raw.values - true.values, pool))
-  scale = np.ones((4, 1))
-  scale[0] = np.exp(true.values[1]).mean()
-  variance, weights = (scale * ROUNDING) ** 2, 0.0
+  variance, weights = np.full(gap.shape, ROUNDING**2), 0.0
   for cloud in (raw, true):
-    freedom = max(len(cloud.parts) - 1, 1)
-    part = (_with_average(_broken(cloud.parts, pool)) ** 2).sum(axis=0) * (freedom + 1) / freedom
+    freedom = max(len(cloud.without) - 1, 1)
+    apart = _with_average(_broken(cloud.without - cloud.without.mean(axis=0), pool))
+    part = (apart**2).sum(axis=0) * freedom / (freedom + 1)  # the jackknife's
     variance = variance + part
     weights = weights + part**2 / freedom
-  alive = np.append(_varies(raw) & _varies(true), True)
   freedom = variance**2 / np.maximum(weights, np.finfo(float).tiny)
+  alive = np.append(_varies(raw) & _varies(true), True)
   errors = np.where(alive, np.abs(gap) / np.sqrt(variance), 0.0)
-  tail = scipy.stats.t.logsf(errors, freedom)
-  deviate = _deviate(tail)
+  tail = scipy.stats.t.sf(errors, freedom)
+  deviate = np.where(tail > SMALLEST, scipy.stats.norm.isf(tail), errors)
   place = np.unravel_index(np.argmax(deviate), deviate.shape)
-  size = gap[place] / scale[place[0], 0]
   limit = float(scipy.stats.norm.isf(alpha / (2 * gap.size)))
   point = int(place[1]) if place[1] < len(pool.orbit) else None
-  return Verdict(name, len(group), float(deviate[place]), limit, STATISTICS[place[0]], point, float(size))
+  return Verdict(name, len(group), float(deviate[place]), limit, STATISTICS[place[0]], point, float(gap[place]))
 
 
 test.__test__ = False  # pytest takes names that begin so for tests of its own
 
 
-def _deviate(log_tail: np.ndarray) -> np.ndarray:
-  """The normal deviate with a tail of that logarithm; far out by −log p ≈ ½ z² + log z + ½ log 2π."""
-  far = np.sqrt(np.maximum(-2 * log_tail - np.log(2 * np.pi), 1.0))
-  far = np.sqrt(np.maximum(far**2 - 2 * np.log(far), 1.0))
-  near = scipy.stats.norm.isf(np.exp(np.maximum(log_tail, -100.0)))
-  return np.where(log_tail > -100, near, far)
-
-
 def _varies(cloud: Profile) -> np.ndarray:
   """Which points vary, [n]."""
-  return cloud.values[1] > np.log(np.finfo(float).tiny) / 2 + 1
+  return cloud.values[1] > np.log(2 * TINY) / 2
 
 
 def _with_average(values: np.ndarray) -> np.ndarray:
@@ -239,7 +245,8 @@ def largest(
 
   raw, true: [S, *space], [R, *space]; ids: the trajectories of their rows, or None each.
   """
-  clouds = [profile(rows, own) for rows, own in zip((raw, true), ids, strict=True)]
+  scale = Scale.of(raw, true)
+  clouds = [profile(rows, scale, own) for rows, own in zip((raw, true), ids, strict=True)]
   verdicts: list[Verdict] = []
   for name, part in subgroups(group, raw.shape[1:]).items():
     verdicts.append(test(*clouds, part, name))

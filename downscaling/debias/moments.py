@@ -6,6 +6,7 @@ group leaves alone has the group average of its moments, and pools the points of
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -110,6 +111,11 @@ class Moments(NamedTuple):
     mean = (group.sign[:, None] * mean[group.index]).mean(axis=0).reshape(frame.space)
     z = frame.split(mean[None])
     return mean, frame.average(self.square / self.count) - z @ z.conj().transpose(0, 2, 1)
+
+
+def total(parts: list[Moments]) -> Moments:
+  """Of all parts together; one at least."""
+  return functools.reduce(added, parts)
 
 
 def root(a: np.ndarray, *, inverse: bool = False, cut: float = CUT) -> np.ndarray:

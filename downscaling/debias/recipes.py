@@ -5,8 +5,10 @@ the one-point law, A the energy transfer, S what random filters see, M spectra, 
 once. docs/method.md has what each gives.
 """
 
+import copy
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import tempfile
@@ -18,12 +20,13 @@ import numpy as np
 import scipy.special
 
 from downscaling.common import randomness, runs, symmetry
-from downscaling.debias import matching, moments
+from downscaling.debias import matching, moments, shrinkage
 from downscaling.debias.equivariant import EquivariantMap, Gaussian, Quantiles, Step, Transfer, blocks
 from downscaling.debias.transport import check_finite
 
 LEVELS, TAIL = 257, 8  # entries of a quantile table; pooled values beyond its last
 SAMPLE = 2**18  # values of the rows that give the direction of an A
+MAKERS = {"G": ("gaussian",), "Q": ("quantiles",), "A": ("transfer", "gaussian"), "S": ("sliced",), "M": ("matching",)}
 GRAM = 2**14  # rows that give the direction of an M
 
 
@@ -34,6 +37,7 @@ def fit(
   group: symmetry.Group,
   recipe: str | tuple[str | tuple[str, int], ...] = "G",
   quadratic: str | None = None,
+  towards: str | None = None,
   seed: int = 0,
   damping: float = 1.0,
   scratch: str | os.PathLike | None = None,
@@ -51,6 +55,8 @@ def fit(
     group: symmetry of the grid; symmetry.trivial(n) if there is none.
     recipe: letters of the steps in order, "GQG", or with counts, ("G", ("A", 12), ("S", 60)). An A is followed by a G.
     quadratic: the equation's name in moments.QUADRATIC, for A; without it an M leaves the transfer alone.
+    towards: "stationary", for periodic grids, or "tapered": what covariances are drawn towards as far as rows outside
+      the estimate say (shrinkage.py), if the group has fewer elements than the grid points. None: they are not.
     seed: of the filters: that of the j-th S is drawn from fold_in(key(seed, "filters"), j).
     damping: share of a Newton step that an A takes, in (0, 1].
     scratch: a folder, or None.
@@ -65,14 +71,12 @@ def fit(
   source, target = _cloud(source, "source"), _cloud(target, "target")
   if source.shape[1:] != target.shape[1:]:
     raise ValueError(f"source rows are {source.shape[1:]}, target rows {target.shape[1:]}: bring both to one grid.")
-  fitting = _Fit(source, target, group, quadratic, seed, damping, scratch, together)
+  fitting = Fitting(source, target, group, quadratic, towards, seed, damping, scratch, together)
   steps = []
   for done, letter in enumerate(order):
     if stop():
       raise runs.Interrupted(f"debias stopped after {done} of {len(order)} steps of the recipe, to be begun anew.")
-    for make in (fitting.transfer, fitting.gaussian) if letter == "A" else (fitting.makers[letter],):
-      steps.append(make())
-      fitting.advance(steps[-1])
+    steps += fitting.take(letter)
     progress(1)
   return EquivariantMap(tuple(steps), (*source.shape[1:], 1))
 
@@ -113,15 +117,27 @@ def _cloud(rows: np.ndarray, name: str) -> np.ndarray:
   return rows
 
 
-class _Fit:
+class Fitting:
   """What the makers of steps share: `current` are the source rows as the steps so far left them."""
 
-  def __init__(self, source, target, group, quadratic, seed, damping, scratch, together):
-    self.together = together
+  def __init__(
+    self,
+    source: np.ndarray,
+    target: np.ndarray,
+    group: symmetry.Group,
+    quadratic: str | None = None,
+    towards: str | None = None,
+    seed: int = 0,
+    damping: float = 1.0,
+    scratch: str | os.PathLike | None = None,
+    together: Callable[[Any], list] = lambda tree: [tree],
+    gram: int = GRAM,
+  ):
+    """source, target: [S, *space], [R, *space]; gram: rows that give the direction of an M; the rest as in `fit`."""
+    self.together, self.towards, self.gram = together, towards, gram
     self.target, self.group, self.space = target, group, source.shape[1:]
     self.quadratic, self.damping, self.key, self.slices = quadratic, damping, randomness.key(seed, "filters"), 0
     self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
-    self.makers = {"G": self.gaussian, "Q": self.quantiles, "A": self.transfer, "S": self.sliced, "M": self.matching}
     if scratch is None:
       self.current = np.array(source, np.float64)
     else:
@@ -129,25 +145,41 @@ class _Fit:
         self.current = np.memmap(file, np.float64, "w+", shape=source.shape)
       for place, block in blocks(source):
         self.current[place] = block
-    self.known, self.kinds, self.kept = {}, None, None
+    self.known, self.kinds, self.kept, self.goal = {}, None, None, None
+    self.shrunk: list[dict] = []  # what `gaussian` did to its covariances
+
+  def copy(self) -> "Fitting":
+    """Another that goes on from here on rows of its own."""
+    other = copy.copy(self)
+    other.current = np.array(self.current)
+    other.known, other.shrunk = dict(self.known), list(self.shrunk)
+    return other
+
+  def take(self, letter: str) -> list[Step]:
+    """Fits the steps of one letter and moves the rows by them."""
+    steps = []
+    for make in MAKERS[letter]:
+      steps.append(getattr(self, make)())
+      self.advance(steps[-1])
+    return steps
 
   def advance(self, step: Step) -> None:
     for place, block in blocks(self.current):
       self.current[place] = step(block)
 
-  def sums(self, which: str, of: Callable, join: Callable = lambda a, b: a + b):
+  def sums(self, which: str, of: Callable, join: Callable = lambda a, b: a + b, rows: slice = slice(None)):
     """Σ over blocks, and processes, of `of(block)` for "current" or "target"."""
     total = None
-    for _, block in blocks(getattr(self, which)):
+    for _, block in blocks(getattr(self, which)[rows]):
       part = of(block)
       total = part if total is None else join(total, part)
     return functools.reduce(join, self.together(total))
 
   def once(self, of: Callable):
     """The same for the target, kept: it does not change."""
-    if of not in self.known:
-      self.known[of] = self.sums("target", of)
-    return self.known[of]
+    if of.__name__ not in self.known:
+      self.known[of.__name__] = self.sums("target", of)
+    return self.known[of.__name__]
 
   def _moments(self, block):
     return moments.Moments.of(block, self.frame)
@@ -159,10 +191,26 @@ class _Fit:
     return matching.Sums.of(block - self.centre, self.quadratic)
 
   def gaussian(self) -> Gaussian:
-    (a, cov), (b, goal) = (
-      m.averaged(self.group, self.frame) for m in (self.sums("current", self._moments), self.once(self._moments))
-    )
+    (a, cov), (b, goal) = (self._gaussian_law(which) for which in ("current", "target"))
     return Gaussian(a, b, self.frame.average(moments.optimal(cov, goal)))
+
+  def _gaussian_law(self, which: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and covariance of a cloud, shrunk if the group does not do enough against its noise."""
+    many = self.frame.blocks > 1 or len(self.group) >= math.prod(self.space)
+    if self.towards is None or many:
+      sums = self.once(self._moments) if which == "target" else self.sums(which, self._moments)
+      return sums.averaged(self.group, self.frame)
+    if which == "target" and self.goal is not None:
+      return self.goal
+    fewest = min(int(n) for n in self.together(np.int64(len(getattr(self, which)))))
+    folds = min(shrinkage.FOLDS, fewest)
+    edges = np.linspace(0, len(getattr(self, which)), folds + 1).astype(int)
+    parts = [self.sums(which, self._moments, rows=slice(*pair)) for pair in itertools.pairwise(edges)]
+    found = shrinkage.shrink(parts, self.group, self.frame, self.towards)
+    self.shrunk.append({"cloud": which, "weight": found.weight, "towards": found.structure})
+    if which == "target":
+      self.goal = (found.mean, found.covariance)
+    return found.mean, found.covariance
 
   def transfer(self) -> Transfer:
     now, goal = self.sums("current", self._transfer), self.once(self._transfer)
@@ -178,7 +226,7 @@ class _Fit:
       self.kept = matching.invariant(self.group, self.space, self.quadratic)
     self.centre = mean
     now, goal = self.sums("current", self._matching), self.once(self._matching)
-    products = self.mean(GRAM, lambda rows: matching.gram(rows - mean, self.quadratic, self.kept))
+    products = self.mean(self.gram, lambda rows: matching.gram(rows - mean, self.quadratic, self.kept))
     step = matching.Matching(matching.solve(now, goal, products, self.kept), mean, math.inf, self.quadratic)
     most = self.sums("current", lambda block: step.shares(block).max(), max)
     return dataclasses.replace(step, most=float(most))
