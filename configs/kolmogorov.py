@@ -72,6 +72,11 @@ def get_config(variant="cpu"):
     # Of equivariant, letter by letter: see downscaling/debias/equivariant.py. An M is limited to small moves: several
     # are needed, and each disturbs the covariance a little, which the G after it mends.
     recipe=pick("GMQGMMGMG", "GMQGMMGMG", "GQG"),
+    select=True,  # of the recipe, take only steps that improve rows outside the fit (downscaling/debias/selection.py)
+    # Symmetries that maps keep: auto, the largest group that the bias respects by a test, or full, trivial, or another
+    # name in downscaling/debias/groups.py.
+    group="auto",
+    outlier=100.0,  # robust standard deviations of a value beyond which rows are refused
     minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source
     held_out=pick(4096, 2048, 16),  # LFLR test snapshots that are debiased
   )

@@ -67,6 +67,11 @@ def get_config(variant="quick"):
     path="auto",  # dense | fused | ring | pallas: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints
     recipe="GMQM",  # of equivariant, letter by letter: see downscaling/debias/equivariant.py
+    select=True,  # of the recipe, take only steps that improve rows outside the fit (downscaling/debias/selection.py)
+    # Symmetries that maps keep: auto, the largest group that the bias respects by a test, or full, trivial, or another
+    # name in downscaling/debias/groups.py.
+    group="auto",
+    outlier=100.0,  # robust standard deviations of a value beyond which rows are refused
     minibatch=dict(batch=pick(256, 256, 32), passes=3.0),  # of minibatch: rows a step, passes over the source
     held_out=pick(4096, 4096, 64),  # LFLR test snapshots that are debiased, in this order
   )

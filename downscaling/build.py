@@ -14,7 +14,7 @@ from downscaling import door, series, stages
 from downscaling.common import checkpoints, operators, randomness, runs, symmetry
 from downscaling.common import mesh as meshes
 from downscaling.datasets import builders, generate, statistics
-from downscaling.debias import maps, moments
+from downscaling.debias import groups, maps, moments
 from downscaling.diffusion import denoiser, errors, schedules, steps, training, unet
 from downscaling.diffusion import state as states
 from downscaling.equations import kolmogorov, ks, rollouts
@@ -99,8 +99,14 @@ def quadratic(config) -> str | None:
 def debias_setting(config, **of_job) -> maps.Setting:
   """What the fits of config.debias share. of_job: mesh, stop, agree."""
   c = config.debias
+  whole = group(config)
+  periodic = len(groups.subgroups(whole, operator(config).coarse).get("shifts", whole)) > 1
   return maps.Setting(
-    group=group(config),
+    group=whole,
+    subgroup=c.group,
+    towards="stationary" if periodic else "tapered",
+    select=c.select,
+    outlier=c.outlier,
     quadratic=quadratic(config),
     sinkhorn={key: c[key] for key in SINKHORN},
     minibatch=dict(c.minibatch),
@@ -109,6 +115,17 @@ def debias_setting(config, **of_job) -> maps.Setting:
     config_hash=runs.config_hash(stages.identity(config, "debias")),
     **of_job,
   )
+
+
+def in_sample_rows(config) -> np.ndarray:
+  """Which rows of the fit are mapped for in_sample.zarr: as many as are held out, balanced over trajectories and times.
+
+  A fit of some rows alone may lack a few of the balanced ones.
+  """
+  trajectories, snapshots = config.data.lflr.train, config.data.snapshots
+  fitted = builders.balanced(trajectories, snapshots, config.debias.points)
+  some = builders.balanced(trajectories, snapshots, min(config.debias.held_out, config.debias.points))
+  return np.flatnonzero(np.isin(fitted, some))
 
 
 # ---------------------------------------------------------------- prior
@@ -425,7 +442,7 @@ def _check_blocks(config) -> None:
       f"config.fine.wave={waves[0]} and config.coarse.wave={waves[1]}: the maps between the two worlds keep the "
       "symmetries that both have, so they must be forced alike. Set both to the same wave."
     )
-  door.debiasing(config, debias_setting(config))
+  door.debiasing(config, debias_setting(config), op.coarse)
   optimizer(config)
   ema_decays(config)
   training_plan(config)

@@ -126,11 +126,15 @@ def debias_job(ctx: Context) -> str:
   def against_truth(rows, mapped):
     return tables.measure(mapped[..., 0], reference, group=group, source=rows[..., 0], quadratic=quadratic_of(c))
 
+  biased, fine = (
+    builders.load(build.dataset(c, ctx.workdir, which), "train", c.debias.points) for which in ("lflr", "hfhr")
+  )
+  tuned = min(c.debias.held_out, c.data.lflr.calibration * c.data.snapshots)
   with stage.timed():
     report = debias_room.debias(
       stage.path,
-      load_rows(ctx, "lflr", "train", c.debias.points),
-      np.asarray(op.apply(load_rows(ctx, "hfhr", "train", c.debias.points))),
+      biased["u"],
+      np.asarray(op.apply(fine["u"])),
       held_out_rows(ctx, "lflr", "test", c.debias.held_out),
       space=op.coarse,
       maps=tuple(c.debias.maps),
@@ -139,6 +143,9 @@ def debias_job(ctx: Context) -> str:
         c, mesh=ctx.mesh, stop=ctx.stop, agree=functools.partial(processes.gather, "debias")
       ),
       evaluators={"metrics": against_truth},
+      trajectories=(biased["trajectory"], fine["trajectory"]),
+      in_sample=build.in_sample_rows(c),
+      calibration=held_out_rows(ctx, "lflr", "calibration", tuned),
     )
   stage.finish(converged={name: facts["converged"] for name, facts in report["maps"].items() if "converged" in facts})
   return f"wrote {stage.path}; next: downscaling sample"

@@ -43,7 +43,10 @@ def identity(config, stage: str) -> dict[str, Any]:
   if stage == "train":  # nor does it see C′: one prior serves every factor and operator
     blocks["grid"] = {k: v for k, v in blocks["grid"].items() if k not in ("factor", "operator")}
   if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
-    blocks["debias"] = {k: v for k, v in blocks["debias"].items() if k not in ("path", "save_seconds")}
+    unseen = ("path", "save_seconds", "outlier")
+    before = {"group": "full", "select": False}  # what was done before there were these keys
+    seen = {k: v for k, v in blocks["debias"].items() if k not in unseen}
+    blocks["debias"] = {k: v for k, v in seen.items() if before.get(k, "") != v}
   return series.settled(blocks, config, stage)
 
 

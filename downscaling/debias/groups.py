@@ -23,7 +23,7 @@ FALSE_ALARM = 1e-3
 UNITS = 512  # independent units at most; more trajectories are merged, as no quantile changes beyond
 RUNS = 64  # units of rows that come without ids: so many runs of consecutive rows
 SOME = 4096  # rows that say where the middle of a law lies
-REACH = 3.0  # standard deviations beyond which a value counts as if it were there
+REACH = 2.0  # standard deviations beyond which a value counts as if it were there
 ROUNDING = 1e-6  # standard errors below it are rounding: some equations keep a mean
 TINY = 1e-20  # variance of a point that does not vary, in units of the field's
 SMALLEST = 1e-300  # probability that is told from 0
@@ -110,14 +110,14 @@ class Scale(NamedTuple):
   @classmethod
   def of(cls, one: np.ndarray, other: np.ndarray) -> "Scale":
     """Of two clouds [S, *space]: from quantiles, as a standard deviation hangs on outliers."""
-    (a, s), (b, t) = (_middle_and_width(rows) for rows in (one, other))
+    (a, s), (b, t) = (middle_and_width(rows) for rows in (one, other))
     wide = np.maximum(s, t)
     unit = float(np.sqrt((wide**2).mean()))
     return cls((a + b) / 2, REACH * wide + np.abs(a - b) / 2, unit or 1.0)
 
 
-def _middle_and_width(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Median, and the standard deviation of a normal law with the same central 90 %, by point."""
+def middle_and_width(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Median, and standard deviation of a normal law with the same central 90 %, by point of rows [S, ...]."""
   some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME)).astype(int)]
   low, middle, high = np.quantile(np.asarray(some, np.float64), [0.05, 0.5, 0.95], axis=0)
   return middle, (high - low) / (2 * scipy.stats.norm.isf(0.05))
@@ -164,9 +164,9 @@ def _statistics(means: np.ndarray) -> np.ndarray:
 class Verdict:
   """What the test says of one group.
 
-  name, elements: of the group. worst: largest |difference from the group's average| in standard errors; limit: what
-  sampling allows. statistic, point: where, None for all points together; size: the difference there (of means in standard deviations, of the
-  standard deviation and of slopes a share). passes: worst ≤ limit.
+  name, elements: of the group. worst: largest difference from the group's average, in standard errors. limit: what
+  sampling allows. statistic, point: where it is; point None: in the mean over all points. size: the difference there,
+  of means in units of the field's standard deviation, of standard deviations and slopes as a share.
   """
 
   name: str
@@ -182,7 +182,7 @@ class Verdict:
     return self.worst <= self.limit
 
 
-def test(raw: Profile, true: Profile, group: symmetry.Group, name: str = "", alpha: float = FALSE_ALARM) -> Verdict:
+def judged(raw: Profile, true: Profile, group: symmetry.Group, name: str = "", alpha: float = FALSE_ALARM) -> Verdict:
   """Does the bias, raw less true, respect the group?
 
   Differences less their averages over the group, of each point and of all points together, are compared with Student
@@ -207,9 +207,6 @@ def test(raw: Profile, true: Profile, group: symmetry.Group, name: str = "", alp
   limit = float(scipy.stats.norm.isf(alpha / (2 * gap.size)))
   point = int(place[1]) if place[1] < len(pool.orbit) else None
   return Verdict(name, len(group), float(deviate[place]), limit, STATISTICS[place[0]], point, float(gap[place]))
-
-
-test.__test__ = False  # pytest takes names that begin so for tests of its own
 
 
 def _varies(cloud: Profile) -> np.ndarray:
@@ -249,7 +246,7 @@ def largest(
   clouds = [profile(rows, scale, own) for rows, own in zip((raw, true), ids, strict=True)]
   verdicts: list[Verdict] = []
   for name, part in subgroups(group, raw.shape[1:]).items():
-    verdicts.append(test(*clouds, part, name))
+    verdicts.append(judged(*clouds, part, name))
     if verdicts[-1].passes:
       break
   return verdicts

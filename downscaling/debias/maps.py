@@ -23,7 +23,7 @@ import numpy as np
 from downscaling.common import checkpoints as checkpoints_lib
 from downscaling.common import mesh as meshes
 from downscaling.common import runs, symmetry
-from downscaling.debias import equivariant, minibatch, recipes, sinkhorn, storage, transport
+from downscaling.debias import equivariant, groups, minibatch, recipes, selection, sinkhorn, storage, transport
 
 SPARE = 8  # one row of so many is kept out of a fit that needs rows of its own
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -71,12 +71,19 @@ def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
 class Setting:
   """What all fits of a job share.
 
-  group: of the equation on the coarse grid. quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn:
+  group: of the equation on the coarse grid; for `fit`, the one that maps are to commute with. quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn:
   keywords of sinkhorn.fit. minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash:
-  of the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints. alone: is this the only process?
+  of the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints.
+  subgroup: "auto", or the name of the subgroup that maps use (groups.py). towards: what noisy covariances are drawn
+  towards, see recipes.fit. folds: are the recipe's steps tried out of fold (selection.py)? outlier: robust standard
+  deviations of a value beyond which rows are refused.
   """
 
   group: symmetry.Group
+  subgroup: str = groups.AUTO
+  towards: str | None = None
+  select: bool = True
+  outlier: float = 100.0
   quadratic: str | None = None
   sinkhorn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   minibatch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -187,19 +194,24 @@ def _minibatch(folder, source, target, setting: Setting):
 
 def _recipe(folder, source, target, setting: Setting, recipe: str | tuple):
   count, mine = jax.process_count(), jax.process_index()
+  notes: list[dict] = []
   with runs.Progress(folder.name, len(recipes.letters(recipe, setting.quadratic)), "steps") as bar:
     made = recipes.fit(
       source[mine::count],
       target[mine::count],
-      group=setting.group,
       recipe=recipe,
-      quadratic=setting.quadratic,
-      seed=setting.seed,
-      stop=setting.stop,
       together=meshes.each_process,
       progress=bar.advance,
+      notes=notes,
+      stop=setting.stop,
+      **_shared(setting),
     )
-  return made, {"recipe": recipe, "steps": [step.kind for step in made.steps]}
+  return made, {"recipe": recipe, "steps": [step.kind for step in made.steps], "shrinkage": notes}
+
+
+def _shared(setting: Setting) -> dict[str, Any]:
+  """What a fit by recipe and the trial of its steps have in common."""
+  return {"group": setting.group, "quadratic": setting.quadratic, "towards": setting.towards, "seed": setting.seed}
 
 
 def _gaussian(folder, source, target, setting: Setting):
@@ -207,7 +219,20 @@ def _gaussian(folder, source, target, setting: Setting):
 
 
 def _equivariant(folder, source, target, setting: Setting):
-  return _recipe(folder, source, target, setting, setting.recipe)
+  """The steps of the recipe that rows outside the fit ask for."""
+  order = recipes.letters(setting.recipe, setting.quadratic)
+  if not setting.select:
+    return _recipe(folder, source, target, setting, setting.recipe)
+  with runs.Progress(f"{folder.name}: trials", len(order), "steps") as bar:
+    clouds = (recipes.cloud(source, "source"), recipes.cloud(target, "target"))
+    choice = selection.select(*clouds, order, stop=setting.stop, progress=bar.advance, **_shared(setting))
+  kept = setting.agree(choice.letters)[0]  # all processes have all rows; the last bit of a sum may differ
+  if kept:
+    made, facts = _recipe(folder, source, target, setting, kept)
+  else:
+    made, facts = equivariant.EquivariantMap((), source.shape[1:]), {"steps": [], "shrinkage": []}
+  trials = {"letters": kept, "dropped": choice.dropped, "trials": list(choice.trials)}
+  return made, facts | {"recipe": setting.recipe} | trials
 
 
 FITS = {

@@ -41,6 +41,7 @@ def fit(
   seed: int = 0,
   damping: float = 1.0,
   scratch: str | os.PathLike | None = None,
+  notes: list[dict] | None = None,
   stop: Callable[[], bool] = lambda: False,
   together: Callable[[Any], list] = lambda tree: [tree],
   progress: Callable[[int], None] = lambda steps: None,
@@ -60,6 +61,7 @@ def fit(
     seed: of the filters: that of the j-th S is drawn from fold_in(key(seed, "filters"), j).
     damping: share of a Newton step that an A takes, in (0, 1].
     scratch: a folder, or None.
+    notes: a list; what each G did to its covariances is appended to it.
     stop: asked between steps. progress: called with 1 after each.
     together: tree of arrays -> those of all processes, in their order (mesh.each_process), if each has rows of its own;
       all end with the same map.
@@ -68,7 +70,7 @@ def fit(
     runs.Interrupted: `stop` said so; a fit is begun anew.
   """
   order = letters(recipe, quadratic, damping)
-  source, target = _cloud(source, "source"), _cloud(target, "target")
+  source, target = cloud(source, "source"), cloud(target, "target")
   if source.shape[1:] != target.shape[1:]:
     raise ValueError(f"source rows are {source.shape[1:]}, target rows {target.shape[1:]}: bring both to one grid.")
   fitting = Fitting(source, target, group, quadratic, towards, seed, damping, scratch, together)
@@ -78,6 +80,8 @@ def fit(
       raise runs.Interrupted(f"debias stopped after {done} of {len(order)} steps of the recipe, to be begun anew.")
     steps += fitting.take(letter)
     progress(1)
+  if notes is not None:
+    notes += fitting.shrunk
   return EquivariantMap(tuple(steps), (*source.shape[1:], 1))
 
 
@@ -104,7 +108,8 @@ def letters(recipe, quadratic: str | None, damping: float = 1.0) -> str:
   return found
 
 
-def _cloud(rows: np.ndarray, name: str) -> np.ndarray:
+def cloud(rows: np.ndarray, name: str) -> np.ndarray:
+  """Rows without their channel axis, [S, *space]. Raises ValueError for what cannot be fitted."""
   if np.ndim(rows) < 3 or np.shape(rows)[-1] != 1 or len(rows) < 2:
     raise ValueError(
       f"the {name} rows are {np.shape(rows)}: need [S, *space, 1], 2 rows or more, one channel. Fit a map for each "
