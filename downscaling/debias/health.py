@@ -20,7 +20,7 @@ POOLED, PINNED = (0.8, 1.25), 0.2  # amplitude ratio of all points together; of 
 LOST = 0.5  # of the amplitude, or of the variance by averaging: a map that loses more carries little information
 SHRUNK = 0.1  # of the variance may be lost by averaging over targets
 LOOK_UP = 1.05  # effective targets below it: each row is replaced by its nearest target
-SPREAD_OUT = 0.05  # of all targets in one row's average
+SPREAD_OUT = 0.1  # of all targets in one row's average
 SHOWN = 8  # places named in a message
 
 
@@ -98,8 +98,8 @@ def _constant(name: str, rows: np.ndarray) -> Finding:
   if not len(still):
     return finding(f"constant points in {name}", 0, 0)
   say = (
-    f"{len(still)} of {rows.shape[1]} points are the same in all {name} rows ({_places(still)}): a map cannot give them "
-    "a spread, and they enter every average over symmetries. Leave those points out, or look at how they were made."
+    f"{len(still)} of {rows.shape[1]} points have one value in all {name} rows (points {_places(still)}): no map can "
+    "give them a spread, and they enter every average over symmetries. Leave those points out, or mend them."
   )
   return finding(f"constant points in {name}", len(still), 0, say)
 
@@ -110,8 +110,8 @@ def of_size(rows: int, points: int, elements: int) -> Finding:
   if value >= ROWS_PER_POINT:
     return finding("rows for each point", value, ROWS_PER_POINT)
   say = (
-    f"{rows} rows with {elements} images each for {points} points: fewer than {ROWS_PER_POINT:g} a point, so covariances "
-    "are noisy and what is shown in-sample flatters. Raise config.debias.points, simulate more, or coarsen more."
+    f"{rows} rows with {elements} images each for {points} points: fewer than {ROWS_PER_POINT:g} a point, so "
+    "covariances are noisy and in-sample rows flatter. Raise config.debias.points, simulate more, or coarsen more."
   )
   return finding("rows for each point", value, ROWS_PER_POINT, say)
 
@@ -128,14 +128,10 @@ def of_group(verdicts: Sequence[groups.Verdict], used: str) -> list[Finding]:
         f"{each.statistic} {where} is {each.size:+.2g} from what the group allows, {each.worst:.1f} standard errors "
         f"where sampling allows {each.limit:.1f}"
       )
-      end = (
-        f"maps are fitted with the group {used!r}. --config.debias.group={each.name} keeps the symmetry all the same."
-      )
+      end = f"maps are fitted with the group {used!r}; --config.debias.group={each.name} would keep the symmetry."
       if used == each.name:
-        end = (
-          "but config.debias.group says to keep it: maps cannot mend what it forbids. Set --config.debias.group=auto."
-        )
-      say = f"{begin}; {end}"
+        end = "config.debias.group keeps it all the same, and maps cannot mend that: set --config.debias.group=auto."
+      say = f"{begin}: {end}"
     found.append(finding(f"symmetry of the bias: {each.name}", each.worst, each.limit, say))
   return found
 
@@ -212,8 +208,8 @@ def _shrinkage(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) ->
     )
   elif lost > SHRUNK:
     say = (
-      f"map {name} has lost {lost:.0%} of the variance by averaging over targets: lower config.debias.epsilon, or use "
-      "the map 'rescaled' or 'equivariant'."
+      f"map {name} has lost {lost:.0%} of the variance by averaging over targets: lower "
+      "config.debias.epsilon, or use the map 'equivariant'."
     )
   return finding("shrinkage of the barycentric map", lost, SHRUNK, say, level, name)
 
@@ -222,8 +218,8 @@ def _effective(name: str, median: float, targets: int, chosen: bool) -> Finding:
   check = "effective targets"
   if median > (most := SPREAD_OUT * targets):
     say = (
-      f"map {name} averages over {median:.0f} of {targets} targets (median row): more than {SPREAD_OUT:.0%}, so all "
-      "outputs are alike. Lower config.debias.epsilon."
+      f"map {name} averages over {median:.0f} of {targets} targets (median row): more than {SPREAD_OUT:.0%}, so "
+      "outputs are much alike. Lower config.debias.epsilon."
     )
     return finding(check, median, most, say, name=name)
   say = ""

@@ -71,12 +71,14 @@ def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
 class Setting:
   """What all fits of a job share.
 
-  group: of the equation on the coarse grid; for `fit`, the one that maps are to commute with. quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn:
+  group: of the equation on the coarse grid; for `fit`, the one that maps commute with. subgroup: which part of it they
+  may use, "auto" for the largest that the bias respects (groups.py). towards: what noisy covariances are drawn towards,
+  see recipes.fit. select: are steps of the recipe taken only if rows outside the fit gain (selection.py)? outlier:
+  robust standard deviations of a value beyond which rows are refused.
+
+  quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn:
   keywords of sinkhorn.fit. minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash:
   of the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints.
-  subgroup: "auto", or the name of the subgroup that maps use (groups.py). towards: what noisy covariances are drawn
-  towards, see recipes.fit. folds: are the recipe's steps tried out of fold (selection.py)? outlier: robust standard
-  deviations of a value beyond which rows are refused.
   """
 
   group: symmetry.Group

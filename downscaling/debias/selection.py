@@ -13,6 +13,7 @@ that does not lower it stays pending: the next letter is tried behind it as well
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -161,7 +162,7 @@ class _Judge:
     count = max(2, min(CHUNKS, len(target) // 2))
     edges = np.linspace(0, len(target), count + 1).astype(int)
     self.centre = self._moments(target)[0]
-    chunks = [self.summary(target[low:high]) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    chunks = [self.summary(target[low:high]) for low, high in itertools.pairwise(edges)]
     self.noise = {}
     for name in chunks[0]:
       variance = np.var(np.stack([chunk[name] for chunk in chunks]), axis=0, ddof=1).sum()

@@ -3,7 +3,7 @@
 Where no shifts cut it into blocks, a covariance of d points has d (d + 1)/2 numbers, each with the noise of all rows.
 Its structured version has far fewer: the standard deviation of every point, and
 
-    stationary   correlations that depend on the distance along the axes alone (the mean over all shifts of the grid), or
+    stationary   correlations that depend on the distance along the axes alone (their mean over all shifts), or
     tapered      correlations times a taper that falls to 0 at a distance (Gaspari & Cohn 1999, eq. 4.10)
 
 The first needs a periodic grid, the second does not. The estimate is (1 − w) C + w T(C). The weight makes it nearest to
