@@ -86,7 +86,8 @@ def debiasing(config, setting: maps.Setting, space: tuple[int, ...]) -> None:
     )
   if not c.outlier > 0:
     raise ValueError(
-      f"config.debias.outlier={c.outlier:g}: need robust standard deviations above 0, beyond which rows are refused, e.g. 100."
+      f"config.debias.outlier={c.outlier:g}: rows beyond so many robust standard deviations are refused; need more "
+      "than 0, e.g. 100."
     )
   if min(c.minibatch.batch, c.minibatch.passes) <= 0 or ("minibatch" in c.maps and c.minibatch.batch > c.points // 2):
     raise ValueError(

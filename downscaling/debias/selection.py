@@ -201,7 +201,10 @@ class _Judge:
     out = {"mean": mean.ravel(), "covariance": np.concatenate([covariance.real.ravel(), covariance.imag.ravel()])}
     out["law"] = self._law(rows)
     values = sum(matching.Sums.of(block - self.centre, self.quadratic).values for _, block in blocks(rows))
-    return out | {name: values[kept] / len(rows) for name, kept in self.families.items()}
+    found = {name: values[kept] / len(rows) for name, kept in self.families.items()}
+    # Weak waves count as much as strong ones: the covariance sees the strong ones.
+    found["energy"] = np.log(np.maximum(found["energy"], np.finfo(float).tiny))
+    return out | found
 
   def _law(self, rows: np.ndarray) -> np.ndarray:
     values = self.pool.values(np.asarray(rows, np.float64))
