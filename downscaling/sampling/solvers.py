@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from downscaling.common import randomness
 from downscaling.diffusion.schedules import Schedule
 from downscaling.sampling.resampling import Resampling
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
-START = 2**31 - 1  # the "step" whose noise a member starts from; no solver takes that many steps
+START = randomness.stream("start")  # the "step" whose noise a member starts from
 
 
 def noise(keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -59,7 +60,10 @@ def euler_maruyama(
 
   (Song et al. 2021, arXiv:2011.13456, eq. 6, with Tweedie's (D − x)/σ² for the score.) The paper takes 256 steps with σ
   decaying exponentially. x is given and returned unscaled. select, values: see dpm_solver_pp_2m_sde.
+
+  Raises: ValueError for levels that the schedule does not reach.
   """
+  schedule.check_levels(levels)
   levels = jnp.asarray(levels, x.dtype)
   t = schedule.inverse(levels)
   scale = schedule.scale(t)
