@@ -280,7 +280,7 @@ def compiled(sampler: Sampler, seed: int, layout: Layout, weights, devices) -> t
   return _compiled(sampler, seed, layout._replace(conditions=1, members=1), form, kinds, tuple(devices))
 
 
-@functools.lru_cache(maxsize=2)  # with conditions, and without
+@functools.lru_cache(maxsize=3)  # with exact conditions, with others, and without
 def _compiled(sampler, seed, layout, form, kinds, devices):
   draw, rows = program(sampler, seed, layout), math.prod(layout.unit)
 

@@ -107,7 +107,7 @@ def heun(
   if churn > 0 and keys is None:
     raise ValueError(f"heun with churn={churn:g} draws noise: hand in keys, [B], one a member; or set churn=0.")
   levels = jnp.asarray(levels, x.dtype)
-  gamma = min(churn / (len(levels) - 1), 2**0.5 - 1)
+  gamma = churned(churn, len(levels) - 1)
 
   def step(x, inputs):
     k, sigma, below = inputs
@@ -122,6 +122,11 @@ def heun(
 
   x, _ = jax.lax.scan(step, x, (jnp.arange(len(levels) - 1), levels[:-1], levels[1:]))
   return _call(last or denoise, x, levels[-1])
+
+
+def churned(churn: float, steps: int) -> float:
+  """γ: by which share a step of `heun` raises its noise level first."""
+  return min(churn / steps, 2**0.5 - 1)
 
 
 def dpm_solver_pp_2m(
