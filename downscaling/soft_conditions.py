@@ -104,7 +104,7 @@ def _record(ctx: Context, source: str, fit: observation.Fit, stats) -> dict:
 def _say(name: str, record: dict) -> None:
   fit, words = observation.Fit.of(record), ""
   if fit.bounded:
-    words = f"; χ² stays above 1 at the largest noise that is taken, {observation.LARGEST:g} of the data's"
+    words = f"; more would bring χ² nearer to 1, and C′x away from y′ (correlation below {observation.LEAST:g})"
   runs.say(
     f"sample: {name}: observation noise {fit.std:g} of the data's standard deviation, χ²/d′ {fit.chi2:.2f} and "
     f"corr(y′, C′x) {fit.corr:.4f} on calibration rows, where an exact y′ has {fit.exact[0]:.2f}{words}"

@@ -155,7 +155,7 @@ def test_the_door(changes, words):
 
 
 def test_a_step_of_heun_above_the_schedule_is_refused():
-  """With churn it first raises its level, by up to √2: from 120 that is beyond the 152 that the prior was trained on."""
+  """With churn it first raises its level, by up to √2: from 120 that is beyond 152, where training ended."""
   solver = {"solver.name": "heun", "levels.name": "edm", "levels.sigma_max": 120.0, "resample.strength": 0.0}
   config = _config(**{f"sampling.{k}": v for k, v in solver.items()})
   build.check(config, meshes.make(4))

@@ -6,9 +6,10 @@ A + R (sampling/gain.py), so that
 
     χ²/d′ = E rᵀ(A + R)⁻¹r / d′ = 1
 
-where R is right. χ² falls as R grows. R = s² is white, in units of the data's variance, and s the
-smallest number for which χ²/d′ is 1, or LARGEST if none below it is. A larger s makes χ² small for
-nothing: y′ and the fields' own coarse values then come apart, as their correlation says.
+where R is right. χ² falls as R grows. R = s² is white, in units of the data's variance. The fit is
+the smallest s for which χ²/d′ is 1. Where none is, as a network's own A is not exact, it is the
+largest s that keeps y′: corr(y′, C′x) ≥ LEAST. A larger s would make χ² small for nothing, for
+where y′ leaves the prior free, χ² is near 1 whatever s.
 """
 
 import dataclasses
@@ -16,11 +17,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-SMALLEST, LARGEST = 1e-3, 0.1  # of s: at .1 a right C′x still has a correlation of .995 with y′
+SMALLEST, LARGEST = 1e-3, 0.1  # of s: ε of .1 alone makes a correlation of .995
+LEAST = 0.995  # of corr(y′, C′x): the weather of y′ stays
 CLOSE = 0.05  # |ln χ²/d′| that is 1 to what a few dozen conditions can tell
-MOST = 8  # programs' runs of one fit
+MOST = 9  # evaluations of one fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Fit:
 
   @property
   def bounded(self) -> bool:
-    """Is χ² still above 1 at the largest s?"""
-    return self.std == LARGEST and math.log(self.chi2) > CLOSE
+    """Is χ² still above 1, as a larger s would lose y′?"""
+    return math.log(self.chi2) > CLOSE
 
   def record(self) -> dict[str, Any]:
     return dataclasses.asdict(self)
@@ -51,45 +51,48 @@ class Fit:
 
 
 def fit(measure: Callable[[float], tuple[float, float]]) -> Fit:
-  """The smallest s with χ²/d′ = 1.
+  """The smallest s with χ²/d′ = 1, or else the largest with corr >= LEAST.
 
   Args:
-    measure: s -> (χ²/d′, corr(y′, C′x)), the mean over conditions; one compiled program, s an operand.
+    measure: s -> (χ²/d′, corr(y′, C′x)) over all conditions; one compiled program, s an operand.
   Raises: FloatingPointError if χ² is not finite.
   """
   tried = []
 
-  def at(std: float) -> float:
-    """ln χ²/d′ of a noise that is rounded to what is stored."""
+  def at(std: float) -> tuple[float, float]:
+    """(ln χ²/d′, corr) at s."""
     chi2, corr = measure(std)
     if not math.isfinite(chi2):
       raise FloatingPointError(
-        f"χ² is {chi2:g} for an observation noise of {std:g} standard deviations, on calibration rows: the sampler ran "
-        "away. See sampling.max_failed, or set --config.sampling.observation_noise=0."
+        f"χ² is {chi2:g} for an observation noise of {std:g} standard deviations, on calibration rows: "
+        "the sampler ran away. See sampling.max_failed, or set --config.sampling.observation_noise=0."
       )
     tried.append((std, float(chi2), float(corr)))
-    return math.log(max(chi2, 1e-12))
+    return math.log(max(chi2, 1e-9)), corr
 
-  def chosen() -> Fit:
-    std, chi2, corr = min(tried, key=lambda found: abs(math.log(max(found[1], 1e-12))))
-    return Fit(std, chi2, corr, tried[0][1:], tuple(tried))
-
-  low, below = SMALLEST, at(0.0)  # so small an s is none
-  if below <= CLOSE:
-    return Fit(*tried[0], tried[0][1:], tuple(tried))
-  high, above = LARGEST, at(LARGEST)
+  if at(0.0)[0] <= CLOSE:
+    return _chosen(tried)
+  low, high = SMALLEST, LARGEST  # so small an s is none
+  above, corr = at(high)
+  while corr < LEAST and len(tried) < MOST:  # 1 − corr goes as s²
+    high = _rounded(0.99 * high * math.sqrt((1 - LEAST) / (1 - corr)))
+    above, corr = at(high)
   if above >= -CLOSE:
-    return Fit(*tried[1], tried[0][1:], tuple(tried))
+    return _chosen(tried)
   while len(tried) < MOST:
-    middle = _between(low, below, high, above)
-    found = at(middle)
+    middle = _rounded(math.sqrt(low * high))
+    found, _ = at(middle)
     if abs(found) <= CLOSE:
-      break
-    low, below, high, above = (middle, found, high, above) if found > 0 else (low, below, middle, found)
-  return chosen()
+      return _chosen(tried)
+    low, high = (middle, high) if found > 0 else (low, middle)
+  return _chosen(tried)
 
 
-def _between(low: float, below: float, high: float, above: float) -> float:
-  """Where ln χ² is about 0 between two s, as a line in ln s has it, but in the middle 80 %; 3 digits."""
-  share = np.clip(below / (below - above), 0.1, 0.9)
-  return float(f"{low * (high / low) ** share:.3g}")
+def _chosen(tried: list[tuple[float, float, float]]) -> Fit:
+  """The last that was tried."""
+  return Fit(*tried[-1], tried[0][1:], tuple(tried))
+
+
+def _rounded(std: float) -> float:
+  """To three digits, so that what another machine's rounding makes of a fit is the same number."""
+  return float(f"{std:.3g}")
