@@ -128,7 +128,10 @@ def get_config(variant="cpu"):
     unit=pick((16, 16), (16, 4), (4, 2)),  # conditions × members drawn and written together
     start="gaussian",
     guidance=dict(name="measured", alpha=3.0, normalise="none", final="gain", variance="measured"),
-    observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
+    # C′x = y′ + noise: its standard deviation in data units; or auto, fitted to each map on calibration rows, and 0
+    # where conditions are no map's.
+    observation_noise="auto",
+    max_failed=0.05,  # share of members that may run away; they are marked, and more than that is refused
     # Selection among a condition's members in a unit, at noise levels below `below`; strength 0: none, as with .125
     # ensembles of `cpu` become too narrow (docs/results/kolmogorov). Both numbers are KS's, for 24 coarse values, and
     # carried over to more by sampling/resampling.py (32² is 1024).

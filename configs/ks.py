@@ -122,7 +122,10 @@ def get_config(variant="quick"):
     unit=(pick(64, 64, 8), pick(8, 8, 2)),  # conditions × members drawn and written together
     start="gaussian",
     guidance=dict(name="measured", alpha=3.0, normalise="none", final="gain", variance="measured"),
-    observation_noise=0.0,  # standard deviation, in data units: C′x = y′ + noise
+    # C′x = y′ + noise: its standard deviation in data units; or auto, fitted to each map on calibration rows, and 0
+    # where conditions are no map's.
+    observation_noise="auto",
+    max_failed=0.05,  # share of members that may run away; they are marked, and more than that is refused
     # Selection among a condition's members in a unit, at noise levels below `below`; strength 0: none.
     resample=dict(strength=pick(0.125, 0.125, 0.0), dead_zone=3.0, below=100.0),
     spread=1.0,  # factor on members' distance from their mean, fitted on held-out conditions; 1: as drawn

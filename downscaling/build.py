@@ -320,13 +320,15 @@ def _draw(config, stats, network, table=None) -> Callable:
   if config.model.convolution == "auto" and jax.default_backend() == "cpu":  # solvers loop: see unet.convolve
     network = network.clone(net=network.net.clone(convolution="im2col"))
   options = {k: v for k, v in c.guidance.items() if k != "variance"}
-  noise = tuple(float(c.observation_noise / s) for s in stats.std)
+  given = stages.observation_noise(config) or 0.0  # "auto" comes with the conditions: draws.Soft
+  noise = tuple(float(given / s) for s in stats.std)
   with jax.ensure_compile_time_eval():  # whoever puts a sampler together under jit: levels are numbers
     prior = guide = gains.Gain(op, gains.prior_variance(stats.spectrum), noise)
     if needs_table(config):
       variance = table and gains.measured_variance(table.sigmas, windows.extended(table.errors, plan))
       guide = variance and gains.Gain(op, variance, noise)
     levels, high = _noise_levels(c, guide or prior)
+    door.noise_levels(config, schedule(config), levels, high, table if guide else None)
   window = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
   return draws.sampler(
     draws.Recipe(

@@ -9,6 +9,8 @@ import jax
 
 from downscaling.common import mesh as meshes
 from downscaling.debias import groups, maps, recipes
+from downscaling.diffusion import errors, schedules
+from downscaling.sampling import solvers
 
 EPSILON = 0.3  # of the mean cost; measured on KS, 2000 rows: an amplitude of .85 at .03, .52 at .1, .20 at .3, .06 at 1
 
@@ -64,6 +66,16 @@ def sizes(config, mesh: jax.sharding.Mesh) -> None:
         f"config.debias.path='pallas' on {platform!r}, for which that kernel is not made: it lowers for a GPU by CUDA "
         "and for a TPU. Use --config.debias.path=auto here."
       )
+  if not 0 <= c.sampling.max_failed < 1:
+    raise ValueError(
+      f"config.sampling.max_failed={c.sampling.max_failed:g}: need the share of members that may fail, >= 0 and "
+      "below 1, e.g. 0.05; 0 refuses the first."
+    )
+  if not isinstance(c.grid.factor, int):
+    raise ValueError(
+      f"config.grid.factor={c.grid.factor}: need one whole number for all axes, e.g. 8: the coarse solvers have as "
+      "many points along each."
+    )
   if len(c.sampling.unit) != 2 or min(c.sampling.unit) < 1:
     raise ValueError(
       f"config.sampling.unit={c.sampling.unit}: need conditions × members, e.g. (64,4), each at least 1."
@@ -101,3 +113,17 @@ def batch(config, mesh: jax.sharding.Mesh) -> None:
   parts, one = mesh.size * config.memory.microbatches, config.memory.microbatches == 1
   what = "a batch" if one else f"a batch in {config.memory.microbatches} microbatches"
   meshes.check_divides(config.train.batch, parts, what, "train.batch")
+
+
+def noise_levels(config, schedule: schedules.Schedule, levels, high, table: errors.ErrorTable | None) -> None:
+  """Refuses noise levels that the prior was not trained on, or that its table of errors does not cover.
+
+  levels, high: those of draws with a condition, and without, descending. table: of the guidance, if it has one.
+  """
+  solver = config.sampling.solver
+  churn = solver.churn if solver.name == "heun" else 0.0
+  for given, key in ((levels, "config.sampling.levels"), (high, "config.sampling.unconditional")):
+    highest = given[0] * (1 + solvers.churned(churn, len(given) - 1))
+    schedule.check_levels([given[-1], highest], key)
+    if table is not None and given is levels:
+      errors.check_covers(table, [given[-1], highest], key)

@@ -10,7 +10,7 @@ import functools
 import jax
 import numpy as np
 
-from downscaling import build, evaluators, series, stages
+from downscaling import build, evaluators, series, soft_conditions, stages
 from downscaling.baselines import interpolation
 from downscaling.common import mesh as meshes
 from downscaling.common import processes, runs
@@ -166,22 +166,26 @@ def sample_job(ctx: Context) -> str:
   params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)  # as whole here as anywhere
   draw = build.sampler(c, stats, network, table)
   with stage.timed():
+    noises = soft_conditions.fits(ctx, stage.path, draw, params, stats)
     for name, source in build.sources(c).items():
       conditions = None if source is None else conditions_of(ctx, source)
+      noise = noises.get(name)
       ensemble.write_ensemble(
         stage.path / f"{name}.zarr",
         conditions=conditions,
         members=c.sampling.members if source else c.sampling.unconditional.fields,
         sampler=draw,
-        weights=params,
+        weights=soft_conditions.weights(params, noise, len(space)),
         space=space,
         channels=channels,
         frames=c.sampling.series.frames,
         unit=tuple(c.sampling.unit) if source else (1, c.sampling.unit[0] * c.sampling.unit[1]),
         devices=[*meshes.local(ctx.mesh).devices.flat],
         seed=c.seed,
-        identity={"config": stage.identity, "source": source or "none"},
-        attrs={
+        identity={"config": stage.identity, "source": source or "none"}
+        | ({} if noise is None else {"observation_noise": noise.std}),
+        attrs=soft_conditions.attributes(noise, stats)
+        | {
           "title": f"{c.experiment}: {name}",
           "comment": f"{series.comment(c)}. NaN: not yet drawn, see done_fraction.",
           "references": "Wan et al. 2023, https://arxiv.org/abs/2305.15618",
@@ -191,6 +195,7 @@ def sample_job(ctx: Context) -> str:
         sample_attrs={"units": "1"},
         stop=ctx.stop.told,
         interruptible=ctx.stop.interruptible,
+        max_failed=c.sampling.max_failed,
       )
   stage.finish(extent=stages.extent(c))
   return f"wrote {stage.path}; next: downscaling evaluate"

@@ -1,5 +1,6 @@
 """Stages of a work folder as a config names them: where each lies, and what its result depends on."""
 
+import math
 import pathlib
 from typing import Any
 
@@ -32,7 +33,9 @@ def identity(config, stage: str) -> dict[str, Any]:
   if stage != "data":  # data are simulated by the keys that they always were
     blocks["generator"] = randomness.IDENTITY
   if "sampling" in blocks:  # counts decide how much there is, not what: an ensemble grows
-    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members", "sets")}
+    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members", "sets", "max_failed")}
+    noise = observation_noise(config)
+    sampling["observation_noise"] = "auto" if noise is None else noise
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
     blocks["sampling"] = sampling | {"unconditional": few}
   if "train" in blocks:
@@ -48,6 +51,26 @@ def identity(config, stage: str) -> dict[str, Any]:
     seen = {k: v for k, v in blocks["debias"].items() if k not in unseen}
     blocks["debias"] = {k: v for k, v in seen.items() if before.get(k, "") != v}
   return series.settled(blocks, config, stage)
+
+
+def observation_noise(config) -> float | None:
+  """config.sampling.observation_noise as a number >= 0; None for "auto".
+
+  Raises: ValueError for anything else.
+  """
+  given = config.sampling.observation_noise
+  if given == "auto":
+    return None
+  try:
+    value = float(given)
+  except (TypeError, ValueError):
+    value = math.nan
+  if not 0 <= value < math.inf:
+    raise ValueError(
+      f"config.sampling.observation_noise={given!r}: need a number >= 0, the standard deviation of what y′ is "
+      "off by, in data units; or auto, which fits it to each map."
+    )
+  return value
 
 
 def extent(config) -> dict[str, Any]:

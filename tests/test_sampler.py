@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling import build
+from downscaling import build, stages
 from downscaling.common import mesh as meshes
 from downscaling.datasets import statistics
-from downscaling.sampling import gain
+from downscaling.sampling import draws, gain
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -84,7 +84,7 @@ def _gain(config, parts, power):
 
 def test_a_soft_constraint_is_in_data_units():
   """Noise as large as the data: the fields no longer pass through y′, by about that much and not by σ_d times it."""
-  config = _config(**{"sampling.guidance.name": "wiener", "sampling.observation_noise": 2.0})
+  config = _config(**{"sampling.guidance.name": "wiener", "sampling.observation_noise": "2.0"})
   op, y, fields, _ = _draw(config, _parts(config), None)
   off = float(np.sqrt(np.mean((np.asarray(op.apply(fields)) - y) ** 2)))
   # y is a unit normal about 0, fields of std 2 about .5: the posterior's misfit has variance between .25 × and 1 × 4.
@@ -138,8 +138,13 @@ def test_no_table_no_measured_error(changes):
     ({"unit": (4, 4), "solver.eta": 0.0}, "part by noise alone"),
     ({"unit": (4, 4), "resample.dead_zone": 0.5}, "drains the spread"),
     ({"guidance.variance": "exact"}, "use one of"),
-    ({"guidance.name": "paper", "observation_noise": 0.1, "resample.strength": 0.0}, "knows no observation noise"),
-    ({"guidance.name": "wiener", "observation_noise": -1.0, "resample.strength": 0.0}, "need a number >= 0"),
+    ({"guidance.name": "paper", "observation_noise": "0.1", "resample.strength": 0.0}, "knows no observation noise"),
+    ({"observation_noise": "automatic"}, "need a number >= 0.* or auto"),
+    ({"max_failed": 1.0}, "need the share of members that may fail"),
+    ({"levels.sigma_max": 200.0}, "config.sampling.levels from 0.003 to 200, but the schedule vp_linear knows"),
+    ({"levels.sigma_min": 1e-4}, "config.sampling.levels from 0.0001 to 3, but the schedule"),
+    ({"unconditional.sigma_max": 160.0}, "config.sampling.unconditional from 0.003 to 160"),
+    ({"guidance.name": "wiener", "observation_noise": "-1", "resample.strength": 0.0}, "need a number >= 0"),
   ],
 )
 def test_the_door(changes, words):
@@ -147,3 +152,47 @@ def test_the_door(changes, words):
   config = _config(**base | {f"sampling.{k}": v for k, v in changes.items()})
   with pytest.raises(ValueError, match=words):
     build.check(config, meshes.make(4))
+
+
+def test_a_step_of_heun_above_the_schedule_is_refused():
+  """With churn it first raises its level, by up to √2: from 120 that is beyond 152, where training ended."""
+  solver = {"solver.name": "heun", "levels.name": "edm", "levels.sigma_max": 120.0, "resample.strength": 0.0}
+  config = _config(**{f"sampling.{k}": v for k, v in solver.items()})
+  build.check(config, meshes.make(4))
+  config.sampling.solver.churn = 40.0
+  with pytest.raises(ValueError, match=r"levels from 0.003 to 169.\d+, but the schedule"):
+    build.check(config, meshes.make(4))
+
+
+def test_a_table_that_does_not_reach_the_levels_is_refused():
+  config = _config()
+  stats, network, _ = _parts(config)
+  table = build.stand_in_table(config)
+  short = table._replace(sigmas=table.sigmas[:20], errors=table.errors[:20])
+  with pytest.raises(ValueError, match=r"config.sampling.levels asks for noise levels from 0.003 to 3, the prior's"):
+    build.sampler(config, stats, network, short)
+
+
+def test_a_field_that_ran_away_does_not_move_its_block():
+  """The mean that spreads are about is that of the members that are there."""
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 1)), jnp.float32)
+  broken = x.at[2].set(jnp.nan)
+  got, want = draws.rescale(broken, 4, 0.5), draws.rescale(x, 4, 0.5)
+  assert np.isnan(got[2]).all()
+  np.testing.assert_array_equal(got[4:], want[4:])
+  kept = x[jnp.asarray([0, 1, 3])]
+  np.testing.assert_allclose(got[jnp.asarray([0, 1, 3])], draws.rescale(kept, 3, 0.5), atol=1e-6)  # float32
+
+
+def test_auto_is_no_noise_until_conditions_bring_it():
+  """The bytes of observation_noise=0 without draws.Soft; numbers and words that are the same have one identity."""
+  auto, none = _config(), _config(**{"sampling.observation_noise": "0"})
+  assert auto.sampling.observation_noise == "auto"
+  assert stages.observation_noise(auto) is None
+  parts = _parts(auto)
+  table = build.stand_in_table(auto)
+  for one, other in zip(_draw(auto, parts, table)[2:], _draw(none, parts, table)[2:], strict=True):
+    np.testing.assert_array_equal(one, other)
+  also = _config(**{"sampling.observation_noise": "0.00", "sampling.max_failed": 0.5})
+  assert stages.identity(none, "samples") == stages.identity(also, "samples")
+  assert stages.identity(none, "samples") != stages.identity(auto, "samples")

@@ -28,12 +28,12 @@ def cubic(y: np.ndarray, operator: Operator, block: int = 1024) -> np.ndarray:
       f"coarse fields of shape {y.shape} came, need [samples, {', '.join(map(str, operator.coarse))}, channels] "
       "with at least 3 points an axis: is config.grid.factor that of the data?"
     )
-  offset = (operator.factor - 1) / 2 if isinstance(operator, BlockMean) else 0.0
+  middle = isinstance(operator, BlockMean)
   out = np.empty((len(y), *operator.fine, y.shape[-1]), y.dtype)
   for first in range(0, len(y), block):
     part = np.asarray(y[first : first + block], np.float64)
-    for axis in range(1, part.ndim - 1):
-      part = _along(part, axis, operator.factor, offset)
+    for axis, factor in enumerate(operator.factors, start=1):
+      part = _along(part, axis, factor, (factor - 1) / 2 if middle else 0.0)
     out[first : first + block] = part
   return out
 

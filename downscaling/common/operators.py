@@ -22,6 +22,11 @@ class Operator:
   fine: tuple[int, ...]
   coarse: tuple[int, ...]
 
+  @property
+  def factors(self) -> tuple[int, ...]:
+    """Fine points a coarse one, axis by axis; of operators whose coarse side is a grid like the fine one."""
+    return tuple(n // c for n, c in zip(self.fine, self.coarse, strict=True))
+
   def apply(self, x: jax.Array) -> jax.Array:
     """C′x: [..., *fine, C] -> [..., *coarse, C]."""
     raise TypeError(f"{type(self).__name__} is abstract; use Strided, BlockMean or Dense.")
@@ -64,57 +69,77 @@ def _lift(x: jax.Array, ndim: int) -> jax.Array:
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def _coarse_shape(fine: tuple[int, ...], factor: int) -> tuple[int, ...]:
-  if bad := [n for n in fine if factor < 1 or n % factor]:
-    n = bad[0]
-    fits = [f for f in range(2, n) if n % f == 0]
-    raise ValueError(f"factor {factor} does not divide the grid of {n} points: use one of {fits} (config.grid.factor).")
-  return tuple(n // factor for n in fine)
+def _coarse_shape(fine: tuple[int, ...], factor: int | tuple[int, ...]) -> tuple[int, ...]:
+  """fine over factor, which is one number for all axes or one an axis. Raises ValueError if it does not divide."""
+  factors = (factor,) * len(fine) if isinstance(factor, int | np.integer) else tuple(factor)
+  if len(factors) != len(fine):
+    raise ValueError(f"{len(factors)} factors {factors} came for a grid of {len(fine)} axes {fine}: need one an axis.")
+  for n, f in zip(fine, factors, strict=True):
+    if f < 1 or n % f:
+      fits = [f for f in range(2, n) if n % f == 0]
+      raise ValueError(f"factor {f} does not divide the grid of {n} points: use one of {fits} (config.grid.factor).")
+  return tuple(n // f for n, f in zip(fine, factors, strict=True))
+
+
+def _check_cells(operator: Operator) -> None:
+  """Raises ValueError unless every coarse cell holds as many fine points as every other, axis by axis."""
+  fine, coarse = operator.fine, operator.coarse
+  whole = len(fine) == len(coarse)
+  whole = whole and all(c >= 1 and n % c == 0 for n, c in zip(fine, coarse, strict=True))
+  if not whole:
+    raise ValueError(
+      f"{type(operator).__name__} from a grid {fine} to {coarse}: need as many axes, and coarse points "
+      f"that divide the fine ones. Use {type(operator).__name__}.on(fine, factor)."
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Strided(Operator):
-  """Every `factor`-th point of each space axis, beginning with the first; no averaging."""
+  """Every factors[a]-th point of space axis a, beginning with the first; no averaging."""
 
-  factor: int
+  def __post_init__(self):
+    _check_cells(self)
 
   @classmethod
-  def on(cls, fine: tuple[int, ...], factor: int) -> "Strided":
-    """On a grid of `fine` points. Raises ValueError if factor does not divide it."""
-    return cls(tuple(fine), _coarse_shape(fine, factor), factor)
+  def on(cls, fine: tuple[int, ...], factor: int | tuple[int, ...]) -> "Strided":
+    """On a grid of `fine` points; factor: for all axes, or one an axis. Raises ValueError if it does not divide."""
+    return cls(tuple(fine), _coarse_shape(fine, factor))
 
   def apply(self, x):
     self._check(x, self.fine, "fine")
-    return x[(..., *[slice(None, None, self.factor)] * len(self.fine), slice(None))]
+    return x[(..., *[slice(None, None, f) for f in self.factors], slice(None))]
 
   def pinv(self, y):
     self._check(y, self.coarse, "coarse")
     lead = y.ndim - len(self.coarse) - 1
-    inner = [(0, 0, self.factor - 1)] * len(self.coarse)  # zeros between the points
-    after = [(0, self.factor - 1, 0)] * len(self.coarse)  # and after the last
-    config = [(0, 0, 0)] * lead + [(0, a[1], i[2]) for a, i in zip(after, inner, strict=True)] + [(0, 0, 0)]
-    return jax.lax.pad(y, jnp.zeros((), y.dtype), config)
+    spaced = [(0, f - 1, f - 1) for f in self.factors]  # zeros after the last point, and between points
+    return jax.lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0)] * lead + spaced + [(0, 0, 0)])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockMean(Operator):
-  """Mean over blocks of `factor` points an axis, weighted by cell areas if they are given.
+  """Mean over blocks of factors[a] points along axis a, weighted by cell areas if they are given.
 
   weights: [*fine], areas in any unit, > 0; None for equal cells.
   """
 
-  factor: int
   weights: np.ndarray | None = None
 
+  def __post_init__(self):
+    _check_cells(self)
+
   @classmethod
-  def on(cls, fine: tuple[int, ...], factor: int, weights: np.ndarray | None = None) -> "BlockMean":
-    """On a grid of `fine` points. Raises ValueError if factor does not divide it or a weight is not positive."""
+  def on(cls, fine: tuple[int, ...], factor: int | tuple[int, ...], weights: np.ndarray | None = None) -> "BlockMean":
+    """On a grid of `fine` points; factor: for all axes, or one an axis.
+
+    Raises: ValueError if factor does not divide the grid or a weight is not positive.
+    """
     fine = tuple(fine)
     if weights is not None:
       weights = np.asarray(weights, np.float64)
       if weights.shape != fine or not (np.isfinite(weights).all() and (weights > 0).all()):
         raise ValueError(f"cell areas of shape {weights.shape}, need {fine} finite values > 0: one area a fine cell.")
-    return cls(fine, _coarse_shape(fine, factor), factor, weights)
+    return cls(fine, _coarse_shape(fine, factor), weights)
 
   def _shares(self, dtype) -> jax.Array:
     """Weight of each fine cell in its block's mean, [c₀, f₀, ..., 1]; sums to 1 over a block."""

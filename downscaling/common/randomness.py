@@ -29,6 +29,19 @@ def key(seed: int | jax.Array, purpose: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed, impl=GENERATOR), tag)
 
 
+# What a member of an ensemble draws beside the noise of its steps 0, 1, ...
+STREAMS = ("start", "posterior", "selection", "observation error")
+
+
+def stream(name: str) -> int:
+  """What to fold into a member's key for a draw of STREAMS: numbers that no step reaches.
+
+  A draw that needs more than one number folds again, and never draws from the key that it folds.
+  Raises: ValueError for another name.
+  """
+  return 2**31 - 1 - STREAMS.index(name)
+
+
 def simulation_key(seed: int | jax.Array, stream: int) -> jax.Array:
   """The typed key [] of one simulated world; its trajectories fold their ids in.
 

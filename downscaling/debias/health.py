@@ -237,7 +237,7 @@ def _dropped(name: str, facts: Mapping) -> Finding:
   if not kept:
     say = (
       f"map {name} is the identity: no step of its recipe brings rows outside the fit nearer to the truth. Is there a "
-      "bias at all, and are there enough rows? --config.debias.folds=0 takes all steps."
+      "bias at all, and are there enough rows? --config.debias.select=False takes all steps."
     )
   return finding("steps that were not taken", len(facts["dropped"]), len(kept), say, name=name)
 

@@ -173,7 +173,7 @@ class _Judge:
     if bad := [name for name, noise in self.noise.items() if not noise > 0]:
       raise ValueError(
         f"the target rows do not differ in {', '.join(bad)}: nothing can be judged by them. Hand in more rows, or set "
-        "--config.debias.folds=0."
+        "--config.debias.select=False."
       )
 
   def _families(self) -> dict[str, np.ndarray]:

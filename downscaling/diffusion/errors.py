@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 
 from downscaling.common import mesh as meshes
 from downscaling.common import randomness, runs
+from downscaling.diffusion import schedules
 
 FILE = "denoising_error.npz"  # beside the prior
 LEVELS = 44
@@ -39,6 +40,19 @@ def rows(shape: tuple[int, ...]) -> int:
   """Fields of that shape that a table needs: VALUES in all, but FEWEST; each has as many modes as values, and a gain
   sums over many of them, so that larger fields may be fewer."""
   return max(FEWEST, VALUES // int(np.prod(shape)))
+
+
+def check_covers(table: ErrorTable, sigmas, key: str) -> None:
+  """Raises ValueError unless the table has noise levels on both sides of sigmas; key: where they are from."""
+  low, high = float(np.min(sigmas)), float(np.max(sigmas))
+  first, last = float(table.sigmas[0]), float(table.sigmas[-1])
+  if first * (1 - schedules.ROUNDING) <= low and high <= last * (1 + schedules.ROUNDING):
+    return
+  raise ValueError(
+    f"{key} asks for noise levels from {low:g} to {high:g}, the prior's error is tabulated from {first:g} to "
+    f"{last:g}: beyond them nothing is known of it. Sample within them, or move {FILE} away and run "
+    "`downscaling train` again, which keeps the prior and tabulates its error."
+  )
 
 
 def levels(sigma_min: float, sigma_max: float) -> np.ndarray:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ROUNDING = 1e-5  # relative, of a level in float32
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
@@ -47,8 +49,27 @@ class Schedule:
     return jnp.maximum(self.curve(jnp.asarray(t)), self.sigma_min)
 
   def inverse(self, sigma: jax.Array) -> jax.Array:
-    """t(σ), any shape; σ beyond [0, sigma_max] is clipped."""
-    return self.curve_inverse(jnp.clip(jnp.asarray(sigma), 0.0, self.sigma_max))
+    """t(σ), any shape, of 0 <= σ <= sigma_max; NaN beyond, as no t has such a σ. See check_levels."""
+    sigma = jnp.asarray(sigma)
+    inside = (sigma >= 0) & (sigma <= self.sigma_max * (1 + ROUNDING))
+    return jnp.where(inside, self.curve_inverse(jnp.clip(sigma, 0.0, self.sigma_max)), jnp.nan)
+
+  def check_levels(self, levels: np.ndarray, key: str = "noise levels") -> None:
+    """Refuses noise levels that nothing was trained on, and that s(t) has no time for.
+
+    Args:
+      levels: numbers, any shape. key: what to call them, a config key if they come from one.
+    Raises: ValueError unless sigma_min <= levels <= sigma_max, to float32's rounding.
+    """
+    levels = np.asarray(levels, np.float64)
+    low, high = float(levels.min()), float(levels.max())
+    if self.sigma_min * (1 - ROUNDING) <= low and high <= self.sigma_max * (1 + ROUNDING):
+      return
+    raise ValueError(
+      f"{key} from {low:g} to {high:g}, but the schedule {self.name} knows {self.sigma_min:g} to "
+      f"{self.sigma_max:g}: the prior was trained on those alone. Sample within them, or train with "
+      "a wider config.schedule."
+    )
 
   def scale(self, t: jax.Array) -> jax.Array:
     """s(t), any shape; that of the unclipped σ."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,17 @@ from downscaling.sampling.resampling import Resampling
 STARTS = ("noise", "gaussian")
 SELECTING = ("euler_maruyama", "dpm_solver_pp_2m_sde")  # solvers that draw noise and take `select`
 DIVERGED = 100.0  # rms of a field over the data's standard deviation, beyond which it is a runaway and not a field
+
+
+class Soft(NamedTuple):
+  """What a sampler takes in place of the prior's parameters where y′ is not exact: C′x = y′ + ε.
+
+  params: of the prior. error: the variance of ε by coarse mode, of normalised fields; see Gain.error.
+  It is an operand, so that the sets of a job that differ in it alone share one program.
+  """
+
+  params: Any
+  error: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +70,7 @@ def sampler(recipe: Recipe) -> Callable:
 
   B = conditions × members, members of a condition adjacent; misfit: χ²/d′ = rᵀ(A + R)⁻¹r/d′ of r = y′ − C′D at the
   lowest noise level, D unguided: 1 where y′ is as far off as the prior expects, larger where it lies outside what the
-  prior knows; NaN without a condition. Fields beyond DIVERGED are NaN: whoever writes fields refuses those.
+  prior knows; NaN without a condition. Fields beyond DIVERGED are NaN: whoever writes fields marks those as failed.
   """
   r = recipe
   if r.start not in STARTS:
@@ -75,15 +86,23 @@ def sampler(recipe: Recipe) -> Callable:
     return r.restore(in_range(r.solve(denoise, x, r.high, keys))), jnp.full(len(keys), jnp.nan, jnp.float32)
 
   def draw(keys, y, params):
-    denoise = lambda x, sigma: r.denoise(params, x, sigma)
+    prior, guide = r.prior, r.guide
+    if isinstance(params, Soft):
+      params, error = params
+      prior = dataclasses.replace(prior, error=error)
+      guide = guide and dataclasses.replace(guide, error=error)
+
+    def denoise(x, sigma):
+      return r.denoise(params, x, sigma)
+
     if y is None:
       return unconditional(keys, denoise)
-    if r.guide is None:
+    if guide is None:
       raise FileNotFoundError(r.missing)
     y = r.normalise(y)
-    guided = guidance.make(denoise=denoise, operator=r.prior.operator, y=y, gain=r.guide, **r.guidance)
+    guided = guidance.make(denoise=denoise, operator=prior.operator, y=y, gain=guide, one_level=True, **r.guidance)
     if r.start == "gaussian":
-      x = gains.gaussian_start(keys, r.prior, y, float(r.levels[0]))
+      x = gains.gaussian_start(keys, prior, y, float(r.levels[0]))
     else:
       x = solvers.initial(keys, r.shape, float(r.levels[0]))
     step, among = guided.denoise, {}
@@ -104,6 +123,8 @@ def in_range(fields: jax.Array) -> jax.Array:
 def rescale(fields: jax.Array, members: int, factor: float) -> jax.Array:
   """m + factor·(x − m) about the mean m of each block of members, fields [B, ...]; C′x = y′ holds as before.
 
+  A member that failed, NaN throughout, stays so and has no part in the mean.
+
   Where y′ leaves almost nothing open, members differ by the sampler's own error, drawn anew for each: their mean is
   nearer to the truth than their spread says. The factor that makes spread and error equal is fitted on held-out
   conditions, for one operator, number of members and prior: 1/(spread over error), as benchmarks/sampling.py prints it.
@@ -111,5 +132,7 @@ def rescale(fields: jax.Array, members: int, factor: float) -> jax.Array:
   if factor == 1:
     return fields
   blocks = fields.reshape(-1, members, *fields.shape[1:])
-  mean = blocks.mean(axis=1, keepdims=True)
+  there = jnp.isfinite(blocks).all(axis=tuple(range(2, blocks.ndim)), keepdims=True)
+  count = jnp.maximum(there.sum(axis=1, keepdims=True), 1)
+  mean = jnp.where(there, blocks, 0).sum(axis=1, keepdims=True) / count
   return (mean + factor * (blocks - mean)).reshape(fields.shape)

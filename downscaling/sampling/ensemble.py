@@ -41,7 +41,11 @@ __all__ = ["Layout", "Unit", "block", "compiled", "keys", "layout_of", "program"
 Sampler = Callable[..., Any]  # (keys [B], conditions or None[, weights]) -> fields, or (fields, misfit [B])
 
 _SAY_DONE_SECONDS = 20.0  # between rewrites of the attribute done_fraction
-MISFIT = {"long_name": "chi-squared of the misfit to the condition; 1 is what the prior expects", "units": "1"}
+MISFIT = {
+  "long_name": "chi-squared of the misfit to the condition; 1 is what the prior expects",
+  "units": "1",
+  "comment": "NaN: no misfit is known. Infinity: the member failed, and its field is NaN throughout.",
+}
 
 
 def write_ensemble(
@@ -64,10 +68,16 @@ def write_ensemble(
   weights: Any = None,
   interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   frames: int = 1,
+  max_failed: float = 0.0,
 ) -> dict:
-  """Draws what is missing of the ensemble and returns its summary (units, fields, seconds; drawn: units, by all).
+  """Draws what is missing of the ensemble and returns its summary.
 
+  The summary holds units, fields, failed (members), seconds, and drawn (units, by all processes).
   Every process of a job calls it alike.
+
+  A member whose field is not finite has failed: the sampler ran away. Its field is stored as NaN
+  throughout and its misfit as infinity, and the ensemble goes on, unless more than a share
+  `max_failed` of all its members have failed.
 
   Args:
     path: NAME.zarr; made if absent, continued if it is ours, and made larger if there are more conditions (behind
@@ -90,11 +100,12 @@ def write_ensemble(
     frames: L. With more than one, conditions are series [K, L, *coarse, C], and the sampler takes and returns an axis
       of time before those of space.
     interruptible: what is done -> a block in which this process may be ended, as nothing could be lost (supervision).
+    max_failed: the share of all members that may fail, in [0, 1).
   Raises:
     ValueError: impossible sizes, NaN in a condition, a store of another identity (keys are named), fewer conditions or
       members than it holds.
     FileExistsError: the store is not ours. locks.Held: another live job writes it.
-    FloatingPointError: a drawn field is not finite.
+    FloatingPointError: more members failed than may.
     OSError: the disk is full; what is marked done is whole.
   """
   began, path = time.monotonic(), pathlib.Path(path)
@@ -126,9 +137,10 @@ def write_ensemble(
         i = count % len(devices)
         return programs[i](*jax.device_put(block(layout, unit, ids, conditions), devices[i]), *extra[i])
 
-      drawn = _draw(store.Writer(path, layout), found, draw, len(devices), stop, lock)
+      toll = Toll(path, layout, max_failed)
+      drawn = _draw(store.Writer(path, layout), found, draw, len(devices), stop, lock, toll)
     drawn = sum(processes.gather("ensemble/drawn", drawn, processes.LONG))
-    return _conclude(path, layout, total - len(found.missing), drawn, began)
+    return _conclude(path, layout, total - len(found.missing), drawn, began, max_failed)
 
 
 def _agree(path, layout: Layout, prepare: Callable) -> tuple[store.Found, locks.Lock | None]:
@@ -155,7 +167,7 @@ def _agree(path, layout: Layout, prepare: Callable) -> tuple[store.Found, locks.
   return found, locked[0] if locked else None
 
 
-def _conclude(path, layout: Layout, before: int, drawn: int, began: float) -> dict:
+def _conclude(path, layout, before: int, drawn: int, began: float, max_failed: float) -> dict:
   """Marks the ensemble complete, or says how far it is; the same on every process."""
   total, done = len(layout.units()), before + drawn
   seconds = time.monotonic() - began
@@ -166,14 +178,38 @@ def _conclude(path, layout: Layout, before: int, drawn: int, began: float) -> di
   summary = {"units": total, "fields": layout.conditions * layout.members}
 
   def finish():
+    failed, conditions = store.failures(path)
+    _check_failed(failed, layout, max_failed)
+    if failed and drawn:
+      runs.say(
+        f"sample: {failed} of {summary['fields']} members failed, of {conditions} of "
+        f"{layout.conditions} conditions of {path.name}: their fields are NaN. The sampler ran away."
+      )
     marker = path.with_suffix(".units") / runs.MARKER
     if not (record := runs.read_json(marker))["complete"]:
-      store.say_done(path, 1.0)
-      runs.write_json(marker, record | {"complete": True, "summary": summary | {"seconds": seconds}})
+      store.say_done(path, 1.0, failed_members=failed, failed_conditions=conditions)
+      told = summary | {"failed": failed, "seconds": seconds}
+      runs.write_json(marker, record | {"complete": True, "summary": told})
+    return failed
 
   with runs.full_disk_in_words(path, "its finished units are whole"):
-    processes.main_only("ensemble/finished", finish)
-  return summary | {"seconds": seconds, "drawn": drawn}
+    failed = processes.main_only("ensemble/finished", finish)
+  return summary | {"failed": failed, "seconds": seconds, "drawn": drawn}
+
+
+def _check_failed(failed: int, layout: Layout, max_failed: float, where: str = "") -> None:
+  """Raises FloatingPointError if more members of an ensemble have failed than may."""
+  fields = layout.conditions * layout.members
+  if failed <= max_failed * fields:
+    return
+  raise FloatingPointError(
+    f"{failed} of {fields} members failed{where}: not finite, or beyond {draws.DIVERGED:g} standard "
+    f"deviations of the data, where config.sampling.max_failed={max_failed:g} allows "
+    f"{int(max_failed * fields)}. The sampler ran away. Lower sampling.guidance.alpha, solver.eta or "
+    "solver.noise, or take more levels.steps; if a condition itself is that far off, mend its units; "
+    "else the prior is damaged. Finished units stay; a changed config needs another --config.label. "
+    "To keep what there is, raise --config.sampling.max_failed."
+  )
 
 
 # ---------------------------------------------------------------- drawing
@@ -244,7 +280,7 @@ def compiled(sampler: Sampler, seed: int, layout: Layout, weights, devices) -> t
   return _compiled(sampler, seed, layout._replace(conditions=1, members=1), form, kinds, tuple(devices))
 
 
-@functools.lru_cache(maxsize=2)  # with conditions, and without
+@functools.lru_cache(maxsize=3)  # with exact conditions, with others, and without
 def _compiled(sampler, seed, layout, form, kinds, devices):
   draw, rows = program(sampler, seed, layout), math.prod(layout.unit)
 
@@ -262,7 +298,24 @@ def _compiled(sampler, seed, layout, form, kinds, devices):
     return first, *pool.map(lambda lowered: lowered.compile(), others)
 
 
-def _draw(writer: store.Writer, found: store.Found, draw, devices: int, stop, lock: locks.Lock | None) -> int:
+class Toll:
+  """Counts the members that failed, as far as this process knows them, and says when they are too many."""
+
+  def __init__(self, path: pathlib.Path, layout: Layout, max_failed: float):
+    self.layout, self.max_failed = layout, max_failed
+    self.failed, _ = store.failures(path)
+
+  def add(self, unit: Unit, failed: np.ndarray) -> None:
+    """failed: [c1 − c0, m1 − m0] of a unit. Raises FloatingPointError, naming a member, once they are too many."""
+    if not failed.any():
+      return
+    self.failed += int(failed.sum())
+    c, m = np.argwhere(failed)[0]
+    where = f", the last of condition {unit.c0 + c}, member {unit.m0 + m}"
+    _check_failed(self.failed, self.layout, self.max_failed, where)
+
+
+def _draw(writer, found: store.Found, draw, devices: int, stop, lock: locks.Lock | None, toll: Toll) -> int:
   """Draws units as long as there are any, and returns how many this process did.
 
   Three things go on at a time: each device draws a unit, its one before is on its way to the host, and the files of the
@@ -281,6 +334,7 @@ def _draw(writer: store.Writer, found: store.Found, draw, devices: int, stop, lo
       while len(drawing) > still_drawing:
         unit, part, arrays = drawing.popleft()
         blocks = _to_host(writer.layout, unit, arrays)
+        toll.add(unit, store.failed(blocks["sample"]))
         if lock:
           lock.check()
         writing.append((unit, writer.begin(unit, blocks, part), part))
@@ -314,21 +368,23 @@ def _draw(writer: store.Writer, found: store.Found, draw, devices: int, stop, lo
 
 
 def _to_host(layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-  """Blocks [c1 − c0, m1 − m0, ...]. Raises FloatingPointError, naming condition and member."""
+  """Blocks [c1 − c0, m1 − m0, ...] with the members that failed marked: NaN fields, infinite misfits.
+
+  A misfit of NaN is none: a guidance without a gain knows none.
+  """
   blocks = {}
   for name, fields in layout.drawn.items():
     whole = np.asarray(arrays[name]).reshape(*layout.unit, *fields)
     blocks[name] = whole[: unit.c1 - unit.c0, : unit.m1 - unit.m0]
-    allowed = np.isnan if name == "misfit" else np.zeros_like  # a guidance without a gain knows no misfit
-    if not (fine := np.isfinite(blocks[name]) | allowed(blocks[name]).astype(bool)).all():
-      c, m = np.argwhere(~fine)[0][:2]
-      raise FloatingPointError(
-        f"the {'field' if fields else name} of condition {unit.c0 + c}, member {unit.m0 + m} is not finite, or was "
-        f"beyond {draws.DIVERGED:g} standard deviations of the data: the sampler ran away. Lower "
-        "sampling.guidance.alpha, solver.eta or solver.noise, or take more levels.steps; if the condition itself is "
-        "that far off, mend its units; else the prior is damaged. Finished units stay; a changed config needs another "
-        "--config.label."
-      )
+  field = blocks["sample"]
+  failed = ~np.isfinite(field).all(axis=tuple(range(2, field.ndim)))
+  if layout.misfit:
+    failed |= np.isinf(blocks["misfit"])
+  if failed.any():
+    blocks = {name: block.copy() for name, block in blocks.items()}
+    blocks["sample"][failed] = np.nan
+    if layout.misfit:
+      blocks["misfit"][failed] = np.inf
   return blocks
 
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from downscaling.common import randomness
 from downscaling.common.operators import BlockMean, Operator, Strided
 from downscaling.diffusion import schedules
 from downscaling.sampling import solvers
@@ -42,9 +43,10 @@ def prior_variance(spectrum: np.ndarray) -> Variance:
 
 
 def measured_variance(sigmas: np.ndarray, table: np.ndarray) -> Variance:
-  """e_k(σ) from a table, its logarithm linear in ln σ between the rows and constant beyond them.
+  """e_k(σ) from a table, its logarithm linear in ln σ between the rows; NaN beyond them, as nothing is known there.
 
-  sigmas: [K], ascending, > 0. table: [K, *space, C], > 0, mean |(D − x)ˆ_k|²/N on held-out fields.
+  sigmas: [K], ascending, > 0; a level may lie beyond the ends by float32's rounding.
+  table: [K, *space, C], > 0, mean |(D − x)ˆ_k|²/N on held-out fields.
   """
   sigmas, table = np.asarray(sigmas, np.float64), np.asarray(table, np.float64)
   if sigmas.ndim != 1 or len(sigmas) < 2 or len(table) != len(sigmas) or not (np.diff(sigmas) > 0).all():
@@ -55,12 +57,16 @@ def measured_variance(sigmas: np.ndarray, table: np.ndarray) -> Variance:
   if not (sigmas[0] > 0 and np.isfinite(table).all() and (table > 0).all()):
     raise ValueError("the error table or its noise levels hold values <= 0 or not finite; tabulate the error again.")
   grid, logs = jnp.asarray(np.log(sigmas), jnp.float32), jnp.asarray(np.log(table), jnp.float32)
+  low = float(sigmas[0]) * (1 - schedules.ROUNDING)
+  high = float(sigmas[-1]) * (1 + schedules.ROUNDING)
 
   def variance(sigma):
+    known = (sigma >= low) & (sigma <= high)
     place = jnp.clip(jnp.interp(jnp.log(sigma), grid, jnp.arange(len(grid), dtype=grid.dtype)), 0, len(grid) - 1)
     below = jnp.clip(place.astype(jnp.int32), 0, len(grid) - 2)
     share = _column(place - below, logs.ndim)
-    return jnp.exp((1 - share) * logs[below] + share * logs[below + 1])
+    found = jnp.exp((1 - share) * logs[below] + share * logs[below + 1])
+    return jnp.where(_column(known, logs.ndim), found, jnp.nan)
 
   return variance
 
@@ -76,6 +82,9 @@ class Gain:
   variance: Variance
   noise: tuple[float, ...] | float = 0.0  # std of ε, for all channels or each, in units of the fields
   dense: bool = False  # forces the dense path, for tests
+  # In place of `noise`: R_k, the variance of ε by mode on the full coarse FFT grid, broadcasting
+  # against [*coarse, C]; white noise of std s has s² everywhere. It may be traced.
+  error: jax.Array | None = None
 
   def __post_init__(self):
     if not np.all(np.asarray(self.noise) >= 0) or not np.all(np.isfinite(self.noise)):
@@ -88,9 +97,32 @@ class Gain:
       )
     if not self._circulant:
       self._matrix  # noqa: B018 - computed here, as it cannot be under jit
+    if self.error is not None:
+      self._check_error()
+
+  def _check_error(self) -> None:
+    """Raises ValueError unless R broadcasts against coarse fields, and is white on the dense path."""
+    coarse, came = self.operator.coarse, jnp.shape(self.error)
+    fits = len(came) == len(coarse) + 1
+    fits = fits and all(n in (1, full) for n, full in zip(came[:-1], coarse, strict=True))
+    if not fits:
+      raise ValueError(
+        f"an observation error of shape {came} came, need variances that broadcast against "
+        f"[{', '.join(map(str, coarse))}, channels]: one a mode of the coarse grid, or one for all."
+      )
+    if not self._circulant and math.prod(came[:-1]) > 1:
+      raise ValueError(
+        f"an observation error by mode, {came}, for {type(self.operator).__name__}: a dense gain "
+        "knows white errors only. Give one variance a channel."
+      )
+
+  @property
+  def noisy(self) -> bool:
+    """Is R anything but 0? Traced values count as if they were."""
+    return self.error is not None or bool(np.any(np.asarray(self.noise) > 0))
 
   def correction(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
-    """G r: misfit r [B, *coarse, C], σ [B] -> [B, *space, C]."""
+    """G r: misfit r [B, *coarse, C], σ [B], or [1] where all rows are at one level -> [B, *space, C]."""
     spread = self._variance(sigma)
     weights = self._solve(misfit, spread)
     space = self.operator.fine
@@ -99,7 +131,7 @@ class Gain:
     return jnp.fft.irfftn(modes, space, axes=axes).astype(misfit.dtype)
 
   def solve(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
-    """(A + R)⁻¹ r, [B, *coarse, C]."""
+    """(A + R)⁻¹ r, [B, *coarse, C]; σ as in `correction`."""
     return self._solve(misfit, self._variance(sigma))
 
   def misfit_score(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -138,13 +170,32 @@ class Gain:
       return self._solve_dense(r, spread)
     coarse = self.operator.coarse
     axes = tuple(range(1, 1 + len(coarse)))
-    eigenvalues = _half(self._fold(spread), len(coarse)) + self.variance_of_noise(spread)
+    eigenvalues = _half(self._fold(spread) + self.variance_of_noise(spread), len(coarse))
     return jnp.fft.irfftn(jnp.fft.rfftn(r, axes=axes) / eigenvalues, coarse, axes=axes).astype(r.dtype)
 
   def variance_of_noise(self, like: jax.Array) -> jax.Array:
-    """The diagonal of R, one value or one a channel, broadcasting against `like` [..., C]."""
+    """The eigenvalues of R, broadcasting against `like` [B, *coarse, C]."""
+    if self.error is not None:
+      return jnp.asarray(self.error, like.dtype)[None]
     variance = jnp.asarray(np.square(np.asarray(self.noise, np.float64)).reshape(-1), like.dtype)
     return variance.reshape((1,) * (like.ndim - 1) + (-1,))
+
+  def apply_noise(self, z: jax.Array) -> jax.Array:
+    """R z, [B, *coarse, C]."""
+    return self._by_mode(z, self.variance_of_noise(z))
+
+  def draw_noise(self, white: jax.Array) -> jax.Array:
+    """ε ~ N(0, R) from standard normal values, [B, *coarse, C]."""
+    return self._by_mode(white, jnp.sqrt(self.variance_of_noise(white)))
+
+  def _by_mode(self, z, factor):
+    """Each coarse mode times its factor; one factor for all modes needs no transform."""
+    coarse = self.operator.coarse
+    if math.prod(factor.shape[1:-1]) == 1:
+      return factor * z
+    axes = tuple(range(1, 1 + len(coarse)))
+    half = _half(jnp.broadcast_to(factor, (1, *coarse, factor.shape[-1])), len(coarse))
+    return jnp.fft.irfftn(jnp.fft.rfftn(z, axes=axes) * half, coarse, axes=axes).astype(z.dtype)
 
   def _fold(self, spread):
     """Eigenvalues of A on the coarse FFT grid: mean over the aliases k ≡ j of |H_k|² e_k, [B, *coarse, C]."""
@@ -152,16 +203,16 @@ class Gain:
     for axis, (fine, coarse) in enumerate(zip(op.fine, op.coarse, strict=True), start=1):
       if isinstance(op, BlockMean):
         shape = [fine if a == axis else 1 for a in range(spread.ndim)]
-        spread = spread * jnp.asarray(_block_mean_gain(fine, op.factor), spread.dtype).reshape(shape)
+        spread = spread * jnp.asarray(_block_mean_gain(fine, fine // coarse), spread.dtype).reshape(shape)
       split = (*spread.shape[:axis], fine // coarse, coarse, *spread.shape[axis + 1 :])
       spread = spread.reshape(split).mean(axis)
     return spread
 
   def adjoint(self, z: jax.Array) -> jax.Array:
     """C′ᵀ z, [B, *space, C]."""
-    if self._circulant:  # C′C′ᵀ = κ I, so C′ᵀ = κ C′⁺ with κ = 1 or f^−d
+    if self._circulant:  # C′C′ᵀ = κ I, so C′ᵀ = κ C′⁺ with κ = 1, or 1 over the points of a block
       op = self.operator
-      return op.pinv(z) * (op.factor ** -len(op.fine) if isinstance(op, BlockMean) else 1)
+      return op.pinv(z) * (1 / math.prod(op.factors) if isinstance(op, BlockMean) else 1)
     matrix = jnp.asarray(self._matrix, z.dtype)
     flat = jnp.einsum("nN,bnc->bNc", matrix, z.reshape(len(z), -1, z.shape[-1]), precision="highest")
     return flat.reshape(len(z), *self.operator.fine, z.shape[-1])
@@ -171,10 +222,12 @@ class Gain:
     return self.operator.matrix()
 
   def _solve_dense(self, r, spread):
-    flat = r.reshape(len(r), -1, r.shape[-1])
-    spread = jnp.broadcast_to(spread, (len(r), *spread.shape[1:-1], r.shape[-1]))
-    z = jax.scipy.linalg.cho_solve(self._factor(spread), jnp.moveaxis(flat, -1, 1)[..., None])[..., 0]
-    return jnp.moveaxis(z, 1, -1).reshape(r.shape)
+    """One factorisation a level, [1] or [B] of them; samples of one level are its right-hand sides."""
+    levels, channels = len(spread), r.shape[-1]
+    spread = jnp.broadcast_to(spread, (*spread.shape[:-1], channels))
+    flat = r.reshape(levels, len(r) // levels, -1, channels)
+    z = jax.scipy.linalg.cho_solve(self._factor(spread), jnp.moveaxis(flat, (1, 3), (3, 1)))
+    return jnp.moveaxis(z, (1, 3), (3, 1)).reshape(r.shape)
 
   def _factor(self, spread):
     """Cholesky's of A + R for each sample and channel, [B, C, n, n]."""
@@ -218,16 +271,15 @@ def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> j
       (measured on KS).
   """
   op, shape = gain.operator, (*gain.operator.fine, y.shape[-1])
-  never = jnp.full(y.shape[:1], jnp.inf, y.dtype)
+  never = jnp.full(1, jnp.inf, y.dtype)  # all rows are at one level
   axes = tuple(range(1, len(shape)))
-  white = solvers.noise(keys, solvers.START - 1, shape, y.dtype)
+  white = solvers.noise(keys, randomness.stream("posterior"), shape, y.dtype)
   colour = jnp.sqrt(_half(gain.variance(never), len(op.fine)))
   draw = jnp.fft.irfftn(jnp.fft.rfftn(white, axes=axes) * colour, op.fine, axes=axes).astype(y.dtype)
   misfit = y - op.apply(draw)
-  if np.any(np.asarray(gain.noise) > 0):
-    scale = jnp.asarray(np.broadcast_to(np.asarray(gain.noise, np.float64), y.shape[-1:]), y.dtype)
-    error = solvers.noise(keys, solvers.START - 3, y.shape[1:], y.dtype)
-    misfit = misfit - scale.reshape((1,) * (y.ndim - 1) + (-1,)) * error
+  if gain.noisy:
+    white_error = solvers.noise(keys, randomness.stream("observation error"), y.shape[1:], y.dtype)
+    misfit = misfit - gain.draw_noise(white_error)
   draw = draw + gain.correction(misfit, never)
   return draw + sigma * solvers.noise(keys, solvers.START, shape, y.dtype)
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from downscaling.common.operators import Operator
 from downscaling.sampling.gain import Gain
@@ -54,6 +53,7 @@ def make(
   data_std: float = 1.0,
   gain: Gain | None = None,
   final: str = "overwrite",
+  one_level: bool = False,
 ) -> Guided:
   """The guided denoiser and the one to end with.
 
@@ -66,39 +66,43 @@ def make(
     final: how paper and scaled end. "overwrite", as the paper: the observed points are set to y′, which leaves kinks
       beside them. "gain": D + G(y′ − C′D), which spreads the correction as the field's covariance does. Wiener,
       measured and moment always end with their gain.
+    one_level: all rows of a call have one σ, as those of a solver have: the gain factorises A once, not once a row.
   """
   if name not in NAMES or final not in ("overwrite", "gain"):
     raise ValueError(f"guidance {name!r} with final={final!r}: use one of {', '.join(NAMES)}, with overwrite or gain.")
   if gain is None and (name in ("wiener", "measured", "moment") or final == "gain") and name != "none":
     raise ValueError(f"guidance {name!r} with final={final!r} needs a gain: build a Gain from the training spectrum.")
-  if name in ("paper", "scaled") and gain is not None and np.any(np.asarray(gain.noise) > 0):
+  if name in ("paper", "scaled") and gain is not None and gain.noisy:
     raise ValueError(
       f"guidance {name!r} sets C′x = y′ exactly and knows no observation noise: use wiener, measured or moment, or "
       "--config.sampling.observation_noise=0."
     )
   check(operator, y)
   if name in ("wiener", "measured"):
-    step = last = along_gain(denoise, operator, y, gain)
+    step = last = along_gain(denoise, operator, y, gain, one_level)
   elif name == "moment":
-    step, last = moment(denoise, operator, y, gain), along_gain(denoise, operator, y, gain)
+    step = moment(denoise, operator, y, gain, one_level)
+    last = along_gain(denoise, operator, y, gain, one_level)
   elif name == "none":
     step = last = lambda x, sigma: (d := denoise(x, sigma), y - operator.apply(d))
   else:
     decorate = paper if name == "paper" else scaled
     extra = {} if name == "paper" else {"data_std": data_std}
     step = decorate(denoise, operator, y, alpha=alpha, normalise=normalise, **extra)
-    last = step if final == "overwrite" else along_gain(denoise, operator, y, gain)
-  return Guided(_plain(step), _plain(last), _scored(step, gain), _scored(last, gain))
+    last = step if final == "overwrite" else along_gain(denoise, operator, y, gain, one_level)
+  return Guided(_plain(step), _plain(last), _scored(step, gain, one_level), _scored(last, gain, one_level))
 
 
 def _plain(step: Step) -> Denoise:
   return lambda x, sigma: step(x, sigma)[0]
 
 
-def _scored(step: Step, gain: Gain | None):
+def _scored(step: Step, gain: Gain | None, one_level: bool):
   def scored(x, sigma):
     guided, misfit = step(x, sigma)
-    return guided, jnp.full(len(x), jnp.nan, x.dtype) if gain is None else gain.misfit_score(misfit, sigma)
+    if gain is None:
+      return guided, jnp.full(len(x), jnp.nan, x.dtype)
+    return guided, gain.misfit_score(misfit, sigma[:1] if one_level else sigma)
 
   return scored
 
@@ -121,34 +125,35 @@ def scaled(
   return _eq7(denoise, operator, y, lambda sigma: strength * (1 + (sigma / data_std) ** 2))
 
 
-def along_gain(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -> Step:
+def along_gain(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain, one_level: bool = False) -> Step:
   """D + G_σ(y′ − C′D): no gradient, no overwriting, and C′D′ = y′ all the same (without observation noise)."""
 
   def guided(x, sigma):
     denoised = denoise(x, sigma)
     misfit = y - operator.apply(denoised)
-    return denoised + gain.correction(misfit, sigma), misfit
+    return denoised + gain.correction(misfit, sigma[:1] if one_level else sigma), misfit
 
   return guided
 
 
-def moment(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain) -> Step:
+def moment(denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain, one_level: bool = False) -> Step:
   """D + σ²Jᵀ C′ᵀ (A + R)⁻¹ (y′ − C′D): y′ is taken as Gaussian about C′D with the gain's A; σ²J is Cov[x₀ | x] where D
   is exact (Tweedie's second identity), so the correction knows the covariance at this very x.
 
   Where A is not C′(σ²J)C′ᵀ, C′D′ misses y′ − R(A + R)⁻¹r, what it should be; the gain makes up for the rest. A network
   needs that: without it the steps diverge on KS, as errors of A are multiplied at each.
   """
-  hard, noisy = dataclasses.replace(gain, noise=0.0), bool(np.any(np.asarray(gain.noise) > 0))
+  hard = dataclasses.replace(gain, noise=0.0, error=None)
 
   def guided(x, sigma):
     denoised, pull = jax.vjp(lambda x: denoise(x, sigma), x)
     misfit = y - operator.apply(denoised)
-    weights = gain.solve(misfit, sigma)
+    level = sigma[:1] if one_level else sigma
+    weights = gain.solve(misfit, level)
     (along,) = pull(gain.adjoint(weights).astype(denoised.dtype))
     moved = denoised + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2 * along
-    left = gain.variance_of_noise(weights) * weights if noisy else 0.0
-    return moved + hard.correction(y - left - operator.apply(moved), sigma), misfit
+    left = gain.apply_noise(weights) if gain.noisy else 0.0
+    return moved + hard.correction(y - left - operator.apply(moved), level), misfit
 
   return guided
 

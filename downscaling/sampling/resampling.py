@@ -22,6 +22,9 @@ beyond z = 6.9 (strength 1/8, dead zone 3), as
 Taken as they stand at 32² = 1024 values, 3 and 1/8 would pass a member that is off by 45 standard deviations, and take
 5.7 from log w for each one beyond, at every step: no network's A is right to so many nats.
 
+A member without a score, as its D is not finite, weighs nothing from then on; the others are weighed as if it were
+not there. Where no member of a condition has a score, nothing is selected among them.
+
 Members of a condition now depend on each other, so a block of members is the unit that can be drawn again; the block
 draws its selection from the key of its first member, folded with the step.
 """
@@ -33,10 +36,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from downscaling.common import randomness
+
 REFERENCE = 24  # coarse values, of KS, that strength and dead_zone are stated for; fewer are treated alike
 ENOUGH = 0.75  # at ½, up to half of the members may weigh nothing to the end: error, CRPS and spread were worse on KS
 ZONE = 3.0  # dead zone in units of d′, measured on KS: smaller ones take members that are right (docs/method.md)
-_STREAM = 2**31 - 3  # apart from every step's noise and from the start's two draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +76,15 @@ class Resampling:
   def weigh(self, log_weights: jax.Array, score: jax.Array, values: int, sigma: jax.Array | float) -> jax.Array:
     """Log weights after a step at level sigma, []. score: χ²/d′ [B]; values: d′."""
     score = score.reshape(log_weights.shape).astype(jnp.float32)
-    score = score / jnp.maximum(score.min(axis=1, keepdims=True), 1)
+    known = jnp.isfinite(score)
+    best = jnp.where(known, score, jnp.inf).min(axis=1, keepdims=True)
+    score = jnp.where(known, score / jnp.maximum(best, 1), 0)
     share = min(1.0, math.sqrt(REFERENCE / values))
     excess = jnp.maximum(score - (1 + (self.dead_zone - 1) * share), 0) * values
     log_weights = log_weights - jnp.where(sigma < self.below, self.strength * share, 0) * excess
-    return log_weights - log_weights.max(axis=1, keepdims=True)
+    log_weights = jnp.where(known, log_weights, -jnp.inf)
+    heaviest = log_weights.max(axis=1, keepdims=True)
+    return jnp.where(jnp.isfinite(heaviest), log_weights - heaviest, 0)
 
   def select(self, keys: jax.Array, step: jax.Array, log_weights: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
     """(log weights, rows) after selection where it is due.
@@ -85,8 +93,12 @@ class Resampling:
       keys: of the members, [B]. step: [], its number.
       rows: tree of [B, ...] that belong to the members.
     """
-    first = keys[:: self.members]
-    place = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _STREAM), step)))(first)
+
+    def place_of(key):
+      stream = jax.random.fold_in(key, randomness.stream("selection"))
+      return jax.random.uniform(jax.random.fold_in(stream, step))
+
+    place = jax.vmap(place_of)(keys[:: self.members])
     share = jax.nn.softmax(log_weights, axis=1)
     due = 1 / (share**2).sum(axis=1) < ENOUGH * self.members + 1e-3  # a quarter of them gone, to rounding, is due
     stay = jnp.arange(self.members)

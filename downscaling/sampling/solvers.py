@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from downscaling.common import randomness
 from downscaling.diffusion.schedules import Schedule
 from downscaling.sampling.resampling import Resampling
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 
-START = 2**31 - 1  # the "step" whose noise a member starts from; no solver takes that many steps
+START = randomness.stream("start")  # the "step" whose noise a member starts from
 
 
 def noise(keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
@@ -59,7 +60,10 @@ def euler_maruyama(
 
   (Song et al. 2021, arXiv:2011.13456, eq. 6, with Tweedie's (D − x)/σ² for the score.) The paper takes 256 steps with σ
   decaying exponentially. x is given and returned unscaled. select, values: see dpm_solver_pp_2m_sde.
+
+  Raises: ValueError for levels that the schedule does not reach.
   """
+  schedule.check_levels(levels)
   levels = jnp.asarray(levels, x.dtype)
   t = schedule.inverse(levels)
   scale = schedule.scale(t)
@@ -103,7 +107,7 @@ def heun(
   if churn > 0 and keys is None:
     raise ValueError(f"heun with churn={churn:g} draws noise: hand in keys, [B], one a member; or set churn=0.")
   levels = jnp.asarray(levels, x.dtype)
-  gamma = min(churn / (len(levels) - 1), 2**0.5 - 1)
+  gamma = churned(churn, len(levels) - 1)
 
   def step(x, inputs):
     k, sigma, below = inputs
@@ -118,6 +122,11 @@ def heun(
 
   x, _ = jax.lax.scan(step, x, (jnp.arange(len(levels) - 1), levels[:-1], levels[1:]))
   return _call(last or denoise, x, levels[-1])
+
+
+def churned(churn: float, steps: int) -> float:
+  """γ: by which share a step of `heun` raises its noise level first."""
+  return min(churn / steps, 2**0.5 - 1)
 
 
 def dpm_solver_pp_2m(

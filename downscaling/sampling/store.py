@@ -2,14 +2,17 @@
 
 NAME.zarr    sample (condition, member, [time,] [y,] x[, channel]) float32, NaN where not yet drawn; misfit (condition,
              member) where the sampler tells it; coordinates; the coarse fields it was drawn from as condition_field.
-             One shard a unit, so one writer a shard.
+             One shard a unit, so one writer a shard. A member that failed is NaN throughout and has an
+             infinite misfit; the markers, not the NaN, say what is drawn.
 NAME.units   stage.json: what the samples depend on, and how many conditions and members there are; one marker a
-             finished unit, written after the unit's bytes are durable; lock.json while a job writes.
+             finished unit, written after the unit's bytes are durable; beside it, where members of it
+             failed, how many of each condition; lock.json while a job writes.
 
 Counts are no part of what samples depend on: with more conditions or members the arrays grow and units are added. A
 unit at the old edge that grows is written once more, the fields that it had as they were.
 """
 
+import collections
 import datetime
 import hashlib
 import pathlib
@@ -26,6 +29,7 @@ from downscaling.common import runs
 
 Coordinates = Mapping[str, tuple[np.ndarray, Mapping[str, str]]]
 MARKERS = "c*-m*.json"
+FAILED = "failed-"  # before a marker's name: {condition's place: members that failed}
 
 
 class Unit(NamedTuple):
@@ -199,11 +203,25 @@ def find(path: pathlib.Path, layout: Layout) -> Found:
   return Found(missing, parts)
 
 
-def say_done(path: pathlib.Path, fraction: float) -> None:
-  """Sets done_fraction in the root's JSON, in one rename, as a reader may be looking."""
+def say_done(path: pathlib.Path, fraction: float, **attributes: int) -> None:
+  """Sets done_fraction, and other attributes, in the root's JSON, in one rename, as a reader may be looking."""
   root = runs.read_json(path / "zarr.json")
-  root["attributes"]["done_fraction"] = round(float(fraction), 6)
+  root["attributes"] |= {"done_fraction": round(float(fraction), 6)} | attributes
   runs.write_json(path / "zarr.json", root)
+
+
+def failed(fields: np.ndarray) -> np.ndarray:
+  """Which members of fields [K, M, ...] failed, [K, M]: those that are NaN throughout."""
+  return np.isnan(fields).all(axis=tuple(range(2, fields.ndim)))
+
+
+def failures(path: pathlib.Path) -> tuple[int, int]:
+  """(members that failed, conditions that they are of) in the finished units of a store."""
+  units, found = path.with_suffix(".units"), collections.Counter()
+  for file in units.glob(FAILED + MARKERS):
+    if (units / file.name.removeprefix(FAILED)).exists():  # else its unit was broken off
+      found.update({int(place): count for place, count in runs.read_json(file).items()})
+  return found.total(), len(found)
 
 
 def digest(ids: np.ndarray, conditions: np.ndarray | None = None) -> str:
@@ -262,11 +280,16 @@ class Writer:
   def begin(self, unit: Unit, blocks: Mapping[str, np.ndarray], part: Unit | None) -> list:
     """Starts the writing of a unit's blocks [c1 − c0, m1 − m0, ...]; what `part` of it holds already stays."""
     begun = []
+    record = self.units / (FAILED + unit.name)
     for name, block in blocks.items():
       array = self.arrays[name]
       if part:
         block = block.copy()
         block[: part.c1 - part.c0, : part.m1 - part.m0] = array[part.c0 : part.c1, part.m0 : part.m1].read().result()
+      if name == "sample":
+        counts = failed(block).sum(axis=1)
+        found = {str(unit.c0 + i): int(count) for i, count in enumerate(counts) if count}
+        runs.write_json(record, found) if found else record.unlink(missing_ok=True)
       begun.append(array[unit.c0 : unit.c1, unit.m0 : unit.m1].write(block))
     return begun
 
@@ -276,7 +299,8 @@ class Writer:
       future.result()
     runs.write_json(self.units / unit.name, unit._asdict())
     if part:
-      (self.units / part.name).unlink(missing_ok=True)
+      for name in (part.name, FAILED + part.name):
+        (self.units / name).unlink(missing_ok=True)
 
 
 def _array(path: pathlib.Path, name: str):

@@ -11,6 +11,9 @@ OPERATORS = {
   "strided 2-D": operators.Strided.on((8, 12), 4),
   "mean 1-D": operators.BlockMean.on((24,), 8),
   "mean 2-D": operators.BlockMean.on((8, 12), 4),
+  "strided unlike": operators.Strided.on((8, 12), (4, 3)),
+  "mean unlike": operators.BlockMean.on((8, 12), (2, 6)),
+  "areas unlike": operators.BlockMean.on((8, 12), (2, 3), AREAS),
   "areas 2-D": operators.BlockMean.on((8, 12), 4, AREAS),
   "dense": operators.Dense.on((8, 12), np.random.default_rng(1).normal(size=(5, 96))),
 }
@@ -24,6 +27,16 @@ def test_moore_penrose(op, x64):
   eye = jnp.eye(n).reshape(n, *op.coarse, 1)
   inverse = np.asarray(op.pinv(eye)).reshape(n, -1).T
   np.testing.assert_allclose(inverse, np.linalg.pinv(matrix), atol=1e-12)
+
+
+def test_factors_by_axis_against_their_definition():
+  """Unlike axes and factors: a factor of the other axis, or one for both, gives another grid or other values."""
+  x = np.random.default_rng(3).normal(size=(2, 8, 12, 1)).astype(np.float32)
+  np.testing.assert_array_equal(OPERATORS["strided unlike"].apply(x), x[:, ::4, ::3])
+  means = x[..., 0].reshape(2, 4, 2, 2, 6).mean((2, 4))
+  got = OPERATORS["mean unlike"].apply(jnp.asarray(x))[..., 0]
+  np.testing.assert_allclose(got, means, atol=1e-6)  # float32 sums of twelve
+  assert OPERATORS["mean unlike"].factors == (2, 6)
 
 
 @pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
@@ -59,6 +72,13 @@ def test_messages():
     ValueError, match=r"factor 5 does not divide the grid of 24 points: use one of \[2, 3, 4, 6, 8, 12\]"
   ):
     operators.Strided.on((24,), 5)
+  with pytest.raises(ValueError, match=r"factor 5 does not divide the grid of 12 points"):
+    operators.BlockMean.on((10, 12), (5, 5))
+  with pytest.raises(ValueError, match=r"2 factors \(2, 3\) came for a grid of 1 axes"):
+    operators.Strided.on((24,), (2, 3))
+  for coarse in ((5, 4), (4,)):
+    with pytest.raises(ValueError, match=r"coarse points that divide the fine ones. Use BlockMean.on"):
+      operators.BlockMean((8, 12), coarse)
   with pytest.raises(ValueError, match=r"Was the operator built for another grid"):
     OPERATORS["strided 1-D"].apply(jnp.zeros((2, 24)))
   with pytest.raises(ValueError, match="rank 1"):

@@ -47,6 +47,14 @@ def test_levels_are_even_in_the_logarithm():
   np.testing.assert_allclose(np.diff(np.log(levels)), np.log(1e5) / 43, rtol=1e-3)
 
 
+def test_a_table_says_what_it_covers():
+  table = errors.ErrorTable(np.float32([0.1, 1.0]), np.ones((2, 8, 1), np.float32))
+  errors.check_covers(table, [0.1 * (1 - 1e-6), 1.0], "levels")
+  for sigmas in ([0.09, 0.5], [0.2, 1.1]):
+    with pytest.raises(ValueError, match=r"tabulated from 0.1 to 1: beyond them nothing is known"):
+      errors.check_covers(table, sigmas, "levels")
+
+
 def test_file_and_refusals(tmp_path):
   table = errors.ErrorTable(np.float32([0.1, 1.0]), np.random.default_rng(0).uniform(0.1, 1, (2, 8, 1)).astype("f4"))
   with pytest.raises(FileNotFoundError, match="run `downscaling train`"):

@@ -114,6 +114,8 @@ def test_levels():
 @pytest.mark.parametrize(
   ("call", "words"),
   [
+    (lambda: schedules.vp_linear().check_levels([0.1, 200.0]), "from 0.1 to 200, but the schedule vp_linear knows"),
+    (lambda: schedules.edm().check_levels([1e-3, 1.0], "sampling.levels"), "sampling.levels from 0.001 to 1, but"),
     (lambda: schedules.levels("cosine", 4, 1.0, 0.1), "exponential or edm"),
     (lambda: schedules.levels("edm", 0, 1.0, 0.1), "steps >= 1"),
     (lambda: schedules.levels("edm", 4, 0.1, 1.0), "sigma_max > sigma_min"),
@@ -126,3 +128,12 @@ def test_levels():
 def test_refusals_say_what_to_type(call, words):
   with pytest.raises(ValueError, match=words):
     call()
+
+
+def test_levels_beyond_the_schedule_are_none():
+  """What no time has: NaN under jit, where clipping gave another level's answer; the ends are within, to rounding."""
+  schedule = schedules.vp_linear()
+  ends = jnp.asarray([schedule.sigma_min, schedule.sigma_max], jnp.float32)
+  assert np.isfinite(schedule.inverse(ends)).all()
+  assert np.isnan(schedule.inverse(jnp.asarray([-1.0, 1.01 * schedule.sigma_max]))).all()
+  schedule.check_levels(np.asarray(ends))

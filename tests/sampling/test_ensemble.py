@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 import xarray
 
-from downscaling.common import costs, runs
+from downscaling.common import costs, randomness, runs
 from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
 from downscaling.sampling import ensemble, gain, guidance, solvers, store
@@ -275,7 +275,9 @@ def test_two_axes_two_channels_and_no_condition(tmp_path):
   assert data.sample.shape == (1, 5, 4, 6, 2)
   assert data.y.attrs == {"units": "km"}
   assert "condition_field" not in data
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 4)  # member 4 of condition 0, drawn alone
+  key = jax.random.fold_in(
+    jax.random.fold_in(randomness.key(1, "ensemble"), 0), 4
+  )  # member 4 of condition 0, drawn alone
   np.testing.assert_array_equal(data.sample[0, 4], solvers.noise(key[None], 0, (4, 6, 2))[0])
 
 
@@ -311,14 +313,63 @@ def test_a_store_that_is_not_ours_is_refused(tmp_path, sampler):
     ensemble.read(tmp_path / "a.zarr")
 
 
-def test_a_field_that_is_not_finite_is_named(tmp_path):
-  def draw(keys, y):
-    x = solvers.noise(keys, 0, (24, 1))
-    return jax.numpy.where(y[:, :1] == CONDITIONS[2, 0, 0], jax.numpy.nan, x)
+def runs_away(keys, y):
+  """with_misfit, but for members of condition 2: an overflow, a single NaN, a misfit out of range, a field of NaN."""
+  fields, misfit = with_misfit(keys, y)
+  bad = y[:, 0, 0] == CONDITIONS[2, 0, 0]
+  row = jax.numpy.arange(len(y)) % 4
+  fields = fields.at[:, 3].set(jax.numpy.where((bad & (row == 0))[:, None], jax.numpy.inf, fields[:, 3]))
+  fields = fields.at[:, 5].set(jax.numpy.where((bad & (row == 1))[:, None], jax.numpy.nan, fields[:, 5]))
+  return fields, jax.numpy.where(bad & (row == 2), jax.numpy.inf, misfit)
 
-  with pytest.raises(FloatingPointError, match="condition 2, member 0 is not finite, or was beyond 100 "):
-    write(tmp_path / "a.zarr", draw)
-  assert len(list((tmp_path / "a.units").glob("c*-m*.json"))) == 2  # the units of conditions 0 and 1
+
+def test_a_member_that_failed_is_marked_and_the_ensemble_goes_on(tmp_path, capsys):
+  """Members 0, 1, 2, 4 and 5 of condition 2: NaN fields, infinite misfits, all others as they would be; all said."""
+  path, good = tmp_path / "a.zarr", tmp_path / "b.zarr"
+  write(good, with_misfit)
+  with pytest.raises(runs.Interrupted):
+    write(path, runs_away, max_failed=0.2, stop=stop_after(4))
+  assert store.failures(path) == (5, 1)
+  summary = write(path, runs_away, max_failed=0.2)
+  assert summary["failed"] == 5
+  assert "5 of 30 members failed, of 1 of 5 conditions of a.zarr" in capsys.readouterr().err
+  found, want = ensemble.read(path).load(), ensemble.read(good).load()
+  failed = np.zeros((5, 6), bool)
+  failed[2, [0, 1, 2, 4, 5]] = True
+  np.testing.assert_array_equal(store.failed(found.sample.values), failed)
+  np.testing.assert_array_equal(np.isposinf(found.misfit), failed)
+  assert np.isfinite(found.sample.values[~failed]).all()
+  # Another program: rounding.
+  np.testing.assert_allclose(found.sample.values[~failed], want.sample.values[~failed], atol=2e-6)
+  assert (found.attrs["failed_members"], found.attrs["failed_conditions"]) == (5, 1)
+  assert "Infinity: the member failed" in found.misfit.attrs["comment"]
+  assert write(path, runs_away, max_failed=0.2)["failed"] == 5  # once more: nothing is drawn, the count stays
+  assert ensemble.read(good).attrs["failed_members"] == 0
+
+
+def test_members_that_failed_stay_counted_once_where_a_unit_grows(tmp_path):
+  """Members 0 to 2 of condition 2, an edge unit of three members: the fourth is added, the three stay marked."""
+  path = tmp_path / "a.zarr"
+  write(path, runs_away, members=3, max_failed=0.5)
+  assert store.failures(path) == (3, 1)
+  write(path, runs_away, members=4, max_failed=0.5)
+  assert store.failures(path) == (3, 1)
+  assert len([*(tmp_path / "a.units").glob("failed-*")]) == 1
+  # A count whose unit was broken off before its marker does not count.
+  (tmp_path / "a.units" / "c000002-000004-m000000-000004.json").unlink()
+  assert store.failures(path) == (0, 0)
+
+
+def test_too_many_that_failed_are_refused_and_named(tmp_path):
+  """Three fail in unit 2 of 6: as much as may. With the next unit there are five of 30, over a tenth."""
+  with pytest.raises(FloatingPointError, match=r"5 of 30 members failed, the last of condition 2, member 4: not fin"):
+    write(tmp_path / "a.zarr", runs_away, max_failed=0.1)
+  assert len(list((tmp_path / "a.units").glob("c*-m*.json"))) == 3  # conditions 0 and 1, and members 0 to 3 of 2
+  with pytest.raises(FloatingPointError, match=r"max_failed=0.1 allows 3"):  # also what earlier calls left counts
+    write(tmp_path / "a.zarr", runs_away, max_failed=0.1)
+  assert write(tmp_path / "a.zarr", runs_away, max_failed=0.2)["failed"] == 5
+  with pytest.raises(FloatingPointError, match="max_failed=0 allows 0"):
+    write(tmp_path / "b.zarr", runs_away)
 
 
 def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
@@ -354,3 +405,29 @@ def test_refusals_before_anything_is_written(tmp_path, sampler, change, words):
 def test_markers_are_json(whole):
   marker = json.loads((whole.with_suffix(".units") / "c000004-000005-m000004-000006.json").read_text())
   assert marker == {"c0": 4, "c1": 5, "m0": 4, "m1": 6}
+
+
+def test_no_two_draws_of_an_ensemble_share_a_key():
+  """Steps, start, posterior draw, observation error and selection of every member, and the keys that these come from.
+
+  fold_in(key, i) is split(key)[i]: a stream that a step reaches, or a key that is drawn from and folded, shows here.
+  """
+  steps, ids = 64, np.arange(12)
+  members = ensemble.keys(1, ids // 4, ids % 4)
+  fold = lambda keys, number: jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
+  streams = {name: fold(members, randomness.stream(name)) for name in randomness.STREAMS}
+  used = [members, *streams.values()]
+  used += [fold(members, step) for step in range(steps)]
+  used += [fold(streams["selection"], step) for step in range(steps)]
+  base = randomness.key(1, "ensemble")
+  used += [base[None], jax.vmap(lambda c: jax.random.fold_in(base, c))(np.arange(3))]
+  data = np.concatenate([np.asarray(jax.random.key_data(keys)) for keys in used])
+  assert len(np.unique(data, axis=0)) == len(data)
+  assert min(map(randomness.stream, randomness.STREAMS)) > 2**30  # beyond any number of steps
+  np.testing.assert_array_equal(
+    jax.random.key_data(jax.random.split(base, 3)), jax.random.key_data(used[-1])
+  )  # the trap
+  # What the solvers and the start draw is by these keys.
+  white = solvers.noise(members, 5, (24, 1))
+  np.testing.assert_array_equal(white[3], jax.random.normal(jax.random.fold_in(members[3], 5), (24, 1)))
+  assert randomness.stream("start") == solvers.START

@@ -84,8 +84,9 @@ def test_samplers_of_both_configs_are_calibrated(gaussian, name, levels, dispers
 
 
 def test_the_gain_spreads_a_correction_as_the_posterior_mean_does(gaussian):
-  """D + G(y − C′D) from D = 0 at σ = ∞ is K₀y: both operators, against dense algebra, axes of different length."""
-  for op in (Strided.on((12, 16), 4), BlockMean.on((16, 12), 4)):
+  """D + G(y − C′D) from D = 0 at σ = ∞ is K₀y: against dense algebra; axes and factors unlike."""
+  unlike = Strided.on((12, 20), (3, 5)), BlockMean.on((12, 20), (2, 4))
+  for op in (Strided.on((12, 16), 4), BlockMean.on((16, 12), 4), *unlike):
     field = gaussian(op.fine, corner=2.0)
     y = op.matrix() @ field.draw(3).ravel()
     mean, _ = field.posterior(op, y)

@@ -156,3 +156,24 @@ def test_a_condition_that_no_member_meets_is_judged_by_its_best():
   np.testing.assert_allclose(near[0], [0, 0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-6)
   np.testing.assert_allclose(far, near, rtol=1e-5)  # the factor cancels to rounding
   np.testing.assert_allclose(near[1], [0, 0, 0, -0.125 * 0.1 * 24], rtol=1e-4)  # below 1 no misfit is scaled up
+
+
+def test_a_member_without_a_score_drops_alone():
+  """One NaN in the first condition: it weighs nothing, the rest as without it. All NaN in the second: no selection."""
+  among = resampling.Resampling(members=4, strength=0.125, dead_zone=3.0)
+  score = jnp.asarray([10.0, jnp.nan, 35.0, 90.0, *[jnp.nan] * 4, 1.0, 2.0, 3.5, 9.0])
+  weights = np.asarray(among.weigh(among.start(12), score, 24, 0.1))
+  assert weights[0, 1] == -np.inf
+  np.testing.assert_allclose(weights[0, [0, 2, 3]], [0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-5)
+  assert weights[1].tolist() == [0, 0, 0, 0]
+  np.testing.assert_allclose(weights[2], [0, 0, -1.5, -18.0], rtol=1e-5)  # neighbours are untouched
+  keys, rows = jax.random.split(jax.random.key(0), 12), jnp.arange(12)
+  after, picked = among.select(keys, 3, jnp.asarray(weights), rows)
+  assert np.isfinite(after).all()
+  assert 1 not in np.asarray(picked[:4])
+  assert np.asarray(picked[4:8]).tolist() == [4, 5, 6, 7]
+  # A member that is dropped stays so from step to step.
+  few = among.weigh(among.start(4), jnp.asarray([1.0, jnp.nan, 1.0, 1.0]), 24, 0.1)
+  again = among.weigh(few, jnp.asarray([1.0, jnp.nan, 1.0, 1.0]), 24, 0.1)
+  np.testing.assert_array_equal(few, again)
+  np.testing.assert_array_equal(again, [[0, -np.inf, 0, 0]])

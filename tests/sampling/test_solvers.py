@@ -137,3 +137,15 @@ def test_refusals():
   for run in (solvers.heun, solvers.dpm_solver_pp_2m_sde):
     with pytest.raises(ValueError, match=r"solver\.noise.*need a number > 0"):
       run(ideal, x, grid, jax.random.split(jax.random.key(0), 1), noise_factor=0.0)
+
+
+def test_levels_that_the_schedule_does_not_reach_are_refused():
+  """Clipped in silence they gave 1.41 times the variance."""
+  with pytest.raises(ValueError, match="to 200, but the schedule vp_linear knows"):
+    solvers.euler_maruyama(
+      lambda x, sigma: x,
+      jnp.ones((2, 3, 1)),
+      schedules.levels("edm", 4, 200.0, 0.1),
+      None,
+      schedule=schedules.vp_linear(),
+    )
