@@ -77,27 +77,3 @@ def test_benchmark_runs(execute, line):
   assert done.returncode == 0, done.stderr
   assert any(char.isdigit() for char in done.stdout)
   assert "failed" not in done.stdout
-
-
-@pytest.mark.slow
-def test_sampling_compares_with_the_papers_sampler(finished, execute, tmp_path):
-  """Three cases and a varied key on the smoke prior: the table, its ratios, a fitted spread, the picture."""
-  workdir, _ = finished
-  script, config = ROOT / "benchmarks" / "sampling.py", ROOT / "configs" / "ks.py"
-  argv = [sys.executable, str(script), f"--workdir={workdir}", f"--config={config}:smoke", "--set", "data.shard=16"]
-  cases = "eq7 em 256,measured+r η5 8,default"
-  more = ["--vary=solver.noise=1.0,1.1", "--spread", f"--out={tmp_path}"]
-  done = execute([*argv, "--conditions=4", "--members=2", f"--cases={cases}", *more])
-  assert done.returncode == 0, done.stderr
-  found = json.loads((tmp_path / "sampling.json").read_text())
-  rows = found["rows"]
-  assert list(rows) == [*cases.split(","), "solver.noise=1.0", "solver.noise=1.1"]
-  assert rows["solver.noise=1.0"]["member"] == rows["default"]["member"] != rows["solver.noise=1.1"]["member"]
-  assert all(v > 0 for row in rows.values() for v in row["spectrum"].values())
-  assert rows["eq7 em 256"]["calls"] == 3 * 256 + 3
-  assert rows["measured+r η5 8"]["calls"] == 9
-  assert all(math.isfinite(row[k]) for row in rows.values() for k in ("ms", "member", "crps", "energy", "melre", "cov"))
-  assert {*found["rivals"]} == {"climatology", "interpolation"}
-  assert found["rows"]["default"]["κ"] > 0
-  assert done.stdout.count("over eq7 em 256") == 1
-  assert (tmp_path / "sampling.png").stat().st_size > 1000

@@ -111,7 +111,8 @@ def paper(denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, n
   """Eq. 7 of the paper. It is no posterior: a constant α is too weak where σ is large (docs/method.md has the figures).
 
   normalise: the paper's α is not public, and sources differ: "none" takes it as it stands, "divide" as α/(d′/d),
-  "multiply" as α·d′/d, d and d′ the fine and coarse values of a sample.
+  "multiply" as α·d′/d, d and d′ the fine and coarse values of a sample. The authors' library (swirl-dynamics, class
+  InfillFromSlices) has "divide" and .5 by default: 4 with "none" where every 8th value is observed.
   """
   strength = alpha * _share(operator, normalise)
   return _eq7(denoise, operator, y, lambda sigma: strength)
