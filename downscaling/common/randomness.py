@@ -10,7 +10,7 @@ import zlib
 import jax
 
 GENERATOR = "threefry2x32"
-PURPOSES = ("training", "error table", "watching", "ensemble", "filters", "plans", "classifier")
+PURPOSES = ("training", "error table", "watching", "ensemble", "filters", "plans", "classifier", "network")
 # What stands in a stage's identity: results drawn by other keys are other results.
 IDENTITY = f"{GENERATOR}, tagged by purpose"
 
