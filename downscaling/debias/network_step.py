@@ -35,7 +35,7 @@ RATE, DECAY, AVERAGE = 5e-3, 1e-2, 0.98  # of Adam, of the weights, of the param
 SPARE = 8  # one row of so many sets η and trains no network
 DAMPING = 0.7  # share of the gap that a step closes
 SURE = 2.0  # standard errors by which spare rows must differ
-LARGEST = 0.15  # |displacement| of a row over the size of the row
+LARGEST = 0.15  # |displacement| of a row over its size
 ROWS = 1024  # mapped at a time; the last block is padded
 
 
@@ -93,7 +93,7 @@ def _rise(space: tuple[int, ...]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-  """y + η ∇f(y). A row moves by at most `most` of its own size.
+  """y + η ∇f(y). A row moves by at most `most` of its size, or of the usual size if larger.
 
   parameters: of Logit, one vector float32. mean: [*space]; scale: f sees (y − mean) / scale.
   index, sign: the group up to shifts, [E, n], [E]. rate: η, in units of scale².
@@ -132,8 +132,8 @@ class Network:
     return value, moved * (self.rate * self.scale)
 
   def _shares(self, y: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    size = _norms(y - self.mean)
-    return _norms(moved) / np.maximum(size, np.finfo(float).tiny)
+    usual = self.scale * math.sqrt(math.prod(y.shape[1:]))
+    return _norms(moved) / np.maximum(_norms(y - self.mean), usual)
 
 
 def _norms(y: np.ndarray) -> np.ndarray:

@@ -82,15 +82,17 @@ def test_equal_laws_are_left_alone(quick):
 def test_far_outside_a_row_moves_by_a_limited_share(fitted):
   step, y = fitted.steps[1], 100 * fields(6, 5)[..., 0]
   shares = np.linalg.norm(step(y) - y, axis=1) / np.linalg.norm(y, axis=1)
-  # `most` is of the row less the mean, which the sampling of 1500 rows leaves at 0.
+  # `most` is of the row less the mean, which is 0 by symmetry.
   assert (shares <= network_step.LARGEST * (1 + 1e-6)).all()
+  inside = fitted.outside(fields(7, 200))
+  # Measured: none of 200. A few in a hundred would say that the limit is part of the map.
+  assert inside.sum() <= 4
 
 
 def test_on_disk_and_back_and_again(fitted, tmp_path, quick):
   fitted.save(tmp_path)
   y = fields(7, 20)
   np.testing.assert_array_equal(equivariant.EquivariantMap.load(tmp_path)(y), fitted(y))
-  assert fitted.outside(y).sum() == 0
   again = recipes.fit(fields(0), fields(1, hinge=0.5), group=GROUP, recipe="GNN")
   np.testing.assert_array_equal(again(y), fitted(y))  # the same seed, the same networks
   other = recipes.fit(fields(0), fields(1, hinge=0.5), group=GROUP, recipe="GNN", seed=1)
