@@ -154,7 +154,7 @@ def test_help_is_no_error(execute):
     ({"sampling.conditions": 65}, ("config.sampling.conditions=65", "config.debias.held_out=64")),
     ({"train.batch": 1024}, ("config.train.batch asks for 1024", "512 can be had")),
     ({"debias.epsilon": 0.0}, ("epsilon=0 ", "must be > 0", "--config.debias.epsilon=0.001")),
-    ({"debias.recipe": "GX"}, ("recipe='GX' cannot be read", "need letters of G, Q, A, S and M")),
+    ({"debias.recipe": "GX"}, ("recipe='GX' cannot be read", "need letters of G, Q, A, S, M and N")),
     ({"debias.map": "rescaled"}, ("config.debias.map='rescaled' is not among config.debias.maps", "add it there")),
     ({"debias.path": "pallas"}, ("config.debias.path='pallas' on 'cpu'", "Use --config.debias.path=auto here")),
     ({"debias.maps": ("optimal",)}, ("config.debias.maps has 'optimal'", "use some of ['entropic'")),

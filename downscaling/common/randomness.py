@@ -10,7 +10,10 @@ import zlib
 import jax
 
 GENERATOR = "threefry2x32"
-PURPOSES = ("training", "error table", "watching", "ensemble", "filters", "plans", "benchmark", "classifier")
+PURPOSES = (
+  *("training", "error table", "watching", "ensemble", "filters", "network", "plans", "benchmark"),
+  "classifier",
+)
 # What stands in a stage's identity: results drawn by other keys are other results.
 IDENTITY = f"{GENERATOR}, tagged by purpose"
 

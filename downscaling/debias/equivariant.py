@@ -8,6 +8,7 @@ An EquivariantMap is a sequence of steps, each of which commutes with the group 
                      energy that N moves into each shell, Re E[ŷ* N̂], is the target's; a G follows each
     S  Quantiles     y + hᵀ∗(q(h∗y) − h∗y): Q on a random filter h that the group leaves alone up to a sign, |ĥ| ≤ 1
     M  Matching      y + Σ_t λ_t ∇φ_t(y): statistics of second to fourth order matched by the least displacement
+    N  Network       y + η ∇f(y): f the logit of a classifier that tells mapped rows from true ones
 
 recipes.py fits one from sums over blocks of rows (moments.py, matching.py). Unlike the entropic map, none of
 them looks rows up, so they extrapolate: the Gaussian one linearly, quantiles linearly beyond the range of the fit,
@@ -22,7 +23,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from downscaling.debias import matching, moments, storage
+from downscaling.debias import matching, moments, network_step, storage
 from downscaling.debias.transport import check_finite
 
 BLOCK = 2**20  # values of a block of rows, when mapping and when fitting
@@ -109,8 +110,9 @@ class Transfer:
     return np.zeros(len(y), bool)
 
 
-Step = Gaussian | Quantiles | Transfer | matching.Matching
-KINDS = {step.kind: step for step in (Gaussian, Quantiles, Transfer, matching.Matching)}
+Step = Gaussian | Quantiles | Transfer | matching.Matching | network_step.Network
+STEPS = (Gaussian, Quantiles, Transfer, matching.Matching, network_step.Network)
+KINDS = {step.kind: step for step in STEPS}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 Letters are the steps of equivariant.py. A recipe is tried by eye of the columns that it is to mend: G the covariance, Q
 the one-point law, A the energy transfer, S what random filters see, M spectra, triads, transfer and fourth moments at
-once. docs/method.md has what each gives.
+once, N whatever else a classifier finds, several of them one after the other. docs/method.md has what each gives.
 """
 
 import copy
@@ -20,14 +20,22 @@ import numpy as np
 import scipy.special
 
 from downscaling.common import randomness, runs, symmetry
-from downscaling.debias import matching, moments, shrinkage
+from downscaling.debias import matching, moments, network_step, shrinkage
 from downscaling.debias.equivariant import EquivariantMap, Gaussian, Quantiles, Step, Transfer, blocks
 from downscaling.debias.transport import check_finite
 
 LEVELS, TAIL = 257, 8  # entries of a quantile table; pooled values beyond its last
 SAMPLE = 2**18  # values of the rows that give the direction of an A
-MAKERS = {"G": ("gaussian",), "Q": ("quantiles",), "A": ("transfer", "gaussian"), "S": ("sliced",), "M": ("matching",)}
+MAKERS = {
+  "G": ("gaussian",),
+  "Q": ("quantiles",),
+  "A": ("transfer", "gaussian"),
+  "S": ("sliced",),
+  "M": ("matching",),
+  "N": ("network",),
+}
 GRAM = 2**14  # rows that give the direction of an M
+LEARN = 2**14  # rows a side, of all processes together, that a classifier learns from
 
 
 def fit(
@@ -58,7 +66,7 @@ def fit(
     quadratic: the equation's name in moments.QUADRATIC, for A; without it an M leaves the transfer alone.
     towards: "stationary", for periodic grids, or "tapered": what covariances are drawn towards as far as rows outside
       the estimate say (shrinkage.py), if the group has fewer elements than the grid points. None: they are not.
-    seed: of the filters: that of the j-th S is drawn from fold_in(key(seed, "filters"), j).
+    seed: of the filters: that of the j-th S is drawn from fold_in(key(seed, "filters"), j). Of the networks.
     damping: share of a Newton step that an A takes, in (0, 1].
     scratch: a folder, or None.
     notes: a list; what each G did to its covariances is appended to it.
@@ -90,12 +98,12 @@ def letters(recipe, quadratic: str | None, damping: float = 1.0) -> str:
   try:
     read = [(part, 1) if isinstance(part, str) else (part[0], int(part[1])) for part in recipe]
     found = "".join(name * count for name, count in read)
-    good = bool(found) and set("".join(name for name, _ in read)) <= set("GQASM") and min(c for _, c in read) >= 0
+    good = bool(found) and set("".join(name for name, _ in read)) <= set("GQASMN") and min(c for _, c in read) >= 0
   except (TypeError, ValueError, IndexError):
     good = False
   if not good:
     raise ValueError(
-      f"recipe={recipe!r} cannot be read: need letters of G, Q, A, S and M, as 'GQG', or with counts, as "
+      f"recipe={recipe!r} cannot be read: need letters of G, Q, A, S, M and N, as 'GQG', or with counts, as "
       "('G', ('A', 12), ('S', 60))."
     )
   if "A" in found and quadratic not in moments.QUADRATIC:
@@ -143,6 +151,7 @@ class Fitting:
     self.target, self.group, self.space = target, group, source.shape[1:]
     self.quadratic, self.damping, self.key, self.slices = quadratic, damping, randomness.key(seed, "filters"), 0
     self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
+    self.learner, self.network_key = None, randomness.key(seed, "network")
     if scratch is None:
       self.current = np.array(source, np.float64)
     else:
@@ -235,6 +244,23 @@ class Fitting:
     step = matching.Matching(matching.solve(now, goal, products, self.kept), mean, math.inf, self.quadratic)
     most = self.sums("current", lambda block: step.shares(block).max(), max)
     return dataclasses.replace(step, most=float(most))
+
+  def network(self) -> network_step.Network:
+    if self.learner is None:
+      self.learner = network_step.Learner(self.space, self.group, self.network_key)
+    mean, _ = self.once(self._moments).averaged(self.group, self.frame)
+    step = self.learner.step(self.some("current"), self.some("target"), mean)
+    # Networks of unlike processors differ by rounding: all take that of the first.
+    parameters, rate = self.together((step.parameters, np.float64(step.rate)))[0]
+    return dataclasses.replace(step, parameters=parameters, rate=float(rate))
+
+  def some(self, which: str) -> np.ndarray:
+    """LEARN rows at random, in order, of all processes together."""
+    rows = getattr(self, which)
+    have = self.together(np.int64(len(rows)))
+    count = min(LEARN // len(have), *map(int, have))
+    chosen = np.random.default_rng(0).permutation(len(rows))[:count]
+    return np.concatenate(self.together(np.asarray(rows[np.sort(chosen)], np.float64)))
 
   def mean(self, count: int, of: Callable):
     """Mean over so many rows of the source as they are now, at random: every n-th may be those of one time."""

@@ -334,7 +334,7 @@ def test_clouds_that_cannot_be_fitted():
 @pytest.mark.parametrize("recipe", ["", "GX", ("G", ("S", -1)), (("GQ",),), 3, ("G", ("A", "many"))])
 def test_recipes_that_cannot_be_read(recipe):
   y = rows((24,), 0, size=20)
-  with pytest.raises(ValueError, match=r"recipe=.* cannot be read: need letters of G, Q, A, S and M, as 'GQG'"):
+  with pytest.raises(ValueError, match=r"recipe=.* cannot be read: need letters of G, Q, A, S, M and N, as 'GQG'"):
     recipes.fit(y, y, group=ks.group(24), recipe=recipe, quadratic="ks")
 
 
