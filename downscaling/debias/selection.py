@@ -7,7 +7,8 @@ rows get worse. So the recipe is fitted on some folds of both clouds, and judged
     law                   quantiles of the values, pooled over orbits
     energy, triads, ...   the statistics of matching.py that the group leaves alone, family by family
 
-each squared and in units of what two sets of true rows of that size differ by. A step is taken if the sum falls. One
+each statistic squared and in units of what it differs by between two sets of true rows of that size, so that weak waves
+count as much as strong ones. A step is taken if the sum falls. One
 that does not lower it stays pending: the next letter is tried behind it as well as without it, because some steps
 (quantiles before a G) pay only together.
 """
@@ -29,10 +30,12 @@ from downscaling.debias.recipes import Fitting
 
 FOLDS = 4
 OWN = "N"  # letters that are judged by spare rows of their own (network_step.py), and move nothing where those say so
-MOST = 8192  # rows of either cloud that are used; more would cost more than they tell
+MOST = 16_384  # rows of either cloud that are used; more would cost more than they tell
 GRAM = 2**11  # rows that give the direction of an M that is tried
-CHUNKS = 8  # of the target, whose differences say what sampling does
+CHUNKS, ROWS = 32, 25  # of the target, whose differences say what sampling does: at most, and rows of each at least
 ROUNDING = 1e-8  # of the field's variance: a mean whose noise is less is rounding
+EMPTY = 1e-22  # of the largest variance of a family's statistics: those below are sums that a symmetry cancels
+WEAK = 1e-4  # of the same: weaker ones are judged by this noise, as a field does not show what they are wrong by
 LEVELS = scipy.special.ndtr(np.linspace(-2, 2, 17))  # of the quantiles that are compared
 
 
@@ -70,8 +73,7 @@ def select(
   """
   source, target = _some(source), _some(target)
   judge = _Judge(target, group, quadratic)
-  number = min(max(MOST // min(len(source), len(target)), 1), FOLDS)  # more rows say as much in fewer folds
-  base = [_Fold(source, target, k, judge, group=group, quadratic=quadratic, **fitting) for k in range(number)]
+  base = [_Fold(source, target, k, judge, group=group, quadratic=quadratic, **fitting) for k in range(FOLDS)]
   best = _distance(base)
   pending: Sequence[_Fold] | None = None
   waiting: list[int] = []
@@ -140,10 +142,11 @@ class _Fold:
   def distance(self) -> dict[str, float]:
     found = self.judge.summary(self.held)
     share = sum(1 / n for n in self.sizes)
-    return {
-      name: float(((found[name] - self.goal[name]) ** 2).sum() / (noise * share))
-      for name, noise in self.judge.noise.items()
-    }
+    out = {}
+    for name, noise in self.judge.noise.items():
+      gap = (found[name] - self.goal[name]) ** 2 / np.where(noise > 0, noise, np.inf)
+      out[name] = float(gap.sum() / share)
+    return out
 
 
 def _move(rows: np.ndarray, step: Step) -> None:
@@ -158,24 +161,26 @@ def _parts(rows: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Judge:
-  """Statistics of a set by family, and the noise of each: Σ of variances of one row. See the head of this file."""
+  """Statistics of a set by family, and the noise of each: its variance times rows; 0 for what does not count."""
 
   def __init__(self, target: np.ndarray, group: symmetry.Group, quadratic: str | None):
     self.space, self.group, self.quadratic = target.shape[1:], group, quadratic
     self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
     self.families = self._families()
-    count = max(2, min(CHUNKS, len(target) // 2))
+    count = int(np.clip(len(target) // ROWS, min(4, len(target)), CHUNKS))
     edges = np.linspace(0, len(target), count + 1).astype(int)
     self.centre = self._moments(target)[0]
     chunks = [self.summary(target[low:high]) for low, high in itertools.pairwise(edges)]
     self.noise = {}
     for name in chunks[0]:
-      variance = np.var(np.stack([chunk[name] for chunk in chunks]), axis=0, ddof=1).sum()
-      self.noise[name] = float(variance) * len(target) / count
+      variance = np.var(np.stack([chunk[name] for chunk in chunks]), axis=0, ddof=1)
+      held = variance > EMPTY * variance.max()
+      noise = np.maximum(variance, WEAK * variance.max())
+      self.noise[name] = np.where(held, noise, 0.0) * len(target) / count
     power = sum(float(((block - self.centre) ** 2).sum()) for _, block in blocks(target)) / len(target)
-    if self.noise["mean"] < ROUNDING * power:  # a symmetry or the equation forbids it
+    if self.noise["mean"].sum() < ROUNDING * power:  # a symmetry or the equation forbids it
       del self.noise["mean"]
-    if bad := [name for name, noise in self.noise.items() if not noise > 0]:
+    if bad := [name for name, noise in self.noise.items() if not noise.any()]:
       raise ValueError(
         f"the target rows do not differ in {', '.join(bad)}: nothing can be judged by them. Hand in more rows, or set "
         "--config.debias.select=False."
@@ -206,10 +211,7 @@ class _Judge:
     out = {"mean": mean.ravel(), "covariance": np.concatenate([covariance.real.ravel(), covariance.imag.ravel()])}
     out["law"] = self._law(rows)
     values = sum(matching.Sums.of(block - self.centre, self.quadratic).values for _, block in blocks(rows))
-    found = {name: values[kept] / len(rows) for name, kept in self.families.items()}
-    # Weak waves count as much as strong ones: the covariance sees the strong ones.
-    found["energy"] = np.log(np.maximum(found["energy"], np.finfo(float).tiny))
-    return out | found
+    return out | {name: values[kept] / len(rows) for name, kept in self.families.items()}
 
   def _law(self, rows: np.ndarray) -> np.ndarray:
     values = self.pool.values(np.asarray(rows, np.float64))
