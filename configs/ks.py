@@ -57,7 +57,7 @@ def get_config(variant="quick"):
 
   c.debias = dict(
     # Which maps are fitted and shown (downscaling/debias/maps.py), and behind which one of them samples are drawn.
-    maps=("entropic", "gaussian", "equivariant"),
+    maps=("gaussian", "equivariant", "entropic"),
     map="equivariant",
     points=pick(16384, 32768, 256),  # snapshots a side in the fit
     epsilon=pick(0.0005, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
