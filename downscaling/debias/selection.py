@@ -81,7 +81,7 @@ def select(
   for place, letter in enumerate(order):
     if stop():
       raise runs.Interrupted(f"debias stopped while trying step {place + 1} of {len(order)}, to be begun anew.")
-    if letter in OWN:
+    if set(order[: place + 1]) & set(OWN):  # what is not tried, and what mends it
       trials.append({"step": letter, "taken": True})
       progress(1)
       continue
