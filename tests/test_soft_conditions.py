@@ -1,4 +1,4 @@
-"""The observation noise of a map: on which rows, by which program, stored, read back, handed on; or why there is none."""
+"""The observation noise of a map: its rows, its program, stored, read back, handed on; or why there is none."""
 
 import jax
 import numpy as np

@@ -77,6 +77,8 @@ def fit(measure: Callable[[float], tuple[float, float]]) -> Fit:
   while corr < LEAST and len(tried) < MOST:  # 1 − corr goes as s²
     high = _rounded(0.99 * high * math.sqrt((1 - LEAST) / (1 - corr)))
     above, corr = at(high)
+  if corr < LEAST:
+    return _chosen(tried, tried[0])  # any noise loses y′
   if above >= -CLOSE:
     return _chosen(tried)
   while len(tried) < MOST:
@@ -88,9 +90,9 @@ def fit(measure: Callable[[float], tuple[float, float]]) -> Fit:
   return _chosen(tried)
 
 
-def _chosen(tried: list[tuple[float, float, float]]) -> Fit:
-  """The last that was tried."""
-  return Fit(*tried[-1], tried[0][1:], tuple(tried))
+def _chosen(tried: list, found: tuple[float, float, float] | None = None) -> Fit:
+  """What was found, or else the last (s, χ²/d′, corr) that was tried."""
+  return Fit(*(found or tried[-1]), tried[0][1:], tuple(tried))
 
 
 def _rounded(std: float) -> float:

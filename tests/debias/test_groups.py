@@ -83,7 +83,7 @@ def test_the_verdict_says_where_and_by_how_much():
 def test_false_alarms(tails):
   """About one in a thousand biases that respect the group is said to break it.
 
-  150 trials at .0015 (measured with 2000 trials) give .2 alarms, and more than 2 with a probability of 1e-3. Skewness of
+  150 trials at .0015 (measured with 2000) give .2 alarms, and more than 2 with a probability of 1e-3. Skewness of
   values that are not held within REACH alarms in a fifth of such trials, with heavy tails and few trajectories.
   """
   trajectories, snapshots, alarms = 24, 2, 0

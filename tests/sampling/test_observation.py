@@ -105,7 +105,10 @@ def test_noise_stays_within_what_keeps_the_weather(steep, measure):
   """Planted .5: χ² asks for more than y′ can bear. And a χ² with a floor of its own, as that of a network, at any s."""
   found = observation.fit(measure(planted(steep, 0.5)))
   assert found.bounded
-  assert observation.LEAST <= found.corr < 0.9955  # the largest s that keeps y′, to the search's last step
+  assert found.corr >= observation.LEAST
+  assert found.std < 0.05  # the prior takes a tenth of y′ to be noise, whatever the s, unless it is small
+  lost = observation.fit(lambda s: (2.0, 1.0 if s == 0 else 0.9))
+  assert (lost.std, lost.bounded) == (0.0, True)
   floored = observation.fit(lambda s: (1.2 + 1e-4 / max(s, 1e-3) ** 2, 1 - 0.62 * s**2))
   assert floored.bounded
   # One per cent is left below it.
@@ -117,7 +120,7 @@ def test_noise_stays_within_what_keeps_the_weather(steep, measure):
 def test_the_search_ends_in_few_steps(true):
   """χ² = ½ + ½(true/s)², as above: from .1 to .002 by halves of ln s."""
   chi2 = lambda s: 0.5 + 0.5 * min(true / max(s, 1e-4), 1e3) ** 2
-  found = observation.fit(lambda s: (chi2(s), 1 - s**2))
+  found = observation.fit(lambda s: (chi2(s), 1 - s**2 / 2))
   assert abs(math.log(found.chi2)) <= observation.CLOSE
   assert len(found.tried) <= observation.MOST
   assert observation.Fit.of(found.record()) == found  # there and back through what is stored
