@@ -44,12 +44,12 @@ def get_config(variant="quick"):
     shard=pick(512, 1024, 64),  # trajectories a file
     # Trajectories of each split, one use each (downscaling/datasets/builders.py).
     hfhr=pick(
-      dict(train=8192, calibration=1024, test=1024, reference=4096, floor=2048),
+      dict(train=6144, calibration=512, test=512, reference=4096, floor=2048),
       dict(train=12288, calibration=2048, test=2048, reference=4096, floor=4096),
       dict(train=128, calibration=64, test=64, reference=32, floor=32),
     ),
     lflr=pick(
-      dict(train=8192, calibration=1024, test=4096),
+      dict(train=4096, calibration=512, test=4096),
       dict(train=8192, calibration=1024, test=4096),
       dict(train=128, calibration=32, test=64),
     ),
@@ -59,7 +59,7 @@ def get_config(variant="quick"):
     # Which maps are fitted and shown (downscaling/debias/maps.py), and behind which one of them samples are drawn.
     maps=("gaussian", "equivariant", "entropic"),
     map="equivariant",
-    points=pick(16384, 32768, 256),  # snapshots a side in the fit
+    points=pick(8192, 32768, 256),  # snapshots a side in the fit
     epsilon=pick(0.0005, 0.0005, 0.01),  # entropic regularisation relative to the mean cost
     threshold=pick(2e-3, 1e-3, 1e-3),  # L1 error of the marginals
     max_iterations=pick(1000, 2000, 100),
@@ -68,7 +68,7 @@ def get_config(variant="quick"):
     save_seconds=30.0,  # between two checkpoints
     # Of equivariant, letter by letter: see downscaling/debias/equivariant.py. Each N takes some seconds, and disturbs
     # the covariance a little, which the last G mends.
-    recipe=pick("GMQMNNNNNNG", "GMQMNNNNNNNNNNNNG", "GMQM"),
+    recipe=pick("GMQMNNNNG", "GMQMNNNNNNNNNNNNG", "GMQM"),
     select=True,  # of the recipe, take only steps that improve rows outside the fit (downscaling/debias/selection.py)
     # Symmetries that maps keep: auto, the largest group that the bias respects by a test, or full, trivial, or another
     # name in downscaling/debias/groups.py.
@@ -92,9 +92,9 @@ def get_config(variant="quick"):
     dtype="float32",
     preconditioning="wiener",  # or edm, adaptive
   )
-  c.optimizer = dict(peak=3e-3, end=1e-6, warmup_steps=pick(200, 500, 2), clip=1.0)
+  c.optimizer = dict(peak=3e-3, end=1e-6, warmup_steps=pick(100, 500, 2), clip=1.0)
   # ema_decay: one, or several, e.g. (0.999, 0.9999): the first average is the prior.
-  c.train = dict(batch=pick(128, 128, 16), total_steps=pick(1200, 8000, 20), ema_decay=pick(0.995, 0.999, 0.9))
+  c.train = dict(batch=pick(128, 128, 16), total_steps=pick(800, 8000, 20), ema_decay=pick(0.995, 0.999, 0.9))
   c.train.dir = ""  # of the prior, which serves every grid.factor and grid.operator; "" for WORKDIR/train
   c.train.augment = False  # every field moved by a random symmetry of the equation, anew in each step: for few data
   # What follows, up to profile, is free to change between restarts. How often, in steps; save_minutes: by the clock.
@@ -114,7 +114,7 @@ def get_config(variant="quick"):
   # The paper's own: start="noise", name="paper", final="overwrite", euler_maruyama, 256 exponential levels from 150,
   # resample.strength=0.
   c.sampling = dict(
-    conditions=pick(512, 1024, 16),  # held-out coarse fields, or series of them
+    conditions=pick(256, 1024, 16),  # held-out coarse fields, or series of them
     # What is drawn, named after the map before it; default is debias.map. A large ensemble may ask for
     # the first alone, and for others later.
     sets=("default+diffusion", "raw+diffusion", "true+diffusion", "unconditional"),
@@ -135,7 +135,7 @@ def get_config(variant="quick"):
     solver=dict(name="dpm_solver_pp_2m_sde", eta=10.0, churn=0.0, noise=1.0),
     # guided (by what y′ leaves open at a level) | edm, with rho | exponential
     levels=dict(name="guided", steps=pick(24, 24, 4), sigma_max=3.0, sigma_min=3e-3, rho=7.0),
-    unconditional=dict(fields=pick(512, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
+    unconditional=dict(fields=pick(256, 2048, 16), steps=pick(32, 48, 8), sigma_max=80.0),
   )
   # reference: true fields to compare with. draws: replicates behind intervals and floors.
   c.evaluate = dict(reference=pick(8192, 16_384, 128), draws=pick(200, 200, 40))
