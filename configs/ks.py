@@ -66,9 +66,9 @@ def get_config(variant="quick"):
     check_every=10,  # iterations between two looks at the marginals
     path="auto",  # dense | fused | ring | pallas: see downscaling/debias/iterations.py
     save_seconds=30.0,  # between two checkpoints
-    # Of equivariant, letter by letter: see downscaling/debias/equivariant.py. Each N takes some seconds, and disturbs
-    # the covariance a little, which the last G mends.
-    recipe=pick("GMQMNNNNG", "GMQMNNNNNNNNNNNNG", "GMQM"),
+    # Of equivariant, letter by letter: see downscaling/debias/equivariant.py. Each N takes some seconds. What the N
+    # disturb of the moments, the last M mends.
+    recipe=pick("GMQMNNNNM", "GMQMNNNNNNNNNNNNM", "GMQM"),
     select=True,  # of the recipe, take only steps that improve rows outside the fit (downscaling/debias/selection.py)
     # Symmetries that maps keep: auto, the largest group that the bias respects by a test, or full, trivial, or another
     # name in downscaling/debias/groups.py.
