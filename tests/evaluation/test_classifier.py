@@ -26,7 +26,7 @@ def blocks(rows, first=0, each=2):
 @pytest.fixture
 def quick(monkeypatch):
   """Small networks: 100 steps, the fewest that any set gets."""
-  monkeypatch.setattr(classifier, "STEPS", 100)
+  monkeypatch.setattr(classifier, "STEPS", {1: 100, 2: 100})
 
 
 def score(fields, true, seed=0, **kwargs):
@@ -54,7 +54,7 @@ def test_auc_counts_pairs_ties_and_weights():
   assert classifier.rank_auc(scores, true, weights, true_weights) == (2 / 2 + 9) / 12
 
 
-# ---------------------------------------------------------------- power, and none where there is nothing
+# ---------------------------------------------------------------- power
 
 
 def test_equal_laws_lie_inside_the_floor():
@@ -88,8 +88,8 @@ def test_planted_differences_are_found(quick, change, least):
 
 
 def test_in_two_dimensions_with_a_stem(quick):
-  """48 points an axis: the stem strides by two. A blur that keeps the variance is found."""
-  true, blurred = waves(128, 48, seed=2, space=2), waves(128, 48, seed=1, space=2)
+  """20 points an axis: the stem strides by two. A blur that keeps the variance is found."""
+  true, blurred = waves(128, 20, seed=2, space=2), waves(128, 20, seed=1, space=2)
   blurred = blurred + np.roll(blurred, 1, axis=1)
   assert score(blurred / blurred.std(), true).auc > 0.7
 
