@@ -8,9 +8,8 @@ rows get worse. So the recipe is fitted on some folds of both clouds, and judged
     energy, triads, ...   the statistics of matching.py that the group leaves alone, family by family
 
 each statistic squared and in units of what it differs by between two sets of true rows of that size, so that weak waves
-count as much as strong ones. A step is taken if the sum falls. One
-that does not lower it stays pending: the next letter is tried behind it as well as without it, because some steps
-(quantiles before a G) pay only together.
+count as much as strong ones. A step is taken if the sum falls. One that does not lower it stays pending: the next
+letter is tried behind it as well as without it, because some steps (quantiles before a G) pay only together.
 """
 
 import dataclasses

@@ -3,7 +3,8 @@
 Where no shifts cut it into blocks, a covariance of d points has d (d + 1)/2 numbers, each with the noise of all rows.
 Its structured version has far fewer: the standard deviation of every point, and
 
-    stationary   correlations that depend on the distance along the axes alone (their mean over all shifts), or
+    stationary   correlations that depend on the distance along the axes alone (their mean over all shifts); for laws
+                 that are alike everywhere one standard deviation as well; or
     tapered      correlations times a taper that falls to 0 at a distance (Gaspari & Cohn 1999, eq. 4.10)
 
 The first needs a periodic grid, the second does not. The estimate is (1 − w) C + w T(C). The weight makes it nearest to
@@ -25,7 +26,11 @@ TAPERS = (0.125, 0.25, 0.5)  # reaches that are tried, shares of the longest sid
 
 
 class Shrunk(NamedTuple):
-  """mean: [*space]; covariance: [1, n, n]; weight: w, in [0, 1]; structure: "stationary", or "tapered to … points"."""
+  """What `shrink` returns.
+
+  mean: [*space]; covariance: [1, n, n]; weight: w, in [0, 1]; structure: "stationary", "homogeneous", or
+  "tapered to … points".
+  """
 
   mean: np.ndarray
   covariance: np.ndarray
@@ -75,14 +80,19 @@ def _weight(folds, structure, goal: np.ndarray) -> tuple[float, float]:
 def stationary(covariance: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
   """The same standard deviations [n], with correlations averaged over all shifts of the periodic grid; [n, n], PSD."""
   correlation, std = _correlation(covariance)
+  return _over_shifts(correlation, space) * std[:, None] * std
+
+
+def _over_shifts(matrix: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
+  """The mean over all shifts of the periodic grid, by the diagonal of its Fourier transform, [n, n]."""
   axes = tuple(range(len(space)))
   n = math.prod(space)
-  rows = np.fft.fftn(correlation.reshape(*space, n), axes=axes).reshape(n, n)
+  rows = np.fft.fftn(matrix.reshape(*space, n), axes=axes).reshape(n, n)
   both = np.fft.ifftn(rows.reshape(n, *space), axes=tuple(a + 1 for a in axes)).reshape(n, n)
   average = np.fft.ifftn(np.diagonal(both).real.reshape(space)).real  # of a shift, [*space]
   place = np.indices(space).reshape(len(space), n)
   apart = [(p[:, None] - p[None, :]) % size for p, size in zip(place, space, strict=True)]
-  return average[tuple(apart)] * std[:, None] * std
+  return average[tuple(apart)]
 
 
 def tapered(covariance: np.ndarray, space: tuple[int, ...], reach: float) -> np.ndarray:
@@ -105,7 +115,10 @@ def _structures(towards: str, space: tuple[int, ...]) -> dict:
   if towards not in STRUCTURES:
     raise ValueError(f"towards={towards!r} is unknown; use one of {STRUCTURES}, or None for no shrinkage.")
   if towards == "stationary":
-    return {towards: lambda c: stationary(c, space)}
+    return {
+      "homogeneous": lambda c: _over_shifts(c, space),
+      towards: lambda c: stationary(c, space),
+    }
   reaches = [max(2.0, share * max(space)) for share in TAPERS]
   return {f"tapered to {r:g} points": functools.partial(tapered, space=space, reach=r) for r in reaches}
 
