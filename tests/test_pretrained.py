@@ -1,0 +1,58 @@
+"""What lies in pretrained/: whole, small, and readable by the config that its card names."""
+
+import hashlib
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from downscaling import build, stages
+from downscaling.common import mesh as meshes
+from downscaling.common import runs
+from downscaling.datasets import statistics
+from downscaling.debias import maps
+from downscaling.diffusion import errors, training
+
+ROOT = pathlib.Path(__file__).parents[1]
+KS = ROOT / "pretrained" / "ks"
+UNLISTED = ("README.md", "SHA256SUMS")
+
+
+@pytest.fixture(scope="module")
+def config():
+  return runpy.run_path(str(ROOT / "configs" / "ks.py"))["get_config"]("full")
+
+
+def test_every_file_is_the_one_that_the_card_lists():
+  listed = dict(reversed(line.split("  ", 1)) for line in (KS / "SHA256SUMS").read_text().splitlines())
+  there = {str(p.relative_to(KS)) for p in KS.rglob("*") if p.is_file() and p.name not in UNLISTED}
+  assert {*listed} == there
+  for name, digest in listed.items():
+    assert hashlib.sha256((KS / name).read_bytes()).hexdigest() == digest, name
+  assert sum(p.stat().st_size for p in KS.rglob("*") if p.is_file()) < 4e6
+
+
+def test_the_prior_is_that_of_the_config(config):
+  prior = runs.config_hash(stages.identity(config, "train"))
+  stats = statistics.load(KS / "data" / "statistics.npz")
+  network = build.denoising_network(config, stats)
+  params = training.load_prior(KS / "train", prior, network, build.space(config), 1, meshes.make())
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+  table = errors.load(KS / "train", prior)
+  # The network beats the best linear denoiser where a field is half noise: σ = .3 of its standard deviation.
+  level = int(np.argmin(np.abs(table.sigmas - 0.3)))
+  spectrum = stats.spectrum
+  linear = spectrum * 0.09 / (spectrum + 0.09)
+  assert table.errors[level].mean() < 0.5 * linear.mean()
+
+
+def test_the_map_is_that_of_the_config(config):
+  assert runs.read_json(KS / "debias" / "stage.json")["config"] == runs.plain(stages.identity(config, "debias"))
+  made = maps.load(KS / "debias" / config.debias.map)
+  y = np.sin(np.arange(24) * 2 * np.pi * 3 / 24)[None, :, None].astype(np.float32)
+  mapped = made(y)
+  assert mapped.shape == y.shape
+  # It commutes with a shift by one point, to the rounding of float32 in a network of four layers.
+  np.testing.assert_allclose(made(np.roll(y, 1, axis=1)), np.roll(mapped, 1, axis=1), atol=1e-4)
