@@ -48,11 +48,15 @@ def shown(value: float | None) -> str:
 
 
 def with_interval(value: float | None, interval: list[float] | None) -> str:
-  """.073±.004: the value to the digit in which half of its interval begins. `shown` where it has no interval."""
+  """.073±.004: the value to the digit in which half of its interval begins, or one more behind a 1 or a 2.
+
+  `shown` where it has no interval.
+  """
   if value is None or interval is None or not interval[1] > interval[0]:
     return shown(value)
   half = (interval[1] - interval[0]) / 2
-  digits = max(0, -math.floor(math.log10(half)))
+  place = math.floor(math.log10(half))
+  digits = max(0, -place + (half < 3 * 10**place))
   if digits > 5:
     return shown(value)
   return f"{_short(value, digits)}±{_short(half, digits)}"
@@ -102,7 +106,7 @@ def _table(metrics: Mapping, part: str, columns: Mapping[str, str], title: str) 
 
 
 def _line(title: str, cells: list[str]) -> str:
-  return (f"{title[:NAME]:<{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells)).rstrip()
+  return (f"{title[:NAME]:<{NAME}}" + "".join(f" {cell:>{CELL - 1}}" for cell in cells)).rstrip()
 
 
 def _titled(name: str, row: Mapping, default: str | None) -> str:

@@ -177,7 +177,7 @@ def test_numbers_are_printed_short():
     assert terminal.shown(value) == text
     assert len(text) <= 8
   assert terminal.with_interval(0.0731, [0.069, 0.0774]) == ".073±.004"
-  assert terminal.with_interval(1.247, [1.13, 1.37]) == "1.2±.1"
+  assert terminal.with_interval(1.247, [1.13, 1.37]) == "1.25±.12"
   assert terminal.with_interval(17.2, [10, 24]) == "17±7"
   assert terminal.with_interval(0.5, None) == "0.500"
   assert terminal.between([0.042, 0.05, 0.0612]) == ".042–.061"
