@@ -46,6 +46,8 @@ def subgroups(group: symmetry.Group, space: tuple[int, ...]) -> dict[str, symmet
 
   group: of a grid of shape `space`.
   """
+  if len(group) == 1:  # both names may be asked for; and it may act on channels as well
+    return {FULL: group, TRIVIAL: group}
   plain = group.sign > 0
   shift, along = _translations(group.index, space)
   members = {
@@ -62,8 +64,6 @@ def subgroups(group: symmetry.Group, space: tuple[int, ...]) -> dict[str, symmet
     if which.tobytes() not in seen:
       seen.add(which.tobytes())
       found[name] = symmetry.Group(group.index[which], group.sign[which])
-  if len(group) == 1:  # of a group of one, both names are asked for
-    found[TRIVIAL] = found[FULL]
   return found
 
 

@@ -1,5 +1,7 @@
 """The debias job on tiny clouds: what it writes, that it resumes, and that held-out means held out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import xarray
@@ -14,6 +16,7 @@ def rows(n, seed, scale, space=(6,)):
 
 
 SOURCE, TARGET, HELD = rows(120, 0, 1.0), rows(130, 1, 1.6), rows(50, 2, 1.0)
+PICKED = np.arange(1, 101, 2)  # source rows that are mapped in-sample
 EVERY = tuple(maps.FITS)
 
 
@@ -45,17 +48,20 @@ def debias(folder, held=HELD, *, names=("entropic",), chosen=None, given=None, *
 
 
 def test_writes_the_maps_the_rows_and_the_diagnostics(tmp_path):
-  report = debias(tmp_path, names=EVERY, chosen="equivariant", evaluators={"spread": spread})
+  report = debias(tmp_path, names=EVERY, chosen="equivariant", evaluators={"spread": spread}, in_sample=PICKED)
   assert runs.read_json(tmp_path / "diagnostics.json") == report
   assert report["map"] == "equivariant"
   assert report["maps"]["entropic"]["converged"] is True
-  assert report["maps"]["equivariant"]["steps"] == ["gaussian", "quantiles"]
+  facts = report["maps"]["equivariant"]
+  assert facts["letters"] + facts["dropped"] == "GQ"  # Gaussian rows: Q has nothing to give
+  assert facts["steps"][0] == "gaussian"
   assert report["sizes"] == {"source": 120, "target": 130, "held_out": 50, "dimensions": 6}
-  fitted = SOURCE[np.linspace(0, len(SOURCE) - 1, len(HELD)).astype(int)]  # as many as are held out
+  fitted = SOURCE[PICKED]
   for name, source in (("held_out", HELD), ("in_sample", fitted)):
     assert report[name]["rows"] == len(source)
     with xarray.open_zarr(tmp_path / f"{name}.zarr", consolidated=False) as data:
       np.testing.assert_array_equal(data["lflr"].values, source[..., 0])
+      assert name == "held_out" or data["row"].values.tolist() == PICKED.tolist()
       for kind in EVERY:
         assert data[kind].dims == ("row", "x")
         assert data[kind].dtype == np.float32
@@ -110,7 +116,7 @@ def test_a_map_without_its_record_is_fitted_again(tmp_path):
 
 def test_two_dimensions_and_channels(tmp_path):
   source, target, held = (np.concatenate([rows(n, s, 1.0, (4, 3))] * 2, -1) for n, s in ((40, 0), (50, 1), (11, 2)))
-  given = setting(symmetry.trivial(24), epsilon=0.1)
+  given = setting(symmetry.trivial(24), epsilon=0.01)
   job.debias(tmp_path, source, target, held, space=(4, 3), maps=("entropic",), chosen="entropic", setting=given)
   with xarray.open_zarr(tmp_path / "held_out.zarr", consolidated=False) as data:
     assert dict(data["entropic"].sizes) == {"row": 11, "y": 4, "x": 3, "channel": 2}
@@ -125,7 +131,8 @@ def test_not_converged_is_said(tmp_path, capfd):
 def test_rescaled_gains_come_from_rows_outside_the_fit(tmp_path):
   """A barycentric map shrinks; the gains, fitted on the 15 spare rows, must give the held-out ones the target's 1.6."""
   given = setting(epsilon=0.3)  # a large ε, so that there is much to cure
-  debias(tmp_path, names=("entropic", "rescaled"), given=given)
+  # behind a map that has lost so much nothing is drawn: the job would refuse
+  debias(tmp_path, names=("gaussian", "entropic", "rescaled"), given=given)
   assert runs.read_json(tmp_path / "rescaled" / "facts.json")["spare_rows"] == 15
   spreads = {name: maps.load(tmp_path / name)(HELD).std() / TARGET.std() for name in ("entropic", "rescaled")}
   assert spreads["entropic"] < 0.8
@@ -135,7 +142,8 @@ def test_rescaled_gains_come_from_rows_outside_the_fit(tmp_path):
 def test_rows_outside_the_fit_are_counted_and_said(tmp_path, capfd):
   far = HELD.copy()
   far[:5] *= 20
-  report = debias(tmp_path, far, names=("entropic", "equivariant"))
+  every_step = dataclasses.replace(setting(), select=False)  # Q, which these rows do not need, has a range
+  report = debias(tmp_path, far, names=("entropic", "equivariant"), given=every_step)
   said = capfd.readouterr().err
   for name in ("entropic", "equivariant"):
     assert 5 <= report["held_out"][name]["rows_outside_the_fit"] <= 10
