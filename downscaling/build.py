@@ -327,8 +327,8 @@ def _draw(config, stats, network, table=None) -> Callable:
     if needs_table(config):
       variance = table and gains.measured_variance(table.sigmas, windows.extended(table.errors, plan))
       guide = variance and gains.Gain(op, variance, noise)
+    door.noise_levels(config, schedule(config), table if needs_table(config) else None)
     levels, high = _noise_levels(c, guide or prior)
-    door.noise_levels(config, schedule(config), levels, high, table if guide else None)
   window = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
   return draws.sampler(
     draws.Recipe(

@@ -115,15 +115,19 @@ def batch(config, mesh: jax.sharding.Mesh) -> None:
   meshes.check_divides(config.train.batch, parts, what, "train.batch")
 
 
-def noise_levels(config, schedule: schedules.Schedule, levels, high, table: errors.ErrorTable | None) -> None:
+def noise_levels(config, schedule: schedules.Schedule, table: errors.ErrorTable | None) -> None:
   """Refuses noise levels that the prior was not trained on, or that its table of errors does not cover.
 
-  levels, high: those of draws with a condition, and without, descending. table: of the guidance, if it has one.
+  table: of the guidance of conditional draws, if it has one.
   """
-  solver = config.sampling.solver
-  churn = solver.churn if solver.name == "heun" else 0.0
-  for given, key in ((levels, "config.sampling.levels"), (high, "config.sampling.unconditional")):
-    highest = given[0] * (1 + solvers.churned(churn, len(given) - 1))
-    schedule.check_levels([given[-1], highest], key)
-    if table is not None and given is levels:
-      errors.check_covers(table, [given[-1], highest], key)
+  c = config.sampling
+  churn = c.solver.churn if c.solver.name == "heun" else 0.0
+  draws = (
+    ("config.sampling.levels", c.levels.sigma_max, c.levels.steps),
+    ("config.sampling.unconditional", c.unconditional.sigma_max, c.unconditional.steps),
+  )
+  for key, sigma_max, steps in draws:
+    met = [c.levels.sigma_min, sigma_max * (1 + solvers.churned(churn, max(steps, 1)))]
+    schedule.check_levels(met, key)
+    if table is not None and key == "config.sampling.levels":
+      errors.check_covers(table, met, key)

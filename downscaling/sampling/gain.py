@@ -250,10 +250,16 @@ def levels(gain: Gain, steps: int, sigma_max: float, sigma_min: float) -> np.nda
   """Noise levels for guided sampling: equal steps of ln E(σ), E what `gain.left` says is still open at σ.
 
   Where y′ settles a field over few levels, steps are many there; where E falls by less than σ^_LEAST_FALL, as if it
-  fell so. Returns: [steps + 1] float32, descending from sigma_max to sigma_min. Raises: as schedules.levels.
+  fell so. Returns: [steps + 1] float32, descending from sigma_max to sigma_min. Raises: as schedules.levels, and
+  ValueError where the gain knows no variance of a level.
   """
   fine = schedules.levels("exponential", max(256, 4 * steps), sigma_max, sigma_min).astype(np.float64)
   left = jax.jit(lambda sigmas: jax.lax.map(lambda sigma: gain.left(sigma[None])[0], sigmas))(jnp.float32(fine))
+  if not np.isfinite(left).all():
+    raise ValueError(
+      f"noise levels from {sigma_max:g} to {sigma_min:g} lie beyond the table of the prior's error: sample within it "
+      "(config.sampling.levels)."
+    )
   falls = -np.diff(np.log(np.maximum(np.asarray(left, np.float64), 1e-30)))  # rounding may leave nothing, or less
   path = np.concatenate([[0.0], np.cumsum(np.maximum(falls, _LEAST_FALL * np.log(fine[:-1] / fine[1:])))])
   return np.exp(np.interp(np.linspace(0, path[-1], steps + 1), path, np.log(fine))).astype(np.float32)
