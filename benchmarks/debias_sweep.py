@@ -1,8 +1,8 @@
 """How good are the debiasing maps of Kuramoto–Sivashinsky snapshots, by points in the fit and by ε?
 
   python benchmarks/debias_sweep.py [--points=1024,4096,16384,65536] [--epsilons=0.01,0.002,0.0005] [--most=16384]
-                                    [--maps=entropic,symmetric,gaussian,equivariant] [--bias=none|broken|cubic|square]
-                                    [--group=auto] [--out=docs/results/ks]
+                                    [--maps=entropic,symmetric,gaussian,equivariant] [--bias=none,broken,cubic,square]
+                                    [--out=docs/results/ks]
 
 Rows are independent of the fit: 4096 held-out biased snapshots are carried over and compared with 16 384 true ones.
 floor: 4096 other true ones against the same. All sets have 4 snapshots a trajectory at the same times, as the law still
@@ -10,11 +10,11 @@ drifts a little between the first and the last. Sweeps over n at the last ε; en
 at its largest n. entropic up to n = --most, symmetric up to a quarter of that (its kernel is a mean over 48 images).
 excess: displacement beyond the Bures bound. Writes sweep.json and sweep.png.
 
-gaussian and equivariant are fitted as the debias job does it: with the largest group that the bias respects, or the one
-of --group, and with those steps of the recipe that rows outside the fit ask for; "all steps" takes them all. Both stand
-at the end of a line. --bias changes the biased world further: broken, u (1 + .3 sin x) + .4 cos x, is not alike
-everywhere; cubic, u + .05 u³, keeps the symmetry; square, u + .05 u², breaks its reflection. floor, bound: the median
-and the highest of four other sets of true rows.
+gaussian and equivariant are fitted as the debias job does it: with the largest group that the bias respects, and with
+those steps of the recipe GMQM that rows outside the fit ask for; "all steps" takes them all. Both stand at the end of a
+line. --bias changes the biased world further: broken, u (1 + .3 sin x) + .4 cos x, is not alike everywhere; cubic,
+u + .05 u³, keeps the symmetry; square, u + .05 u², breaks its reflection; broken:full names the group to fit with.
+floor, bound: the median and the highest of four other sets of true rows.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 
 from downscaling.debias import groups, moments, recipes, selection, sinkhorn, transport
 from downscaling.equations import ks, rollouts
-from downscaling.evaluation import tables
+from downscaling.evaluation import tables, terminal
 
 HELD, REFERENCE = 4096, 16384
 FLOORS = 4
@@ -84,14 +84,13 @@ def main():
   parser.add_argument("--epsilons", default="0.01,0.002,0.0005")
   parser.add_argument("--most", type=int, default=16384)
   parser.add_argument("--maps", default="entropic,symmetric,gaussian,equivariant")
-  parser.add_argument("--bias", default="none", choices=BIASES)
-  parser.add_argument("--group", default=groups.AUTO)
+  parser.add_argument("--bias", default="none")
   parser.add_argument("--out", type=pathlib.Path)
   args = parser.parse_args()
   counts, epsilons = [int(n) for n in args.points.split(",")], [float(e) for e in args.epsilons.split(",")]
   biased, true = ks.Coarse(), ks.Fine()
   x, y = (simulate(solver, 0, max(counts), 4) for solver in (biased, true))
-  x, held = (BIASES[args.bias](rows).astype(np.float32) for rows in (x, simulate(biased, 10**9, HELD, 4)))
+  held = simulate(biased, 10**9, HELD, 4)
   reference, floors = (simulate(true, first, n, 4) for first, n in ((10**9, REFERENCE), (2 * 10**9, FLOORS * HELD)))
   reference, group, rows = tables.Reference(reference[..., 0]), ks.group(24), []
 
@@ -99,10 +98,10 @@ def main():
     found = tables.measure(mapped[..., 0], reference, group=group, source=source, quadratic=moments.burgers)
     return {k: found[k] for k in COLUMNS}
 
-  def add(name, n, epsilon, found, seconds=0.0, converged=True, chosen=""):
-    row = {"map": name, "points": n, "epsilon": epsilon, "seconds": seconds, "converged": converged, "chosen": chosen}
-    rows.append(row | found)
-    shown = "".join(f"{tables.shown(rows[-1][k]):>8}" for k in COLUMNS)
+  def add(bias, name, n, epsilon, found, seconds=0.0, converged=True, chosen=""):
+    row = {"bias": bias, "map": name, "points": n, "epsilon": epsilon, "seconds": seconds}
+    rows.append(row | {"converged": converged, "chosen": chosen} | found)
+    shown = "".join(f"{terminal.shown(rows[-1][k]):>8}" for k in COLUMNS)
     print(
       f"{name:<12}{n:>6}{epsilon:>8g}{seconds:>7.1f}{shown}  {chosen if converged else 'not converged'}", flush=True
     )
@@ -113,23 +112,33 @@ def main():
   print(f"{'map':<12}{'n':>6}{'ε':>8}{'s':>7}" + "".join(f"{h:>8}" for h in COLUMNS.values()))
   draws = [measured(part) for part in np.split(floors, FLOORS)]
   for name, of in (("floor", np.median), ("bound", np.max)):
-    add(name, 0, 0.0, {k: None if draws[0][k] is None else float(of([d[k] for d in draws])) for k in COLUMNS})
-  add("raw", 0, 0.0, measured(held, held[..., 0]))
-  for kind in args.maps.split(","):
-    most = {"entropic": args.most, "symmetric": args.most // 4}.get(kind, max(counts))
-    mine = [n for n in counts if n <= most] or counts[:1]
-    sweep = [(n, epsilons[-1]) for n in mine] + [(mine[-1], e) for e in epsilons[:-1] if kind == "entropic"]
-    for n, epsilon in sweep:
-      made, *facts = fit(kind, x[:n], y[:n], epsilon, args.group)
-      add(kind, n, 0.0 if kind in RECIPES else epsilon, measured(made(held), held[..., 0]), *facts)
+    add("", name, 0, 0.0, {k: None if draws[0][k] is None else float(of([d[k] for d in draws])) for k in COLUMNS})
+  for bias in args.bias.split(","):
+    change, _, subgroup = bias.partition(":")
+    raw, source = (BIASES[change](u).astype(np.float32) for u in (x, held))
+    if bias != "none":
+      print(f"bias {bias}")
+    add(bias, "raw", 0, 0.0, measured(source, source[..., 0]))
+    for kind in args.maps.split(","):
+      for n, epsilon in sweep(kind, counts, epsilons, args.most):
+        made, *facts = fit(kind, raw[:n], y[:n], epsilon, subgroup or groups.AUTO)
+        add(bias, kind, n, 0.0 if kind in RECIPES else epsilon, measured(made(source), source[..., 0]), *facts)
   if args.out:
     draw(rows, args.out / "sweep.png")
+
+
+def sweep(kind, counts, epsilons, most):
+  """(n, ε) of the fits of one map."""
+  top = {"entropic": most, "symmetric": most // 4}.get(kind, max(counts))
+  mine = [n for n in counts if n <= top] or counts[:1]
+  return [(n, epsilons[-1]) for n in mine] + [(mine[-1], e) for e in epsilons[:-1] if kind == "entropic"]
 
 
 def draw(rows, path):
   """Columns against n (at the last ε), and of entropic against ε (at its largest n), with the floor."""
   import matplotlib.pyplot as plt
 
+  rows = [row for row in rows if row["bias"] in ("", "none")]
   kinds = [k for k in dict.fromkeys(r["map"] for r in rows) if k not in ("floor", "bound", "raw")]
   shown = ("sym_cov_rmse", "melr_weighted", "kld_sum", "bispectrum", "square_covariance", "corr_input")
   figure, axes = plt.subplots(2, len(shown), figsize=(3 * len(shown), 6), constrained_layout=True)
