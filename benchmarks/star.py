@@ -47,12 +47,14 @@ def like(config, source: str) -> bootstrap.Rows:
 def judged_by(ctx, level: str) -> judge.Judge:
   """The judge of the report's coarse rows or of its samples."""
   c, op = ctx.config, build.operator(ctx.config)
-  count = c.evaluate.reference
   fields, origins = {}, {}
-  for split in ("reference", "floor"):
-    most = min(count, len(context.row_numbers(c, "hfhr", split)))
-    fields[split] = context.held_out_rows(ctx, "hfhr", split, most)
-    origins[split] = context.origin(c, context.held_out_numbers(c, "hfhr", split, most))
+  numbers = {
+    "reference": context.held_out_numbers(c, "hfhr", "reference", c.evaluate.reference),
+    "floor": context.floor_numbers(c),
+  }
+  for split, rows in numbers.items():
+    fields[split] = context.load_numbered(ctx, "hfhr", split, rows)
+    origins[split] = context.origin(c, rows)
   if level == "coarse":
     fields = {split: np.asarray(op.apply(x)) for split, x in fields.items()}
     of_grid = {"moves": build.coarse_moves(c), "group": build.group(c), "quadratic": context.quadratic_of(c)}

@@ -92,7 +92,11 @@ def origin(config, numbers: np.ndarray) -> bootstrap.Rows:
 
 def load_rows(ctx: Context, which: str, split: str, count: int | None = None) -> np.ndarray:
   """Snapshots [S, *space, C], in data units: `count` of the split, or all."""
-  numbers = row_numbers(ctx.config, which, split, count)
+  return load_numbered(ctx, which, split, row_numbers(ctx.config, which, split, count))
+
+
+def load_numbered(ctx: Context, which: str, split: str, numbers: np.ndarray) -> np.ndarray:
+  """Snapshots [S, *space, C], in data units, by their numbers [S] in the split."""
   return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, index=numbers)["u"]
 
 
@@ -112,8 +116,7 @@ def load_windows(ctx: Context, split: str, count: int) -> np.ndarray:
 
 def held_out_rows(ctx: Context, which: str, split: str, count: int) -> np.ndarray:
   """Snapshots [S, *space, C] that are judged: spread over the split, or the frames of its first series in order."""
-  numbers = held_out_numbers(ctx.config, which, split, count)
-  return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, index=numbers)["u"]
+  return load_numbered(ctx, which, split, held_out_numbers(ctx.config, which, split, count))
 
 
 def held_out_numbers(config, which: str, split: str, count: int) -> np.ndarray:
@@ -148,6 +151,18 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
     )
   order = series.condition_rows(ctx.config)
   return rows[:count] if order is None else rows[order[:count]]
+
+
+def floor_numbers(config) -> np.ndarray:
+  """Rows of the floor split that join the reference in saying what true data do, [S]: whole trajectories.
+
+  A quarter as many as the reference has: more would tell little, and cost as the square.
+  """
+  have = config.data.hfhr.floor * config.data.snapshots
+  count = max(2 * config.data.snapshots, config.evaluate.reference // 4)
+  if config.sampling.series.frames > 1:
+    return held_out_numbers(config, "hfhr", "floor", min(count, series.rows(config, "hfhr", "floor").size))
+  return np.arange(min(count, have))
 
 
 def condition_numbers(config, source: str) -> np.ndarray:

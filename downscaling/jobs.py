@@ -19,10 +19,12 @@ from downscaling.context import (
   by_row,
   condition_numbers,
   conditions_of,
+  floor_numbers,
   held_out,
   held_out_numbers,
   held_out_rows,
   in_sample_rows,
+  load_numbered,
   load_rows,
   load_windows,
   origin,
@@ -220,8 +222,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   c, op = ctx.config, build.operator(ctx.config)
   fine = held_out_rows(ctx, "hfhr", "reference", c.evaluate.reference)[..., 0]
   rows, fitted = (by_row(c, held_out(ctx, name)) for name in ("held_out", "in_sample"))
-  more = min(len(row_numbers(c, "hfhr", "floor")), len(fine))
-  floor = held_out_rows(ctx, "hfhr", "floor", more)[..., 0]
+  floor = load_numbered(ctx, "hfhr", "floor", floor_numbers(c))[..., 0]
   truth = true_rows(ctx, c.sampling.conditions)[..., 0]
   coarsen = lambda x: np.asarray(op.apply(x[..., None]))[..., 0]
   samples, conditions, misfits, in_time = _drawn(ctx)
@@ -237,7 +238,7 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     default=c.debias.map,
     coarse=rows | {f"{name} in-sample": x for name, x in fitted.items() if name != "lflr"},
     sources={f"{name} in-sample": fitted["lflr"] for name in fitted if name != "lflr"},
-    origins=_origins(ctx, samples, len(fine), more),
+    origins=_origins(ctx, samples, len(fine)),
     step=None if length == 1 else c.data.spacing,
     draws=c.evaluate.draws,
     seed=c.seed,
@@ -285,7 +286,7 @@ def _drawn(ctx: Context) -> tuple[dict, dict, dict, dict]:
   return samples, conditions, misfits, in_time
 
 
-def _origins(ctx: Context, samples: dict, reference: int, floor: int) -> dict[str, bootstrap.Rows]:
+def _origins(ctx: Context, samples: dict, reference: int) -> dict[str, bootstrap.Rows]:
   """Trajectory and time of every row that is judged, and of the true rows that it is judged by."""
   c = ctx.config
   held = held_out_numbers(c, "lflr", "test", c.debias.held_out)
@@ -295,11 +296,14 @@ def _origins(ctx: Context, samples: dict, reference: int, floor: int) -> dict[st
   numbers |= {name: condition_numbers(c, source) for name, source in build.sources(c).items() if source}
   numbers[f"{c.debias.map}+cubic"] = condition_numbers(c, c.debias.map)
   numbers["reference"] = held_out_numbers(c, "hfhr", "reference", reference)
-  numbers["floor"] = held_out_numbers(c, "hfhr", "floor", floor)
+  numbers["floor"] = floor_numbers(c)
   found = {name: origin(c, rows.reshape(-1)) for name, rows in numbers.items()}
-  if "unconditional" in samples and (length := c.sampling.series.frames) > 1:
-    number = np.arange(len(samples["unconditional"]))
-    found["unconditional"] = bootstrap.Rows(number // length, c.data.spacing * (number % length))
+  if "unconditional" in samples:
+    number, length = np.arange(len(samples["unconditional"])), c.sampling.series.frames
+    if length > 1:
+      found["unconditional"] = bootstrap.Rows(number // length, c.data.spacing * (number % length))
+    else:  # of no time: the prior knows all of them alike
+      found["unconditional"] = bootstrap.Rows(number, origin(c, number % c.data.snapshots).time)
   return found
 
 
