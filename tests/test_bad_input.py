@@ -150,7 +150,7 @@ def test_help_is_no_error(execute):
     ({"sampling.unit": (4,)}, ("config.sampling.unit=(4,)", "conditions × members", "(64,4)")),
     ({"debias.points": 513}, ("config.debias.points asks for 513", "512 can be had", "config.data.hfhr.train=129")),
     ({"debias.held_out": 257}, ("config.debias.held_out asks for 257 lflr test", "256 can be had")),
-    ({"evaluate.reference": 300}, ("config.evaluate.reference asks for 300", "256 can be had")),
+    ({"evaluate.reference": 300}, ("config.evaluate.reference asks for 300", "128 can be had")),
     ({"sampling.conditions": 65}, ("config.sampling.conditions=65", "config.debias.held_out=64")),
     ({"train.batch": 1024}, ("config.train.batch asks for 1024", "512 can be had")),
     ({"debias.epsilon": 0.0}, ("epsilon=0 ", "must be > 0", "--config.debias.epsilon=0.001")),
