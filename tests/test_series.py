@@ -52,7 +52,7 @@ def test_single_frames_leave_no_trace_in_an_identity(stage):
   assert found["grid"] == {k: v for k, v in blocks["grid"].items() if k not in unseen}
   assert found.get("debias", {}).keys() <= blocks.get("debias", {}).keys()
   if "sampling" in blocks:
-    assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members", "sets"}
+    assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members", "sets", "max_failed"}
 
 
 def test_first_conditions_are_of_many_trajectories():
