@@ -41,9 +41,9 @@ def test_every_stage_left_its_files(finished):
     assert marker["stage"] == stage
     assert marker["seconds"] > 0
     assert {"python", "jax", "orbax-checkpoint"} <= {*marker["versions"]}
-  # 128 + 64 + 64 and 128 + 64 trajectories in shards of 16
-  assert len(list((workdir / "data" / "ks" / "hfhr").rglob("*.array_record-*-of-*"))) == 16
-  assert len(list((workdir / "data" / "ks" / "lflr").rglob("*.array_record-*-of-*"))) == 12
+  # 128 + 64 + 64 + 32 + 32 and 128 + 32 + 64 trajectories in shards of 16
+  assert len(list((workdir / "data" / "ks" / "hfhr").rglob("*.array_record-*-of-*"))) == 20
+  assert len(list((workdir / "data" / "ks" / "lflr").rglob("*.array_record-*-of-*"))) == 14
   for path in (
     *("data/statistics.npz", "data/ks/hfhr/1.0.0/dataset_info.json", "data/ks/lflr/1.0.0/features.json"),
     *(
