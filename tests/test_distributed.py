@@ -78,7 +78,7 @@ def test_two_processes_generate_the_bytes_of_one(finished, command, tmp_path):
   rehearse(2, 2, command("generate", tmp_path / "run"))
   one, two = finished[0] / "data", tmp_path / "run" / "data"
   files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file() and p.name != runs.MARKER)
-  assert len([f for f in files if "array_record" in f.name]) == 28
+  assert len([f for f in files if "array_record" in f.name]) == 34
   assert files == sorted(p.relative_to(two) for p in two.rglob("*") if p.is_file() and p.name != runs.MARKER)
   for file in files:
     assert (one / file).read_bytes() == (two / file).read_bytes(), file

@@ -11,7 +11,7 @@ ROWS = {
 }
 # The run of docs/results/ks: configs/ks.py:full, 192 points -> 24, training batch 128, 24 sampling steps (48 where
 # there is no condition); two cores of an AMD EPYC, beside other work. (count, seconds), from its metrics.json.
-KS = {"data": (131_072, 47.12), "train": (16_000, 4194.96), "samples": (26_624, 334.94)}
+KS = {"data": (151_552, 104.06), "train": (8000, 4102.14), "samples": (26_624, 853.51)}
 
 
 def section(e: Evidence) -> Section:

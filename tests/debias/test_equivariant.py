@@ -160,7 +160,7 @@ def test_filters_commute_up_to_a_sign():
 
 def test_one_slice_sets_the_law_of_its_filtered_field():
   source, target = rows((24,), 0, size=3000, skew=0.1), rows((24,), 1, size=3000)
-  found = recipes.fit(source, target, group=ks.group(24), recipe="S", seed=3)
+  found = recipes.fit(source, target, group=ks.group(24), recipe="S", seed=2)  # an even filter
   step = found.steps[0]
   assert np.allclose(np.abs(step.filter[1:-1]), 1)
   levels = np.linspace(0.01, 0.99, 50)

@@ -28,10 +28,10 @@ def section(experiment, cost):
 def test_seconds_over_counts_beside_ks():
   found = cells(section("kolmogorov-8x", COST).html)
   assert found == {
-    "Snapshot": ["2,000", "500", "0.250", "4e-04", "1 × cpu on 2 cores a host"],
-    "Training step, batch 16": ["1,000", "400", "0.400", "0.262", "1 × cpu on 2 cores a host; 8 × NVIDIA H200"],
+    "Snapshot": ["2,000", "500", "0.250", "7e-04", "1 × cpu on 2 cores a host"],
+    "Training step, batch 16": ["1,000", "400", "0.400", "0.513", "1 × cpu on 2 cores a host; 8 × NVIDIA H200"],
     "of it, the step alone": ["", "", "0.300", "", ""],
-    "Member": ["64", "", "–", "0.013", "not recorded"],
+    "Member": ["64", "", "–", "0.032", "not recorded"],
   }
 
 
