@@ -117,23 +117,28 @@ def of_size(rows: int, points: int, elements: int) -> Finding:
 
 
 def of_group(verdicts: Sequence[groups.Verdict], used: str) -> list[Finding]:
-  """What the test of the bias said of every group that it looked at; used: the one that maps are fitted with."""
-  found = []
-  for each in verdicts:
-    say = ""
-    if not each.passes:
-      where = "over all points" if each.point is None else f"at point {each.point}"
-      begin = (
-        f"the bias breaks the symmetry of the group {each.name!r} ({each.elements} elements): the difference in "
-        f"{each.statistic} {where} is {each.size:+.2g} from what the group allows, {each.worst:.1f} standard errors "
-        f"where sampling allows {each.limit:.1f}"
-      )
-      end = f"maps are fitted with the group {used!r}; --config.debias.group={each.name} would keep the symmetry."
-      if used == each.name:
-        end = "config.debias.group keeps it all the same, and maps cannot mend that: set --config.debias.group=auto."
-      say = f"{begin}: {end}"
-    found.append(finding(f"symmetry of the bias: {each.name}", each.worst, each.limit, say))
-  return found
+  """What the test said of the groups that it looked at, the largest first; used: the one that maps are fitted with.
+
+  All groups that the bias breaks are told in one finding.
+  """
+  broken = [each for each in verdicts if not each.passes]
+  found = [finding(f"symmetry of the bias: {each.name}", each.worst, each.limit) for each in verdicts if each.passes]
+  if not broken:
+    return found
+  first, *others = broken
+  where = "over all points" if first.point is None else f"at point {first.point}"
+  say = (
+    f"the bias breaks the symmetry of the group {first.name!r} ({first.elements} elements): the difference in "
+    f"{first.statistic} {where} is {first.size:+.2g} from what the group allows, {first.worst:.1f} standard errors "
+    f"where sampling allows {first.limit:.1f}"
+  )
+  if others:
+    say += " (" + ", ".join(f"{each.name!r}: {each.worst:.1f}" for each in others) + ")"
+  if used in [each.name for each in broken]:
+    say += f"; config.debias.group keeps {used!r}, and maps cannot mend that: set --config.debias.group=auto."
+  else:
+    say += f"; maps are fitted with the group {used!r}. --config.debias.group={first.name} would keep the symmetry."
+  return [finding(f"symmetry of the bias: {first.name}", first.worst, first.limit, say), *found]
 
 
 # ---------------------------------------------------------------- after it

@@ -79,9 +79,10 @@ def test_a_broken_symmetry_is_said_on_one_line(tmp_path, capfd):
   source = rows(400, 0) + np.float32(0.5) * (np.arange(6) == 2).astype(np.float32)[:, None]
   report = debias(tmp_path, source, rows(400, 1))
   assert report["group"] == {"name": "trivial", "elements": 1}
-  lines = [line for line in capfd.readouterr().err.splitlines() if "group 'full'" in line]
+  lines = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
   assert len(lines) == 1
   assert "the bias breaks the symmetry of the group 'full' (12 elements): the difference in mean at point 2" in lines[0]
+  assert "maps are fitted with the group 'trivial'" in lines[0]
   forced = debias(tmp_path / "forced", source, rows(400, 1), subgroup="full")
   assert forced["group"]["name"] == "full"
   assert "set --config.debias.group=auto" in capfd.readouterr().err
