@@ -3,7 +3,11 @@
 from setuptools import find_packages, setup
 
 TEST = ["pytest>=8", "pytest-xdist>=3.6"]
-DEV = [*TEST, "ruff>=0.9", "setuptools>=77"]  # setuptools: the editable install builds without the network
+DEV = [
+  *TEST,
+  "ruff>=0.9",
+  "setuptools>=77",
+]  # setuptools: the editable install builds without the network
 
 setup(
   name="downscaling",

@@ -1,12 +1,14 @@
-"""im2col against lax.conv inside the U-Net of configs/ks.py: what should convolve(method="auto") choose here?
+"""im2col against lax.conv inside the U-Net of configs/ks.py: what should convolve(method="auto")
+choose here?
 
   python benchmarks/convolution.py [--rounds=7] [--only=1|2]
 
-Rows: one training step (forward, backward, Adam) as `fit` calls it, and the denoiser with its vjp inside a lax.scan, as
-a guided sampler calls it. 1-D: 192 points, batch 128; 2-D: 64² points, batch 8; channels 32/64/128, one block a level,
-float32. The two methods take turns, so that other load on the machine falls on both. cpu: median CPU seconds of the
-process; wall: least seconds on the clock; compile: seconds on the clock, without a cache; temp: the compiler's account
-of temporary memory. Ratios are lax over im2col: above 1, im2col wins.
+Rows: one training step (forward, backward, Adam) as `fit` calls it, and the denoiser with its vjp
+inside a lax.scan, as a guided sampler calls it. 1-D: 192 points, batch 128; 2-D: 64² points, batch
+8; channels 32/64/128, one block a level, float32. The two methods take turns, so that other load on
+the machine falls on both. cpu: median CPU seconds of the process; wall: least seconds on the clock;
+compile: seconds on the clock, without a cache; temp: the compiler's account of temporary memory.
+Ratios are lax over im2col: above 1, im2col wins.
 """
 
 import argparse
@@ -16,9 +18,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from downscaling.common import mesh as meshes
-from downscaling.diffusion import denoiser, steps, unet
-from downscaling.diffusion import state as states
+from downscaling.diffusion import denoiser, train_state, train_step, unet
+from downscaling.runtime import mesh as meshes
 
 CASES = {1: ((192,), 128), 2: ((64, 64), 8)}
 METHODS = ("im2col", "lax")
@@ -27,12 +28,21 @@ CALLS = 4  # of the denoiser and its vjp in one scan
 
 def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
   """Name -> (compiled call without arguments, compile seconds, temporary bytes)."""
-  network = denoiser.Denoiser(unet.UNet(channels=(32, 64, 128), blocks=1, heads=0, convolution=method))
-  tx = states.optimizer(states.learning_rate(peak=1e-3, end=1e-6, warmup_steps=0, total_steps=1000), clip=1.0)
+  network = denoiser.Denoiser(
+    unet.UNet(channels=(32, 64, 128), blocks=1, heads=0, convolution=method)
+  )
+  tx = train_state.optimizer(
+    train_state.learning_rate(peak=1e-3, end=1e-6, warmup_steps=0, total_steps=1000), clip=1.0
+  )
   levels = lambda key, count: jnp.exp(jax.random.normal(key, (count,)))
   key, mesh = jax.random.key(0), meshes.make(1)
-  start, _, specs = states.make(mesh, lambda a, b: states.initial(network, tx, space, 1, 1, a, b), key, key)
-  step, state = steps.make_train_step(network, tx, levels, (0.99,), mesh, specs.params), start(key, key)
+  start, _, specs = train_state.make(
+    mesh, lambda a, b: train_state.initial(network, tx, space, 1, 1, a, b), key, key
+  )
+  step, state = (
+    train_step.make_train_step(network, tx, levels, (0.99,), mesh, specs.params),
+    start(key, key),
+  )
   x = jax.random.normal(key, (batch, *space, 1))
 
   def several(params, x):
@@ -84,14 +94,22 @@ def main() -> None:
       rows = {}
       for method in METHODS:
         cpu, wall = zip(*times[method], strict=True)
-        rows[method] = (statistics.median(cpu), min(wall), made[method][name][1], made[method][name][2] / 1e6)
+        rows[method] = (
+          statistics.median(cpu),
+          min(wall),
+          made[method][name][1],
+          made[method][name][2] / 1e6,
+        )
         _show(f"{rank}-D {name}", method, rows[method])
       _show("", "ratio", [a / b for a, b in zip(rows["lax"], rows["im2col"], strict=True)])
 
 
 def _show(title: str, method: str, values) -> None:
   cpu, wall, compile_seconds, memory = values
-  print(f"{title:<32}{method:<8}{cpu:>8.3f}{wall:>8.3f}{compile_seconds:>11.1f}{memory:>9.1f}", flush=True)
+  print(
+    f"{title:<32}{method:<8}{cpu:>8.3f}{wall:>8.3f}{compile_seconds:>11.1f}{memory:>9.1f}",
+    flush=True,
+  )
 
 
 if __name__ == "__main__":

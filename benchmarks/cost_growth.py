@@ -1,22 +1,23 @@
-"""How the cost of the flow grows with its grid, beside KS: solver, training step, member-step; measured, then on paper.
+"""How the cost of the flow grows with its grid, beside KS: solver, training step, member-step;
+measured, then on paper.
 
   python benchmarks/cost_growth.py [--seconds=2] [--out=docs/results/kolmogorov]     5 minutes on two cores
 
-Measured on KS (192 points, configs/ks.py:full) and on the flow at 64², 128² and 256² (configs/kolmogorov.py:cpu with
-another grid); 512² and 1024² are compiled and not run. One device; the least time of several, after a first that is not
-counted.
+Measured on KS (192 points, configs/ks.py:full) and on the flow at 64², 128² and 256²
+(configs/kolmogorov.py:cpu with another grid); 512² and 1024² are compiled and not run. One device;
+the least time of several, after a first that is not counted.
 
   solver       seconds a time unit and trajectory, of Fine with the config's dt (the flow's: 1.28/N); one trajectory at
                a time for the flow, 64 together for KS
   training     seconds a step: forward, backward, Adam, average; batch 4 for the flow, 128 for KS
-  member-step  seconds a member and call of the network, within the sampler's loop with the gain and noise; 4 members
-               together for the flow, 64 for KS
+  member-step  seconds a member and call of the network, within the sampler's loop with the gain and
+               noise; 4 members together for the flow, 64 for KS
   GFLOP        of the same unit: matrix products and convolutions; for solvers 2.5 n log₂ n a real transform of n points
   GB           memory traffic that the compiler expects of the same unit, for this device's program
   memory       that the compiled program needs at its batch, arguments, results and temporaries, in GB
 
-Nets: "stem 2", whose blocks work on grids that grow with the field; "stem N/64", whose first layer grows instead, so
-that blocks always see 64². growth: exponent p of N^p from the row above.
+Nets: "stem 2", whose blocks work on grids that grow with the field; "stem N/64", whose first layer
+grows instead, so that blocks always see 64². growth: exponent p of N^p from the row above.
 """
 
 import argparse
@@ -34,12 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling import build
-from downscaling.common import costs
-from downscaling.common import mesh as meshes
-from downscaling.datasets import statistics
-from downscaling.diffusion import state as states
-from downscaling.diffusion import training
+from downscaling.diffusion import train_loop, train_state
 from downscaling.equations import kolmogorov, ks
+from downscaling.fields import statistics
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import program_cost
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MEASURED, PAPER = (64, 128, 256), (512, 1024)
@@ -47,7 +47,9 @@ MEASURED, PAPER = (64, 128, 256), (512, 1024)
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one unit of work. points: N an axis. seconds: None on paper. flops, bytes: of the unit; memory: of the batch."""
+  """Of one unit of work. points: N an axis. seconds: None on paper. flops, bytes: of the unit;
+  memory: of the batch.
+  """
 
   points: int
   seconds: float | None
@@ -63,7 +65,10 @@ def config(name: str, points: int, stem: int, batch: int, members: int):
   if name == "kolmogorov":
     c.fine.dt = 1.28 / points
   c.sampling.unit, c.sampling.members = (1, members), members
-  c.sampling.guidance.name, c.sampling.resample.strength = "wiener", 0.0  # a table would be a constant of 200 MB
+  c.sampling.guidance.name, c.sampling.resample.strength = (
+    "wiener",
+    0.0,
+  )  # a table would be a constant of 200 MB
   return c
 
 
@@ -85,7 +90,7 @@ def traffic(program) -> float:
 
 
 def held(program) -> int:
-  m = costs.memory(program)
+  m = program_cost.memory(program)
   return m["arguments"] + m["outputs"] + m["temporaries"] - m["aliased"]
 
 
@@ -101,7 +106,13 @@ def solver(of, batch: int, transforms: int, steps: int, seconds: float | None) -
     run = jax.jit(lambda u: advance(u, steps))
     a_step = best(lambda: run(u), seconds) / steps / batch * unit
   n = math.prod(space)
-  return Cost(of.points, a_step, transforms * 2.5 * n * math.log2(n) * unit, traffic(one) / batch * unit, held(one))
+  return Cost(
+    of.points,
+    a_step,
+    transforms * 2.5 * n * math.log2(n) * unit,
+    traffic(one) / batch * unit,
+    held(one),
+  )
 
 
 def network(c) -> tuple:
@@ -115,13 +126,21 @@ def train_step(c, seconds: float | None) -> Cost:
   """One training step at the config's batch."""
   stats, net, mesh = network(c)
   keys = jax.random.key(0), jax.random.key(1)
-  start, target, specs = states.make(mesh, build.initial_state(c, net, 1), *keys)
-  x = jax.ShapeDtypeStruct((c.train.batch, *build.space(c), 1), jnp.float32, sharding=meshes.rows(mesh))
-  program, flops = training.compiled(build.update(c, stats, net, mesh, specs.params), target, {"x": x})
+  start, target, specs = train_state.make(mesh, build.initial_state(c, net, 1), *keys)
+  x = jax.ShapeDtypeStruct(
+    (c.train.batch, *build.space(c), 1), jnp.float32, sharding=meshes.rows(mesh)
+  )
+  program, flops = train_loop.compiled(
+    build.update(c, stats, net, mesh, specs.params), target, {"x": x}
+  )
   a_step = None
   if seconds:
     held_state = [start(*keys)]
-    batch = {"x": jax.device_put(np.random.default_rng(0).normal(size=x.shape).astype(np.float32), x.sharding)}
+    batch = {
+      "x": jax.device_put(
+        np.random.default_rng(0).normal(size=x.shape).astype(np.float32), x.sharding
+      )
+    }
 
     def run():
       held_state[0], logs = program(held_state[0], batch)
@@ -132,7 +151,9 @@ def train_step(c, seconds: float | None) -> Cost:
 
 
 def member_step(c, seconds: float | None) -> Cost:
-  """One call of the network in the sampler's loop, of one member; drawn in units of the config's members."""
+  """One call of the network in the sampler's loop, of one member; drawn in units of the config's
+  members.
+  """
   stats, net, _ = network(c)
   members, op, loops = c.sampling.members, build.operator(c), 4
   c.sampling.levels.steps = loops
@@ -146,7 +167,7 @@ def member_step(c, seconds: float | None) -> Cost:
   if seconds:
     given = jnp.ones(y.shape), jax.jit(init)()
     each = best(lambda: program(keys, *given), seconds) / calls / members
-  flops = costs.flops(draw, keys, y, params) / calls / members
+  flops = program_cost.flops(draw, keys, y, params) / calls / members
   return Cost(c.grid.points, each, flops, traffic(program) / seen / members, held(program))
 
 
@@ -157,8 +178,14 @@ def lines(title: str, rows: dict[str, Cost]) -> list[str]:
   for name, cost in rows.items():
     kind = name.partition("²")[2] if "²" in name else name
     said = "on paper" if cost.seconds is None else f"{cost.seconds:.4g}"
-    cells = [(said, 11, "seconds"), (f"{cost.flops / 1e9:.4g}", 11, "flops"), (f"{cost.bytes / 1e9:.4g}", 10, "bytes")]
-    text = "".join(f"{word:>{width}}{_growth(before.get(kind), cost, key):>8}" for word, width, key in cells)
+    cells = [
+      (said, 11, "seconds"),
+      (f"{cost.flops / 1e9:.4g}", 11, "flops"),
+      (f"{cost.bytes / 1e9:.4g}", 10, "bytes"),
+    ]
+    text = "".join(
+      f"{word:>{width}}{_growth(before.get(kind), cost, key):>8}" for word, width, key in cells
+    )
     out.append(f"  {name:<32}{text}{cost.memory / 1e9:>9.3g}")
     before[kind] = cost
   return [*out, ""]
@@ -175,7 +202,9 @@ def measure(part: str, grids: list[int], seconds: float, batch: int) -> dict[str
   if part == "solver":
     with jax.enable_x64(True):
       rows = {"KS 192": solver(ks.Fine(), 64, 8, 40, seconds)}
-    return rows | {f"flow {n}²": solver(kolmogorov.Fine(n, 1.28 / n), 1, 16, 8, budget(n)) for n in grids}
+    return rows | {
+      f"flow {n}²": solver(kolmogorov.Fine(n, 1.28 / n), 1, 16, 8, budget(n)) for n in grids
+    }
   of = {"training": train_step, "member-step": member_step}[part]
   rows = {"KS 192": of(config("ks", 192, 1, 128, 64), seconds)}
   flow = lambda n, stem: of(config("kolmogorov", n, stem, batch, 4), budget(n))
@@ -189,7 +218,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--parts", default="solver,training,member-step")
   parser.add_argument("--seconds", type=float, default=2.0, help="a measurement")
-  parser.add_argument("--largest", type=int, default=1024, help="grid to go to; beyond 256 on paper")
+  parser.add_argument(
+    "--largest", type=int, default=1024, help="grid to go to; beyond 256 on paper"
+  )
   parser.add_argument("--batch", type=int, default=4, help="of the flow's training")
   parser.add_argument("--out", type=pathlib.Path, help="folder for cost.txt")
   args = parser.parse_args()
@@ -205,7 +236,10 @@ def main() -> None:
     found = lines(units[part], measure(part, grids, args.seconds, args.batch))
     print("\n".join(found), flush=True)
     text.extend(found)
-  text.append(f"{time.perf_counter() - began:.0f} s in all, {jax.device_count()} × {jax.devices()[0].device_kind}")
+  text.append(
+    f"{time.perf_counter() - began:.0f} s in all, {jax.device_count()} × "
+    f"{jax.devices()[0].device_kind}"
+  )
   print(text[-1])
   if args.out:
     args.out.mkdir(parents=True, exist_ok=True)

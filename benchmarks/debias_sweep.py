@@ -4,16 +4,19 @@
                                     [--maps=entropic,symmetric,gaussian,equivariant] [--bias=none,broken,cubic,square]
                                     [--out=docs/results/ks]
 
-Rows are independent of the fit: 4096 held-out biased snapshots are carried over and compared with 16 384 true ones.
-floor: 4096 other true ones against the same. All sets have 4 snapshots a trajectory at the same times, as the law still
-drifts a little between the first and the last. Sweeps over n at the last ε; entropic over ε, too,
-at its largest n. entropic up to n = --most, symmetric up to a quarter of that (its kernel is a mean over 48 images).
+Rows are independent of the fit: 4096 held-out biased snapshots are carried over and compared with
+16 384 true ones.
+floor: 4096 other true ones against the same. All sets have 4 snapshots a trajectory at the same
+times, as the law still drifts a little between the first and the last. Sweeps over n at the last ε;
+entropic over ε, too, at its largest n. entropic up to n = --most, symmetric up to a quarter of that
+(its kernel is a mean over 48 images).
 excess: displacement beyond the Bures bound. Writes sweep.json and sweep.png.
 
-gaussian and equivariant are fitted as the debias job does it: with the largest group that the bias respects, and with
-those steps of the recipe GMQM that rows outside the fit ask for; "all steps" takes them all. Both stand at the end of a
-line. --bias changes the biased world further: broken, u (1 + .3 sin x) + .4 cos x, is not alike everywhere; cubic,
-u + .05 u³, keeps the symmetry; square, u + .05 u², breaks its reflection; broken:full names the group to fit with.
+gaussian and equivariant are fitted as the debias job does it: with the largest group that the bias
+respects, and with those steps of the recipe GMQM that rows outside the fit ask for; "all steps"
+takes them all. Both stand at the end of a line. --bias changes the biased world further: broken, u
+(1 + .3 sin x) + .4 cos x, is not alike everywhere; cubic, u + .05 u³, keeps the symmetry; square, u
++ .05 u², breaks its reflection; broken:full names the group to fit with.
 floor, bound: the median and the highest of four other sets of true rows.
 """
 
@@ -25,9 +28,12 @@ import time
 import jax
 import numpy as np
 
-from downscaling.debias import groups, moments, recipes, selection, sinkhorn, transport
+from downscaling.debias import bias_symmetry
+from downscaling.debias.entropic import entropic_map, sinkhorn
+from downscaling.debias.equivariant import moments, recipes, step_selection
 from downscaling.equations import ks, rollouts
-from downscaling.evaluation import tables, terminal
+from downscaling.metrics import scoring
+from downscaling.report import terminal
 
 HELD, REFERENCE = 4096, 16384
 FLOORS = 4
@@ -50,19 +56,25 @@ def simulate(solver, first, count, snapshots):
   """[count, 24, 1] float32: snapshots of trajectories first, first + 1, ..."""
   ids = np.arange(first, first + -(-count // snapshots))
   with jax.enable_x64(True):
-    u = np.concatenate([np.asarray(rollouts.rollout(solver, part, snapshots=snapshots)) for part in np.split(ids, 4)])
+    u = np.concatenate(
+      [np.asarray(rollouts.rollout(solver, part, snapshots=snapshots)) for part in np.split(ids, 4)]
+    )
   return u.reshape(-1, u.shape[-1])[:count, :: u.shape[-1] // 24, None].astype(np.float32)
 
 
 def by_recipe(kind, x, y, subgroup):
   """(map, what was chosen), as the debias job fits it; 4 rows a trajectory."""
   whole, ids = ks.group(24), np.arange(len(x)) // 4
-  if subgroup == groups.AUTO:
-    subgroup = groups.largest(x[..., 0], y[..., 0], whole, (ids, ids))[-1].name
-  how = {"group": groups.subgroups(whole, (24,))[subgroup], "quadratic": "ks", "towards": "stationary"}
+  if subgroup == bias_symmetry.AUTO:
+    subgroup = bias_symmetry.largest(x[..., 0], y[..., 0], whole, (ids, ids))[-1].name
+  how = {
+    "group": bias_symmetry.subgroups(whole, (24,))[subgroup],
+    "quadratic": "ks",
+    "towards": "stationary",
+  }
   letters = RECIPES[kind]
   if kind == "equivariant":
-    letters = selection.select(x[..., 0], y[..., 0], letters, **how).letters
+    letters = step_selection.select(x[..., 0], y[..., 0], letters, **how).letters
   return recipes.fit(x, y, recipe=letters, **how), f"{subgroup}, {letters}"
 
 
@@ -73,8 +85,10 @@ def fit(kind, x, y, epsilon, subgroup):
     made, chosen = by_recipe(kind, x, y, subgroup)
     return made, time.perf_counter() - began, True, chosen
   group = group if kind == "symmetric" else None
-  done = sinkhorn.fit(x[..., 0], y[..., 0], epsilon=epsilon, threshold=2e-3, max_iterations=2000, group=group)
-  made = transport.EntropicMap(y[..., 0], done.g, done.epsilon, (24, 1), group)
+  done = sinkhorn.fit(
+    x[..., 0], y[..., 0], epsilon=epsilon, threshold=2e-3, max_iterations=2000, group=group
+  )
+  made = entropic_map.EntropicMap(y[..., 0], done.g, done.epsilon, (24, 1), group)
   return made, time.perf_counter() - began, done.converged, ""
 
 
@@ -87,15 +101,22 @@ def main():
   parser.add_argument("--bias", default="none")
   parser.add_argument("--out", type=pathlib.Path)
   args = parser.parse_args()
-  counts, epsilons = [int(n) for n in args.points.split(",")], [float(e) for e in args.epsilons.split(",")]
+  counts, epsilons = (
+    [int(n) for n in args.points.split(",")],
+    [float(e) for e in args.epsilons.split(",")],
+  )
   biased, true = ks.Coarse(), ks.Fine()
   x, y = (simulate(solver, 0, max(counts), 4) for solver in (biased, true))
   held = simulate(biased, 10**9, HELD, 4)
-  reference, floors = (simulate(true, first, n, 4) for first, n in ((10**9, REFERENCE), (2 * 10**9, FLOORS * HELD)))
-  reference, group, rows = tables.Reference(reference[..., 0]), ks.group(24), []
+  reference, floors = (
+    simulate(true, first, n, 4) for first, n in ((10**9, REFERENCE), (2 * 10**9, FLOORS * HELD))
+  )
+  reference, group, rows = scoring.Reference(reference[..., 0]), ks.group(24), []
 
   def measured(mapped, source=None):
-    found = tables.measure(mapped[..., 0], reference, group=group, source=source, quadratic=moments.burgers)
+    found = scoring.measure(
+      mapped[..., 0], reference, group=group, source=source, quadratic=moments.burgers
+    )
     return {k: found[k] for k in COLUMNS}
 
   def add(bias, name, n, epsilon, found, seconds=0.0, converged=True, chosen=""):
@@ -103,7 +124,9 @@ def main():
     rows.append(row | {"converged": converged, "chosen": chosen} | found)
     shown = "".join(f"{terminal.shown(rows[-1][k]):>8}" for k in COLUMNS)
     print(
-      f"{name:<12}{n:>6}{epsilon:>8g}{seconds:>7.1f}{shown}  {chosen if converged else 'not converged'}", flush=True
+      f"{name:<12}{n:>6}{epsilon:>8g}{seconds:>7.1f}{shown}  "
+      f"{chosen if converged else 'not converged'}",
+      flush=True,
     )
     if args.out:
       args.out.mkdir(parents=True, exist_ok=True)
@@ -112,7 +135,13 @@ def main():
   print(f"{'map':<12}{'n':>6}{'ε':>8}{'s':>7}" + "".join(f"{h:>8}" for h in COLUMNS.values()))
   draws = [measured(part) for part in np.split(floors, FLOORS)]
   for name, of in (("floor", np.median), ("bound", np.max)):
-    add("", name, 0, 0.0, {k: None if draws[0][k] is None else float(of([d[k] for d in draws])) for k in COLUMNS})
+    add(
+      "",
+      name,
+      0,
+      0.0,
+      {k: None if draws[0][k] is None else float(of([d[k] for d in draws])) for k in COLUMNS},
+    )
   for bias in args.bias.split(","):
     change, _, subgroup = bias.partition(":")
     raw, source = (BIASES[change](u).astype(np.float32) for u in (x, held))
@@ -121,8 +150,15 @@ def main():
     add(bias, "raw", 0, 0.0, measured(source, source[..., 0]))
     for kind in args.maps.split(","):
       for n, epsilon in sweep(kind, counts, epsilons, args.most):
-        made, *facts = fit(kind, raw[:n], y[:n], epsilon, subgroup or groups.AUTO)
-        add(bias, kind, n, 0.0 if kind in RECIPES else epsilon, measured(made(source), source[..., 0]), *facts)
+        made, *facts = fit(kind, raw[:n], y[:n], epsilon, subgroup or bias_symmetry.AUTO)
+        add(
+          bias,
+          kind,
+          n,
+          0.0 if kind in RECIPES else epsilon,
+          measured(made(source), source[..., 0]),
+          *facts,
+        )
   if args.out:
     draw(rows, args.out / "sweep.png")
 
@@ -131,16 +167,27 @@ def sweep(kind, counts, epsilons, most):
   """(n, ε) of the fits of one map."""
   top = {"entropic": most, "symmetric": most // 4}.get(kind, max(counts))
   mine = [n for n in counts if n <= top] or counts[:1]
-  return [(n, epsilons[-1]) for n in mine] + [(mine[-1], e) for e in epsilons[:-1] if kind == "entropic"]
+  return [(n, epsilons[-1]) for n in mine] + [
+    (mine[-1], e) for e in epsilons[:-1] if kind == "entropic"
+  ]
 
 
 def draw(rows, path):
-  """Columns against n (at the last ε), and of entropic against ε (at its largest n), with the floor."""
+  """Columns against n (at the last ε), and of entropic against ε (at its largest n), with the
+  floor.
+  """
   import matplotlib.pyplot as plt
 
   rows = [row for row in rows if row["bias"] in ("", "none")]
   kinds = [k for k in dict.fromkeys(r["map"] for r in rows) if k not in ("floor", "bound", "raw")]
-  shown = ("sym_cov_rmse", "melr_weighted", "kld_sum", "bispectrum", "square_covariance", "corr_input")
+  shown = (
+    "sym_cov_rmse",
+    "melr_weighted",
+    "kld_sum",
+    "bispectrum",
+    "square_covariance",
+    "corr_input",
+  )
   figure, axes = plt.subplots(2, len(shown), figsize=(3 * len(shown), 6), constrained_layout=True)
   for column, key in enumerate(shown):
     for ax, by, label in zip(
@@ -149,7 +196,9 @@ def draw(rows, path):
       for kind in kinds if by == "points" else [k for k in kinds if k == "entropic"]:
         mine = [r for r in rows if r["map"] == kind]
         small, top = min(r["epsilon"] for r in mine), max(r["points"] for r in mine)
-        mine = [r for r in mine if (r["epsilon"] == small if by == "points" else r["points"] == top)]
+        mine = [
+          r for r in mine if (r["epsilon"] == small if by == "points" else r["points"] == top)
+        ]
         mine = sorted(mine, key=lambda r: r[by])
         ax.plot([r[by] for r in mine], [r[key] for r in mine], "o-", label=kind)
       if (floor := rows[0][key]) is not None:

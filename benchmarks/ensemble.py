@@ -1,14 +1,15 @@
-"""What the ensemble store costs: speed of writing, its share of wall time, and memory as an ensemble grows.
+"""What the ensemble store costs: speed of writing, its share of wall time, and memory as an
+ensemble grows.
 
   python benchmarks/ensemble.py                  two minutes on a laptop; --folder on the disk that counts
 
-The device is a pretended one, which draws incompressible noise in a known time while the host is free, as an
-accelerator would.
+The device is a pretended one, which draws incompressible noise in a known time while the host is
+free, as an accelerator would.
 
-1. Writing: units that cost nothing to draw, against the same blocks written by TensorStore alone into an equal array,
-   in MB/s. A unit is synced to disk in both.
-2. Share: by how much the whole takes longer than the drawing alone, first unit to last marker; beside it, what writing
-   would add if nothing overlapped.
+1. Writing: units that cost nothing to draw, against the same blocks written by TensorStore alone
+   into an equal array, in MB/s. A unit is synced to disk in both.
+2. Share: by how much the whole takes longer than the drawing alone, first unit to last marker;
+   beside it, what writing would add if nothing overlapped.
 3. Memory: peak of a process that draws 1, 4 and 16 times as much.
 """
 
@@ -23,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common import runs
-from downscaling.sampling import ensemble, store
+from downscaling.runtime import provenance
+from downscaling.sampling import ensemble, ensemble_store
 
 
 def noise(points, rows=64):
@@ -33,7 +34,9 @@ def noise(points, rows=64):
 
 
 class Drawn:
-  """A unit on a pretended device that is asleep until `ready`: what an array of jax is to the host meanwhile."""
+  """A unit on a pretended device that is asleep until `ready`: what an array of jax is to the host
+  meanwhile.
+  """
 
   def __init__(self, block, ready):
     self.block, self.ready = block, ready
@@ -47,7 +50,9 @@ class Drawn:
 
 
 class Device:
-  """In the place of a compiled program: units one after the other, `seconds` each; the host is free."""
+  """In the place of a compiled program: units one after the other, `seconds` each; the host is
+  free.
+  """
 
   def __init__(self, points, rows, seconds):
     self.table, self.rows, self.seconds, self.free = noise(points), np.arange(rows), seconds, 0.0
@@ -77,10 +82,17 @@ def draw(path, points, conditions, unit, seconds=0.0):
 
 def raw(path, points, conditions, unit):
   """Seconds of TensorStore alone, unit after unit, each waited for."""
-  options = dict(conditions=conditions, members=unit[1], space=(points, points), channels=1, coarse=None, unit=unit)
+  options = dict(
+    conditions=conditions,
+    members=unit[1],
+    space=(points, points),
+    channels=1,
+    coarse=None,
+    unit=unit,
+  )
   layout = ensemble.Layout(**options)
-  store.create(path, layout, {}, {}, {"sample": {}})
-  array = store.Writer(path, layout).arrays["sample"]
+  ensemble_store.create(path, layout, {}, {}, {"sample": {}})
+  array = ensemble_store.Writer(path, layout).arrays["sample"]
   table = noise(points)
   block = table[np.arange(unit[0] * unit[1]) % len(table)].reshape(*unit, points, points)
   began = time.monotonic()
@@ -97,7 +109,10 @@ def writing(folder, points, units, unit):
     theirs.append(size / raw(folder / f"raw-{points}-{turn}.zarr", points, conditions, unit))
     ours.append(size / draw(folder / f"ours-{points}-{turn}.zarr", points, conditions, unit))
   ours, theirs = np.median(ours), np.median(theirs)
-  print(f"{points:4}²  {size:7.0f} MB  {theirs:7.0f} MB/s raw  {ours:7.0f} MB/s ours  ratio {ours / theirs:.2f}")
+  print(
+    f"{points:4}²  {size:7.0f} MB  {theirs:7.0f} MB/s raw  {ours:7.0f} MB/s ours  ratio "
+    f"{ours / theirs:.2f}"
+  )
   return theirs
 
 
@@ -108,7 +123,8 @@ def share(folder, points, units, unit, milliseconds, speed):
   alone = bytes_ / 1e6 / speed / seconds
   over = took / (units * seconds) - 1
   print(
-    f"{points:4}²  {milliseconds:g} ms a field  {100 * over:5.1f} % on top  {100 * alone:5.1f} % if one after the other"
+    f"{points:4}²  {milliseconds:g} ms a field  {100 * over:5.1f} % on top  {100 * alone:5.1f} % "
+    "if one after the other"
   )
 
 
@@ -120,16 +136,24 @@ def peak(folder, points, units, unit):
     f"ensemble.draw(pathlib.Path({str(folder / f'peak-{units}.zarr')!r}), {points}, {units * unit[0]}, {unit})\n"
     "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
   )
-  done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+  )
   return float(done.stdout.split()[-1]) / 1e3
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--points", default="64,256", help="points an axis of the fields, several with commas")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--points", default="64,256", help="points an axis of the fields, several with commas"
+  )
   parser.add_argument("--units", type=int, default=24, help="units of an ensemble")
   parser.add_argument("--megabytes", type=float, default=16.0, help="of a unit")
-  parser.add_argument("--milliseconds", type=float, default=0.5, help="that a field of 64² takes to draw; by points")
+  parser.add_argument(
+    "--milliseconds", type=float, default=0.5, help="that a field of 64² takes to draw; by points"
+  )
   parser.add_argument("--folder", help="where to write; a temporary folder by default")
   args = parser.parse_args()
   with tempfile.TemporaryDirectory(dir=args.folder) as name:
@@ -138,17 +162,29 @@ def main():
     for points in map(int, args.points.split(",")):
       members = 8
       cases[points] = (max(1, round(args.megabytes * 1e6 / (members * points**2 * 4))), members)
-    print(f"1. writing, {args.units} units of {args.megabytes:g} MB, median of 3; commit {runs.commit()}")
+    print(
+      f"1. writing, {args.units} units of {args.megabytes:g} MB, median of 3; commit "
+      f"{provenance.commit()}"
+    )
     for points, unit in cases.items():
       speeds[points] = writing(folder, points, args.units, unit)
     print("2. share of wall time")
     for points, unit in cases.items():
-      share(folder, points, args.units, unit, args.milliseconds * (points / 64) ** 2, speeds[points])
+      share(
+        folder, points, args.units, unit, args.milliseconds * (points / 64) ** 2, speeds[points]
+      )
     points, (conditions, members) = next(iter(cases.items()))
     unit = max(1, conditions // 4), members
-    print(f"3. peak memory, fields of {points}², {args.units} units of {args.megabytes / 4:g} MB and more")
+    print(
+      f"3. peak memory, fields of {points}², {args.units} units of {args.megabytes / 4:g} MB and "
+      "more"
+    )
     peaks = [peak(folder, points, n * args.units, unit) for n in (1, 4, 16)]
-    print("  ".join(f"{n:2}× {p:.0f} MB ({p / peaks[0]:.2f})" for n, p in zip((1, 4, 16), peaks, strict=True)))
+    print(
+      "  ".join(
+        f"{n:2}× {p:.0f} MB ({p / peaks[0]:.2f})" for n, p in zip((1, 4, 16), peaks, strict=True)
+      )
+    )
 
 
 if __name__ == "__main__":

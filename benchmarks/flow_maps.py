@@ -1,14 +1,17 @@
-"""Debiasing maps of the Kolmogorov flow on 32² and 16² points: Table 1 of the paper, and what it does not show.
+"""Debiasing maps of the Kolmogorov flow on 32² and 16² points: Table 1 of the paper, and what it
+does not show.
 
   python benchmarks/flow_maps.py --data=runs/kolmogorov/data [--fine=128] [--points=32,16] [--maps=0.0003,G,GQG]
                                  [--rows=2048] [--out=docs/results/kolmogorov]
 
-DATA holds a finished `generate` of configs/kolmogorov.py:cpu. Fits see all training rows; --rows held-out biased rows
-are carried over and compared with as many true ones of the test split; floor: as many of the validation split. 16² is
-every second point of 32², in both worlds, as C′ is strided. A map is a number, ε of the entropic one as a share of the
-mean cost, or a recipe of steps (debias/recipes.py). in-sample: rows of the fit against the target rows of the fit, as
-the paper's table seems to be: covRMSE and KLD then look better than any independent rows can. excess: displacement
-beyond the Bures bound. Columns are of evaluation/; KLD mean is a point's. Writes maps.json.
+DATA holds a finished `generate` of configs/kolmogorov.py:cpu. Fits see all training rows; --rows
+held-out biased rows are carried over and compared with as many true ones of the test split; floor:
+as many of the validation split. 16² is every second point of 32², in both worlds, as C′ is strided.
+A map is a number, ε of the entropic one as a share of the mean cost, or a recipe of steps
+(debias/equivariant/recipes.py). in-sample: rows of the fit against the target rows of the fit, as
+the paper's table seems to be: covRMSE and KLD then look better than any independent rows can.
+excess: displacement beyond the Bures bound. Columns are of metrics/; KLD mean is a point's. Writes
+maps.json.
 """
 
 import argparse
@@ -18,10 +21,11 @@ import time
 
 import numpy as np
 
-from downscaling.datasets import builders
-from downscaling.debias import moments, recipes, sinkhorn, transport
+from downscaling.datasets import simulated
+from downscaling.debias.entropic import entropic_map, sinkhorn
+from downscaling.debias.equivariant import moments, recipes
 from downscaling.equations import kolmogorov
-from downscaling.evaluation import tables
+from downscaling.metrics import scoring
 
 COLUMNS = {
   "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu", "melr_weighted": "MELRw",
@@ -34,7 +38,9 @@ PAPER = {32: "kolmogorov-8x", 16: "kolmogorov-16x"}
 def rows(data, which, fine, split, count=None):
   """[S, 32, 32] float32."""
   space = (fine, fine) if which == "hfhr" else (32, 32)
-  found = builders.load(builders.make("kolmogorov", which, data, space), split, count)["u"][..., 0]
+  found = simulated.load(simulated.make("kolmogorov", which, data, space), split, count)["u"][
+    ..., 0
+  ]
   return found[:, :: space[0] // 32, :: space[0] // 32]
 
 
@@ -46,7 +52,7 @@ def fit(kind, x, y, group):
     return recipes.fit(x, y, group=group, recipe=kind, quadratic="kolmogorov"), ""
   flat = [a.reshape(len(a), -1) for a in (x, y)]
   done = sinkhorn.fit(*flat, epsilon=epsilon, threshold=1e-3, max_iterations=3000)
-  made = transport.EntropicMap(flat[1], done.g, done.epsilon, x.shape[1:])
+  made = entropic_map.EntropicMap(flat[1], done.g, done.epsilon, x.shape[1:])
   return made, "" if done.converged else "not converged"
 
 
@@ -55,19 +61,31 @@ class Table:
 
   def __init__(self, points, reference, truth, group):
     self.group, self.rows, self.points = group, [], points
-    self.references = {"held-out": tables.Reference(reference), "in-sample": tables.Reference(truth)}
-    print(f"\n{points}²\n{'':<29}{'fit, s':>8}" + "".join(f"{h:>9}" for h in COLUMNS.values()), flush=True)
+    self.references = {
+      "held-out": scoring.Reference(reference),
+      "in-sample": scoring.Reference(truth),
+    }
+    print(
+      f"\n{points}²\n{'':<29}{'fit, s':>8}" + "".join(f"{h:>9}" for h in COLUMNS.values()),
+      flush=True,
+    )
 
   def add(self, name, mapped, source=None, *, seconds=None, of="held-out", note=""):
-    found = tables.measure(
-      mapped, self.references[of], group=self.group, source=source, quadratic=moments.QUADRATIC["kolmogorov"]
+    found = scoring.measure(
+      mapped,
+      self.references[of],
+      group=self.group,
+      source=source,
+      quadratic=moments.QUADRATIC["kolmogorov"],
     )
     name += "" if of == "held-out" else ", in-sample"
-    self.rows.append({"points": self.points, "map": name, "seconds": seconds} | {k: found[k] for k in COLUMNS})
+    self.rows.append(
+      {"points": self.points, "map": name, "seconds": seconds} | {k: found[k] for k in COLUMNS}
+    )
     self.show(name, self.rows[-1], note)
 
   def show(self, name, row, note=""):
-    cells = "".join(f"{tables.shown(row.get(k)):>9}" for k in COLUMNS)
+    cells = "".join(f"{scoring.shown(row.get(k)):>9}" for k in COLUMNS)
     seconds = "" if row.get("seconds") is None else f"{row['seconds']:.0f}"
     print(f"{name:<29}{seconds:>8}{cells}  {note}".rstrip(), flush=True)
 
@@ -88,7 +106,7 @@ def compare(points, args, sets):
     table.add(name, made(held[..., None])[..., 0], held, seconds=seconds, note=note)
     if name != kind:
       table.add(name, made(some[..., None])[..., 0], some, of="in-sample")
-  for name, row in tables.PAPER[PAPER[points]].items():
+  for name, row in scoring.PAPER[PAPER[points]].items():
     table.show(f"the paper's {name.upper()}", row)
   return table.rows
 
@@ -111,7 +129,9 @@ def main():
   spread = lambda a: a[np.linspace(0, len(a) - 1, count).astype(int)]
   sets = (spread(sets[0]), spread(sets[1]), *sets[2:])
   print(f"{count} rows a side in the fits, {args.rows} held-out rows")
-  found = [row for points in map(int, args.points.split(",")) for row in compare(points, args, sets)]
+  found = [
+    row for points in map(int, args.points.split(",")) for row in compare(points, args, sets)
+  ]
   if args.out:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "maps.json").write_text(json.dumps(found, indent=1))

@@ -1,12 +1,15 @@
-"""Samplers on a stationary Gaussian field: the denoiser is known, the posterior given C′x = y′ has a closed form.
+"""Samplers on a stationary Gaussian field: the denoiser is known, the posterior given C′x = y′ has
+a closed form.
 
   python benchmarks/gaussian.py [--members=8192] [--seed=0]
 
-32 points, unit variance, S_k ∝ 1/(1 + (k/3)⁴), C′ every 4th point, one condition. mean: |mean − exact| in units of the
-posterior's total spread √tr; cov: relative error of the covariance, Frobenius norm; spread: √(tr cov/tr exact).
-"exact draws" is what as many independent draws of the closed form give: the floor of each column.
+32 points, unit variance, S_k ∝ 1/(1 + (k/3)⁴), C′ every 4th point, one condition. mean: |mean −
+exact| in units of the posterior's total spread √tr; cov: relative error of the covariance,
+Frobenius norm; spread: √(tr cov/tr exact). "exact draws" is what as many independent draws of the
+closed form give: the floor of each column.
 Levels: edm, exponential for Euler–Maruyama, or guided (gain.levels).
-low: starts at σ = 3 from a draw of the Gaussian posterior plus noise (gain.gaussian_start), else from noise at σ = 80.
+low: starts at σ = 3 from a draw of the Gaussian posterior plus noise (gain.gaussian_start), else
+  from noise at σ = 80.
 """
 
 import argparse
@@ -15,14 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
-from downscaling.sampling import gain, guidance, solvers
+from downscaling.fields.operators import Strided
+from downscaling.sampling import gaussian_gain, guidance, solvers
 
 POINTS, FACTOR, LOWEST = 32, 4, 1e-2
 EM = ("euler_maruyama", 256, {"schedule": schedules.vp_linear()}, False)
 SDE = ("dpm_solver_pp_2m_sde", 64, {}, False)
-JOB = ("dpm_solver_pp_2m_sde", 24, {"eta": 10.0, "levels": "guided"}, True)  # as configs/ks.py draws
+JOB = (
+  "dpm_solver_pp_2m_sde",
+  24,
+  {"eta": 10.0, "levels": "guided"},
+  True,
+)  # as configs/ks.py draws
 CASES = (
   ("wiener", {}, EM),
   ("wiener", {}, ("heun", 32, {}, False)),
@@ -50,15 +58,19 @@ def spectrum() -> np.ndarray:
   return (s / s.mean())[:, None]
 
 
-def draw(name: str, how: dict, solver: str, steps: int, options: dict, low: bool, y: jax.Array, keys) -> np.ndarray:
+def draw(
+  name: str, how: dict, solver: str, steps: int, options: dict, low: bool, y: jax.Array, keys
+) -> np.ndarray:
   """Samples [M, N] for conditions y [M, n, 1]."""
   s, op, high = spectrum(), Strided.on((POINTS,), FACTOR), 3.0 if low else 80.0
-  g = gain.Gain(op, gain.prior_variance(s))
+  g = gaussian_gain.Gain(op, gaussian_gain.prior_variance(s))
   options = dict(options)
   if options.pop("levels", None) == "guided":
-    levels = gain.levels(g, steps, high, LOWEST)
+    levels = gaussian_gain.levels(g, steps, high, LOWEST)
   else:
-    levels = schedules.levels("exponential" if solver == "euler_maruyama" else "edm", steps, high, LOWEST)
+    levels = schedules.levels(
+      "exponential" if solver == "euler_maruyama" else "edm", steps, high, LOWEST
+    )
 
   def denoise(x, sigma):
     weight = jnp.asarray(s, x.dtype) / (jnp.asarray(s, x.dtype) + sigma[:, None, None] ** 2)
@@ -67,7 +79,11 @@ def draw(name: str, how: dict, solver: str, steps: int, options: dict, low: bool
   @jax.jit
   def run(keys, y):
     guided = guidance.make(name, denoise, op, y, gain=g, **how)
-    x = gain.gaussian_start(keys, g, y, high) if low else solvers.initial(keys, (POINTS, 1), high)
+    x = (
+      gaussian_gain.gaussian_start(keys, g, y, high)
+      if low
+      else solvers.initial(keys, (POINTS, 1), high)
+    )
     return getattr(solvers, solver)(guided.denoise, x, levels, keys, last=guided.last, **options)
 
   return np.asarray(run(keys, y), np.float64)[..., 0]
@@ -89,7 +105,10 @@ def main() -> None:
   def show(title, x):
     off = np.linalg.norm(x.mean(0) - mean) / np.sqrt(np.trace(cov))
     error = np.linalg.norm(np.cov(x.T) - cov) / np.linalg.norm(cov)
-    print(f"{title:<58}{off:>7.3f}{error:>7.3f}{np.sqrt(np.trace(np.cov(x.T)) / np.trace(cov)):>8.3f}", flush=True)
+    print(
+      f"{title:<58}{off:>7.3f}{error:>7.3f}{np.sqrt(np.trace(np.cov(x.T)) / np.trace(cov)):>8.3f}",
+      flush=True,
+    )
 
   print(f"{'guidance, solver':<58}{'mean':>7}{'cov':>7}{'spread':>8}")
   show("exact draws", rng.multivariate_normal(mean, cov, args.members, method="eigh"))

@@ -1,10 +1,12 @@
-"""Does 128² stand for 256² as seen at 32² and 16²? The same flow states, carried on at 256², at 128² and at 64².
+"""Does 128² stand for 256² as seen at 32² and 16²? The same flow states, carried on at 256², at
+128² and at 64².
 
   python benchmarks/kolmogorov_audit.py [--states=12] [--snapshots=7] [--out=docs/results/kolmogorov]     10 minutes
 
-Developed 128² states (t = 40), put on 256² through Fourier space, are carried on by Fine(256, .005) for 4 time units,
-in which the small scales that 128² has not can fill, and kept then and every 2.5 units on; beside them the same states
-by Fine(128, .01) and, cut to 64², by Fine(64, .02). All are strided to 32² and to 16², as C′ has it. Columns:
+Developed 128² states (t = 40), put on 256² through Fourier space, are carried on by Fine(256, .005)
+for 4 time units, in which the small scales that 128² has not can fill, and kept then and every 2.5
+units on; beside them the same states by Fine(128, .01) and, cut to 64², by Fine(64, .02). All are
+strided to 32² and to 16², as C′ has it. Columns:
 
   Δ log E   log of the mean energy of a shell, less that at 256²; ± its standard error, by the jackknife over states: a
             state's snapshots go together, and 256² and the other start from the same one. 2/3 dealiasing keeps waves to
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.equations import kolmogorov
-from downscaling.evaluation import distances, spectra
+from downscaling.metrics import distances, spectra
 
 BURN_IN, ADJUST, SPACING = 40.0, 4.0, 2.5
 FACTORS = {32: "32²", 16: "16²"}
@@ -36,13 +38,19 @@ def flow(points: int) -> kolmogorov.Fine:
 
 
 def developed(solver, states: int, time_: float) -> np.ndarray:
-  """[states, N, N] at time_, by id, one after the other: small memory, and both cores work on a field."""
+  """[states, N, N] at time_, by id, one after the other: small memory, and both cores work on a
+  field.
+  """
   run = jax.jit(lambda key: solver.advance(solver.start(key), round(time_ / solver.dt)))
   return np.stack([run(jax.random.fold_in(jax.random.PRNGKey(0), i)) for i in range(states)])
 
 
-def carried_on(solver, starts: np.ndarray, snapshots: int, adjust: float, spacing: float) -> tuple[np.ndarray, float]:
-  """(snapshots [states, S, 32, 32] strided, seconds a time unit and state) of starts on any grid, resampled to N²."""
+def carried_on(
+  solver, starts: np.ndarray, snapshots: int, adjust: float, spacing: float
+) -> tuple[np.ndarray, float]:
+  """(snapshots [states, S, 32, 32] strided, seconds a time unit and state) of starts on any grid,
+  resampled to N².
+  """
 
   @jax.jit
   def run(w):
@@ -63,9 +71,12 @@ def carried_on(solver, starts: np.ndarray, snapshots: int, adjust: float, spacin
 
 
 def log_ratio(fields: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(Δ log E [shells], standard error) of paired sets [states, S, n, n], by the jackknife over states."""
+  """(Δ log E [shells], standard error) of paired sets [states, S, n, n], by the jackknife over
+  states.
+  """
   energy = [
-    np.stack([spectra.shell_energies(x, "fields").mean(0) for x in rows]) for rows in (fields, reference)
+    np.stack([spectra.shell_energies(x, "fields").mean(0) for x in rows])
+    for rows in (fields, reference)
   ]  # [states, shells] each
   count = len(fields)
   without = [np.log((e.sum(0) - e) / (count - 1)) for e in energy]
@@ -80,12 +91,18 @@ def sym_cov(fields: np.ndarray, reference: np.ndarray) -> float:
   return distances.sym_cov_rmse(rows(fields), rows(reference), kolmogorov.group(n))
 
 
-def audit(states: int, snapshots: int, adjust: float, spacing: float, burn_in: float) -> tuple[dict, np.ndarray, dict]:
-  """({points: strided snapshots} of the same states, those of other states at 128², {points: seconds})."""
+def audit(
+  states: int, snapshots: int, adjust: float, spacing: float, burn_in: float
+) -> tuple[dict, np.ndarray, dict]:
+  """({points: strided snapshots} of the same states, those of other states at 128², {points:
+  seconds}).
+  """
   starts = developed(flow(128), 2 * states, burn_in)
   kept, seconds = {}, {}
   for points in (256, 128, 64):
-    kept[points], seconds[points] = carried_on(flow(points), starts[:states], snapshots, adjust, spacing)
+    kept[points], seconds[points] = carried_on(
+      flow(points), starts[:states], snapshots, adjust, spacing
+    )
   other, _ = carried_on(flow(128), starts[states:], snapshots, adjust, spacing)
   return kept, other, seconds
 
@@ -104,17 +121,26 @@ def table(kept: dict, other: np.ndarray, side: int) -> list[str]:
   largest = {p: int(np.abs(d).argmax()) for p, (d, _) in found.items()}
   lines.append(
     "largest: "
-    + "; ".join(f"{p}² {found[p][0][k]:+.3f} ± {found[p][1][k]:.3f} (shell {k + 1})" for p, k in largest.items())
+    + "; ".join(
+      f"{p}² {found[p][0][k]:+.3f} ± {found[p][1][k]:.3f} (shell {k + 1})"
+      for p, k in largest.items()
+    )
   )
   covs = ", ".join(f"{p}² {sym_cov(look(kept[p]), reference):.3f}" for p in (128, 64))
-  return [*lines, f"symcov against 256²: {covs}; floor {sym_cov(look(other), look(kept[128])):.3f}", ""]
+  return [
+    *lines,
+    f"symcov against 256²: {covs}; floor {sym_cov(look(other), look(kept[128])):.3f}",
+    "",
+  ]
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--states", type=int, default=12)
   parser.add_argument("--snapshots", type=int, default=7)
-  parser.add_argument("--adjust", type=float, default=ADJUST, help="time units at the new resolution before the first")
+  parser.add_argument(
+    "--adjust", type=float, default=ADJUST, help="time units at the new resolution before the first"
+  )
   parser.add_argument("--spacing", type=float, default=SPACING)
   parser.add_argument("--burn_in", type=float, default=BURN_IN)
   parser.add_argument("--out", type=pathlib.Path, help="folder for audit.txt")
@@ -123,10 +149,12 @@ def main() -> None:
   kept, other, seconds = audit(args.states, args.snapshots, args.adjust, args.spacing, args.burn_in)
   lines = [f"$ python {shlex.join(sys.argv)}", ""]
   lines.append(
-    f"{args.states} states × {args.snapshots} snapshots, {args.adjust:g} time units after they were put on their grid "
-    f"and every {args.spacing:g} on"
+    f"{args.states} states × {args.snapshots} snapshots, {args.adjust:g} time units after they "
+    f"were put on their grid and every {args.spacing:g} on"
   )
-  lines.append("seconds a time unit and state: " + ", ".join(f"{p}² {s:.3f}" for p, s in seconds.items()))
+  lines.append(
+    "seconds a time unit and state: " + ", ".join(f"{p}² {s:.3f}" for p, s in seconds.items())
+  )
   lines.append("")
   for side in (32, 16):
     lines += table(kept, other, side)

@@ -1,20 +1,24 @@
-"""Minibatch fits against full solves on KS snapshots, at equal wall time: what the held-out rows of each map are worth.
+"""Minibatch fits against full solves on KS snapshots, at equal wall time: what the held-out rows of
+each map are worth.
 
   python benchmarks/minibatch.py [--targets=4096] [--trajectories=16384] [--epsilon=0.001] [--batch=1024] [--whole]
 
-d = 24, float32, 4 snapshots a trajectory, no trajectory in two sets: 3/4 are source rows and, of the true ones,
-targets; 1/8 are the test rows and their reference; 1/8 measure `rms` and `dual`, and are the floor.
+d = 24, float32, 4 snapshots a trajectory, no trajectory in two sets: 3/4 are source rows and, of
+the true ones, targets; 1/8 are the test rows and their reference; 1/8 measure `rms` and `dual`, and
+are the floor.
 
 full:       debias/sinkhorn.fit of m source rows on m targets to an L1 marginal error of 1e-3; and the same ended with
             its ladder of ε (70 iterations).
-full, all:  every source row on m targets, cut at the wall time that `full` took: its ladder may not have ended; with
-            --whole also to 1e-3, however long it takes.
-minibatch:  debias/minibatch.fit, streaming all source rows in shuffled passes, in that time and in parts of it; each
-            rule at a quarter. Steps are what warm runs say fits, so the wall time printed is near it, not equal.
+full, all:  every source row on m targets, cut at the wall time that `full` took: its ladder may not
+            have ended; with --whole also to 1e-3, however long it takes.
+minibatch:  debias/minibatch.fit, streaming all source rows in shuffled passes, in that time and in
+            parts of it; each rule at a quarter. Steps are what warm runs say fits, so the wall time
+            printed is near it, not equal.
 
-wall, cpu: seconds of the fit, compiled before. rows/n: passes over the source rows. rms, dual (in units of ε, larger is
-better): see minibatch.fit. The rest are the metrics of evaluation/ on the mapped test rows; corr is corr(y, T y).
-`floor` is a true set of as many rows. One seed: read the first two digits.
+wall, cpu: seconds of the fit, compiled before. rows/n: passes over the source rows. rms, dual (in
+units of ε, larger is better): see minibatch.fit. The rest are the metrics of metrics/ on the mapped
+test rows; corr is corr(y, T y). `floor` is a true set of as many rows. One seed: read the first two
+digits.
 """
 
 import argparse
@@ -24,14 +28,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.debias import geometry, minibatch, sinkhorn, transport
+from downscaling.debias.entropic import entropic_map, minibatch, sinkhorn, soft_min
 from downscaling.equations import ks, rollouts
-from downscaling.evaluation import distances, spectra
+from downscaling.metrics import distances, spectra
 
 THRESHOLD, LADDER, MOST = 1e-3, 70, 5000
-BURN_IN = 62.5  # at 25 the variance still is 3/4 of the last, and a set's snapshots are of different laws
+BURN_IN = (
+  62.5  # at 25 the variance still is 3/4 of the last, and a set's snapshots are of different laws
+)
 BLOCK = 1024  # trajectories integrated at a time
-COLUMNS = ("wall", "cpu", "steps", "rows/n", "rms", "dual", "covRMSE", "MELRu", "MELRw", "KLD", "corr")
+COLUMNS = (
+  "wall",
+  "cpu",
+  "steps",
+  "rows/n",
+  "rms",
+  "dual",
+  "covRMSE",
+  "MELRu",
+  "MELRw",
+  "KLD",
+  "corr",
+)
 
 
 def rows(solver, ids: np.ndarray) -> np.ndarray:
@@ -66,9 +84,11 @@ class Case:
 
   def show(self, name: str, target, result, wall: float, cpu: float, steps: int, seen: int) -> None:
     """Prints one map's row."""
-    centre, g, eps = geometry.centre(target), jnp.asarray(result.g), np.float32(result.epsilon)
-    _, rms, dual = minibatch._held_out(jnp.asarray(self.held - centre), jnp.asarray(target - centre), g, eps)
-    mapped = transport.EntropicMap(target, np.asarray(g), result.epsilon, (24,))(self.test)
+    centre, g, eps = soft_min.centre(target), jnp.asarray(result.g), np.float32(result.epsilon)
+    _, rms, dual = minibatch._held_out(
+      jnp.asarray(self.held - centre), jnp.asarray(target - centre), g, eps
+    )
+    mapped = entropic_map.EntropicMap(target, np.asarray(g), result.epsilon, (24,))(self.test)
     figures = [wall, cpu, steps, seen / len(self.source), float(rms), float(dual) / result.epsilon]
     line(name, [*figures, *self.quality(mapped), distances.corr_input(self.test, mapped)])
 
@@ -76,7 +96,8 @@ class Case:
 def line(name: str, figures: list) -> None:
   formats = ("9.2f", "9.2f", "8d", "9.2f", "9.3f", "9.2f", "9.4f", "9.4f", "9.4f", "9.4f", "9.3f")
   cells = (
-    " " * int(f.split(".")[0].rstrip("d")) if v is None else format(v, f) for v, f in zip(figures, formats, strict=True)
+    " " * int(f.split(".")[0].rstrip("d")) if v is None else format(v, f)
+    for v, f in zip(figures, formats, strict=True)
   )
   print(f"{name:<24}" + "".join(cells), flush=True)
 
@@ -91,7 +112,9 @@ def timed(call):
 
 def full(case: Case, target, source, iterations: int):
   """A full solve, compiled before: its warm run also gives the seconds of ten iterations."""
-  solve = lambda most: sinkhorn.fit(source, target, epsilon=case.share, threshold=THRESHOLD, max_iterations=most)
+  solve = lambda most: sinkhorn.fit(
+    source, target, epsilon=case.share, threshold=THRESHOLD, max_iterations=most
+  )
   solve(10)
   ten = timed(lambda: solve(10))[1]
   most = iterations if isinstance(iterations, int) else max(10, int(iterations / ten) * 10)
@@ -103,10 +126,18 @@ def stream(case: Case, target, size: int, wall: float, rule: str):
   """A minibatch fit of about `wall` seconds."""
   batch = minibatch.shuffled(case.source, size)
   fit = lambda steps: minibatch.fit(
-    batch, target, held_out=case.held[:256], epsilon=case.share, steps=steps, rule=rule, check_every=steps
+    batch,
+    target,
+    held_out=case.held[:256],
+    epsilon=case.share,
+    steps=steps,
+    rule=rule,
+    check_every=steps,
   )
   fit(20)
-  few, many = (min(timed(lambda steps=steps: fit(steps))[1] for _ in range(2)) for steps in (20, 60))
+  few, many = (
+    min(timed(lambda steps=steps: fit(steps))[1] for _ in range(2)) for steps in (20, 60)
+  )
   steps = max(20, int((wall - few) / max(many - few, 1e-6) * 40) + 20)
   return *timed(lambda: fit(steps)), steps
 
@@ -135,7 +166,15 @@ def measure(case: Case, m: int, size: int, whole: bool) -> None:
     )
   for part, rule in ((1, "mixed"), (4, "mixed"), (4, "online"), (4, "sgd"), (16, "mixed")):
     result, wall, cpu, steps = stream(case, target, size, budget / part, rule)
-    case.show(f"minibatch {rule}{f', 1/{part}' if part > 1 else ''}", target, result, wall, cpu, steps, result.rows)
+    case.show(
+      f"minibatch {rule}{f', 1/{part}' if part > 1 else ''}",
+      target,
+      result,
+      wall,
+      cpu,
+      steps,
+      result.rows,
+    )
 
 
 def main() -> None:
@@ -148,9 +187,14 @@ def main() -> None:
   args = parser.parse_args()
   sizes = [int(m) for m in args.targets.split(",")]
   if max(sizes) > 3 * args.trajectories:
-    parser.error(f"{max(sizes)} targets of {3 * args.trajectories} true rows: raise --trajectories.")
+    parser.error(
+      f"{max(sizes)} targets of {3 * args.trajectories} true rows: raise --trajectories."
+    )
   case = Case(args.trajectories, args.epsilon)
-  print(f"{jax.default_backend()}, {len(case.source)} source rows, ε {args.epsilon:g}, batches of {args.batch}")
+  print(
+    f"{jax.default_backend()}, {len(case.source)} source rows, ε {args.epsilon:g}, batches of "
+    f"{args.batch}"
+  )
   for m in sizes:
     print(f"\n{f'{m} targets':<24}" + "".join(f"{c:>{8 if c == 'steps' else 9}}" for c in COLUMNS))
     nothing = [None] * 6

@@ -1,4 +1,6 @@
-"""A trained prior, held-out fields, and every sampler's draws on them: what `benchmarks/sampling.py` measures with."""
+"""A trained prior, held-out fields, and every sampler's draws on them: what
+`benchmarks/sampling.py` measures with.
+"""
 
 import json
 import os
@@ -12,12 +14,12 @@ import numpy as np
 
 from downscaling import build, context
 from downscaling.baselines import interpolation
-from downscaling.common import costs, randomness, runs, supervision
-from downscaling.common import mesh as meshes
-from downscaling.datasets import builders
-from downscaling.diffusion import errors, training
-from downscaling.evaluation import calibration, distances, spectra
-from downscaling.sampling import draws
+from downscaling.datasets import simulated
+from downscaling.diffusion import error_table, train_loop
+from downscaling.metrics import calibration, distances, spectra
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import program_cost, progress, random_keys, stage_folder, supervision
+from downscaling.sampling import conditional_sampler
 
 BLOCK = 32  # conditions that are drawn together; the cases take turns block by block
 REFERENCE = 4096  # fields that covariances and climatology are compared with
@@ -34,7 +36,8 @@ class Conditions(NamedTuple):
 class Drawn(NamedTuple):
   """fields: [K, M, *space]. misfit: [K, M]. cpu, wall: seconds a member, the medians over blocks.
 
-  cpu is the processor time of all threads over the number of cores, which other work on the machine hardly changes.
+  cpu is the processor time of all threads over the number of cores, which other work on the machine
+  hardly changes.
   """
 
   fields: np.ndarray
@@ -46,28 +49,31 @@ class Drawn(NamedTuple):
 def fine_fields(ctx: context.Context, split: str, count: int) -> np.ndarray:
   """Held-out fine fields [count, *space, 1], balanced over trajectories and times.
 
-  They are read from the data set, or simulated anew where the work folder has none. Both ways give the same fields, as
-  a trajectory is a function of the config's seed and of its number.
+  They are read from the data set, or simulated anew where the work folder has none. Both ways give
+  the same fields, as a trajectory is a function of the config's seed and of its number.
   """
   data = ctx.config.data
-  rows = builders.balanced(data.hfhr[split], data.snapshots, count)
+  rows = simulated.balanced(data.hfhr[split], data.snapshots, count)
   dataset = build.dataset(ctx.config, ctx.workdir, "hfhr")
   if not dataset.info.initialized:
-    return simulated(ctx, split, rows)
+    return simulate_fields(ctx, split, rows)
   ctx.need("data", "generate")  # refuses a data set of another config
-  return builders.load(dataset, split, index=rows)["u"]
+  return simulated.load(dataset, split, index=rows)["u"]
 
 
-def simulated(ctx: context.Context, split: str, rows: np.ndarray) -> np.ndarray:
+def simulate_fields(ctx: context.Context, split: str, rows: np.ndarray) -> np.ndarray:
   """Rows of a split, [len(rows), *space, 1], from their trajectories alone."""
   trajectory, snapshot = np.divmod(rows, ctx.config.data.snapshots)
   needed, place = np.unique(trajectory, return_inverse=True)
-  ids = builders.FIRST_TRAJECTORY[split] + needed
+  ids = simulated.FIRST_TRAJECTORY[split] + needed
   mesh = build.simulating(ctx.config, "hfhr", ctx.mesh)
   width = min(ctx.config.data.shard, len(ids))
   width = -(-width // mesh.size) * mesh.size
   blocks = []
-  with jax.enable_x64(True), runs.Progress(f"simulate {split}", len(ids), "trajectories") as bar:
+  with (
+    jax.enable_x64(True),
+    progress.Progress(f"simulate {split}", len(ids), "trajectories") as bar,
+  ):
     plan = build.generation(ctx.config, ctx.workdir, "hfhr", meshes.rows(mesh))
     for first in range(0, len(ids), width):
       some = ids[first : first + width]
@@ -82,8 +88,9 @@ def simulated(ctx: context.Context, split: str, rows: np.ndarray) -> np.ndarray:
 class Bench:
   """The prior of a work folder.
 
-  workdir: holds train (its prior and error table) and data/statistics.npz of that config; fields are simulated if its
-  data set is not there. observed: other values of config.grid: the prior serves any C′.
+  workdir: holds train (its prior and error table) and data/statistics.npz of that config; fields
+  are simulated if its data set is not there. observed: other values of config.grid: the prior
+  serves any C′.
   """
 
   def __init__(self, config, workdir, seed=0, **observed):
@@ -93,11 +100,17 @@ class Bench:
     stage = self.ctx.need("train", "train")
     self.stats = context.stage_statistics(self.ctx)
     self.network = build.denoising_network(config, self.stats)
-    prior, space, channels = runs.config_hash(stage.identity), build.space(config), len(self.stats.mean)
-    self.params = training.load_prior(stage.path, prior, self.network, space, channels, self.mesh)
-    self.table = errors.load(stage.path, prior)
+    prior, space, channels = (
+      stage_folder.config_hash(stage.identity),
+      build.space(config),
+      len(self.stats.mean),
+    )
+    self.params = train_loop.load_prior(stage.path, prior, self.network, space, channels, self.mesh)
+    self.table = error_table.load(stage.path, prior)
     self.config = config.copy_and_resolve_references()
-    self.config.update_from_flattened_dict({f"grid.{key}": value for key, value in observed.items()})
+    self.config.update_from_flattened_dict(
+      {f"grid.{key}": value for key, value in observed.items()}
+    )
     have = config.data.hfhr.reference * config.data.snapshots
     self.reference = fine_fields(self.ctx, "reference", min(REFERENCE, have))[..., 0]
     self._programs = {}
@@ -107,13 +120,16 @@ class Bench:
     return Conditions(split, truth, np.asarray(build.operator(self.config).apply(truth)))
 
   def draw(self, cases: dict[str, dict], at: Conditions, members: int) -> dict[str, Drawn]:
-    """Every case on the same conditions with the same keys. The cases take turns, block by block of conditions."""
+    """Every case on the same conditions with the same keys.
+
+    The cases take turns, block by block of conditions.
+    """
     block = -(-min(BLOCK, len(at.y)) // self.mesh.size) * self.mesh.size
     starts = range(0, len(at.y), block)
     rows = meshes.rows(self.mesh)
     programs = {name: self._program(overrides, block, members) for name, overrides in cases.items()}
     found = {name: [] for name in cases}
-    with runs.Progress(f"draw on {at.split}", len(starts) * len(cases), "blocks") as bar:
+    with progress.Progress(f"draw on {at.split}", len(starts) * len(cases), "blocks") as bar:
       for first in starts:
         which = np.arange(first, first + block) % len(at.y)  # the last block is filled up
         y = jax.device_put(at.y[which].repeat(members, 0), rows)
@@ -140,7 +156,9 @@ class Bench:
       return {"runaways": int((~finite).sum())}
     truth = at.truth[..., 0]
     found = calibration.calibrate(fields, truth)
-    melr = spectra.melr(spectra.energies(fields.reshape(-1, *fields.shape[2:])), spectra.energies(truth))
+    melr = spectra.melr(
+      spectra.energies(fields.reshape(-1, *fields.shape[2:])), spectra.energies(truth)
+    )
     floor = distances.cov_rmse(truth, self.reference)
     return {
       "member": found.member_rmse,
@@ -167,11 +185,13 @@ class Bench:
   def halves(self, fields: np.ndarray, at: Conditions) -> tuple[float, dict, dict]:
     """(κ fitted on the first half of the conditions, scores of the second as drawn, scores with κ)."""
     half = len(fields) // 2
-    first, second = (Conditions(at.split, at.truth[part], at.y[part]) for part in (slice(half), slice(half, None)))
+    first, second = (
+      Conditions(at.split, at.truth[part], at.y[part]) for part in (slice(half), slice(half, None))
+    )
     factor = 1 / self.score(fields[:half], first)["s/e"]
     rest = fields[half:]
     flat = rest.reshape(-1, *rest.shape[2:])
-    scaled = draws.rescale(flat, rest.shape[1], factor).reshape(rest.shape)
+    scaled = conditional_sampler.rescale(flat, rest.shape[1], factor).reshape(rest.shape)
     return factor, self.score(rest, second), self.score(scaled, second)
 
   def baselines(self, at: Conditions) -> dict[str, calibration.Reference]:
@@ -185,7 +205,9 @@ class Bench:
 
   def _settled(self, overrides: dict, unit: tuple[int, int]):
     config = self.config.copy_and_resolve_references()
-    config.update_from_flattened_dict({f"sampling.{key}": value for key, value in overrides.items()})
+    config.update_from_flattened_dict(
+      {f"sampling.{key}": value for key, value in overrides.items()}
+    )
     with config.ignore_type():
       config.sampling.observation_noise = 0.0  # y′ is C′x itself here
     config.sampling.unit = unit
@@ -219,16 +241,18 @@ class Bench:
 
   def _keys(self, split: str, conditions: np.ndarray, members: int) -> jax.Array:
     """Of each member of each condition, [conditions × members]."""
-    base = jax.random.fold_in(randomness.key(self.seed, "benchmark"), builders.SPLITS.index(split))
+    base = jax.random.fold_in(
+      random_keys.key(self.seed, "benchmark"), simulated.SPLITS.index(split)
+    )
     fold = jax.vmap(lambda c, m: jax.random.fold_in(jax.random.fold_in(base, c), m))
     member = np.tile(np.arange(members), len(conditions))
     return jax.jit(fold, out_shardings=meshes.rows(self.mesh))(conditions.repeat(members), member)
 
   def _flops(self, config) -> float:
     members, op = config.sampling.unit[1], build.operator(config)
-    keys = jax.eval_shape(lambda: jax.random.split(randomness.key(0, "plans"), members))
+    keys = jax.eval_shape(lambda: jax.random.split(random_keys.key(0, "plans"), members))
     y = jax.ShapeDtypeStruct((members, *op.coarse, 1), np.float32)
-    return costs.flops(self._sampler(config), keys, y, self.params)
+    return program_cost.flops(self._sampler(config), keys, y, self.params)
 
 
 def _timed(program, *args):

@@ -1,6 +1,7 @@
 """Named settings of the sampler for `benchmarks/sampling.py`, as overrides of config.sampling."""
 
-# Eq. 7 as the paper samples it. Its strength, guidance.alpha, is not public: sampling_rival.py fits it.
+# Eq. 7 as the paper samples it. Its strength, guidance.alpha, is not public: sampling_rival.py fits
+# it.
 EQ7 = {
   "start": "noise",
   "guidance.name": "paper",
@@ -15,7 +16,8 @@ EQ7 = {
   "resample.strength": 0.0,
   "spread": 1.0,
 }
-# The authors' library divides a strength of .5 by the share of values that are observed: 4 for KS at every 8th point.
+# The authors' library divides a strength of .5 by the share of values that are observed: 4 for KS
+# at every 8th point.
 LIBRARY = {"guidance.alpha": 0.5, "guidance.normalise": "divide"}
 LOW = {
   "start": "gaussian",

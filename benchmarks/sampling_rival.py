@@ -1,8 +1,10 @@
-"""Eq. 7 at its best: its strength α is fitted on calibration conditions, then it meets our default on test conditions.
+"""Eq. 7 at its best: its strength α is fitted on calibration conditions, then it meets our default
+on test conditions.
 
-Each variant of the rival is a solver with a number of steps. Euler–Maruyama with 256 steps is the paper's. Our best
-solver, DPM-Solver++(2M) SDE, is swept over η, too, and over where it starts: from noise, as the paper does, or from our
-draw of the Gaussian posterior at σ = 3. `normalise` is not swept: it multiplies α by a constant of the operator.
+Each variant of the rival is a solver with a number of steps. Euler–Maruyama with 256 steps is the
+paper's. Our best solver, DPM-Solver++(2M) SDE, is swept over η, too, and over where it starts: from
+noise, as the paper does, or from our draw of the Gaussian posterior at σ = 3. `normalise` is not
+swept: it multiplies α by a constant of the operator.
 """
 
 import math
@@ -11,19 +13,25 @@ from typing import NamedTuple
 
 import sampling_cases as cases
 
-# Short steps bear a large α: what runs away at 5 with 32 steps is best near 50 with 256. α = 1 is a case of its own.
+# Short steps bear a large α: what runs away at 5 with 32 steps is best near 50 with 256. α = 1 is a
+# case of its own.
 LONG = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 SHORT = (4.0, 8.0, 16.0, 32.0, 64.0)
-HOPELESS = 1.5  # no larger α is tried in a setting once one has so many times its least member RMSE: members run away
+# no larger α is tried in a setting once one has so many times its least member RMSE: members run
+# away
+HOPELESS = 1.5
 REFINED = 2  # times that the interval on either side of the best α is halved
 LARGEST = 1000.0  # no α above it
 ETAS = (1.0, 2.5, 10.0)
 STARTS = {"noise": cases.NOISE, "gaussian": {}}
-APART = 0.02  # a choice by CRPS is drawn as well if it has so much less CRPS than the choice by member RMSE
+# a choice by CRPS is drawn as well if it has so much less CRPS than the choice by member RMSE
+APART = 0.02
 
 
 class Variant(NamedTuple):
-  """name: of the solver and its steps. settings: {what was set: overrides of config.sampling}. alphas: ascending."""
+  """name: of the solver and its steps. settings: {what was set: overrides of config.sampling}.
+  alphas: ascending.
+  """
 
   name: str
   settings: dict[str, dict]
@@ -42,7 +50,9 @@ VARIANTS = (Variant("em 256", {"from noise": cases.EQ7}, SHORT), _sde(32), _sde(
 
 
 class Fit(NamedTuple):
-  """One variant's sweep. tried: {setting: {α: scores}}. by_error, by_crps: (setting, α) with the least of each."""
+  """One variant's sweep. tried: {setting: {α: scores}}. by_error, by_crps: (setting, α) with the
+  least of each.
+  """
 
   tried: dict[str, dict[float, dict]]
   by_error: tuple[str, float]
@@ -50,9 +60,11 @@ class Fit(NamedTuple):
 
 
 def fit(variant: Variant, measure: Callable[[dict], dict]) -> Fit:
-  """Sweeps α in every setting of a variant, then α finely in the setting with the least member RMSE.
+  """Sweeps α in every setting of a variant, then α finely in the setting with the least member
+  RMSE.
 
-  measure: overrides of config.sampling -> scores with "member" and "crps", or without them where members ran away.
+  measure: overrides of config.sampling -> scores with "member" and "crps", or without them where
+    members ran away.
   Raises: ValueError if members ran away in all.
   """
   tried = {}
@@ -72,7 +84,9 @@ def best(tried: dict[str, dict[float, dict]], column: str) -> tuple[str, float]:
     if column in scores
   ]
   if not found:
-    raise ValueError(f"members of Eq. 7 ran away at every α tried in {list(tried)}: there is no best α.")
+    raise ValueError(
+      f"members of Eq. 7 ran away at every α tried in {list(tried)}: there is no best α."
+    )
   return min(found)[1:]
 
 
@@ -81,7 +95,9 @@ def _at(overrides: dict, measure: Callable[[dict], dict]) -> Callable[[float], d
 
 
 def _upwards(alphas: tuple[float, ...], score: Callable[[float], dict]) -> dict[float, dict]:
-  """{α: scores} of alphas in turn until members run away, and of twice the largest for as long as that is the best."""
+  """{α: scores} of alphas in turn until members run away, and of twice the largest for as long as
+  that is the best.
+  """
   ahead, by_alpha = list(alphas), {}
   while ahead:
     alpha = ahead.pop(0)
@@ -127,7 +143,9 @@ def _chosen(variant: Variant, choice: tuple[str, float]) -> dict:
 
 def _gain(one: Fit) -> float:
   """Share of CRPS that the choice by CRPS has less than the choice by member RMSE."""
-  by_error, by_crps = (one.tried[setting][alpha]["crps"] for setting, alpha in (one.by_error, one.by_crps))
+  by_error, by_crps = (
+    one.tried[setting][alpha]["crps"] for setting, alpha in (one.by_error, one.by_crps)
+  )
   return 1 - by_crps / by_error
 
 
@@ -140,12 +158,19 @@ def swept(name: str, one: Fit) -> list[str]:
     for column in ("member", "crps"):
       cells = (by_alpha[alpha].get(column) for alpha in ordered)
       shown = (" away" if cell is None else f"{cell:.4f}" for cell in cells)
-      lines.append("  ".join([f"{'':<{len(name + setting) - 5}}{column:>9}", *(f"{cell:>6}" for cell in shown)]))
+      lines.append(
+        "  ".join(
+          [f"{'':<{len(name + setting) - 5}}{column:>9}", *(f"{cell:>6}" for cell in shown)]
+        )
+      )
   setting, alpha = one.by_error
   lines.append(f"{name}: best member RMSE at α = {alpha:g}, {setting}")
   if one.by_crps != one.by_error:
     setting, alpha = one.by_crps
-    lines.append(f"{name}: CRPS would choose α = {alpha:g}, {setting}, with {100 * _gain(one):.1f} % less of it")
+    lines.append(
+      f"{name}: CRPS would choose α = {alpha:g}, {setting}, with {100 * _gain(one):.1f} % less of "
+      "it"
+    )
   return [*lines, ""]
 
 
@@ -174,10 +199,12 @@ def _off(row: dict) -> dict[str, float]:
 
 
 def ratios(rows: dict[str, dict]) -> dict[str, dict]:
-  """{rival: {column: our default's over the rival's, "worse": names of the columns where ours is worse}}.
+  """{rival: {column: our default's over the rival's, "worse": names of the columns where ours is
+  worse}}.
 
-  The last row, BEST, is against the best rival of each column. "worse" judges spread over error, χ² and coverage, too,
-  by their distance from what is right. A rival whose members ran away has no scores: its costs alone are compared.
+  The last row, BEST, is against the best rival of each column. "worse" judges spread over error, χ²
+  and coverage, too, by their distance from what is right. A rival whose members ran away has no
+  scores: its costs alone are compared.
   """
   ours = rows[cases.DEFAULT]
   rivals = [name for name in rows if name != cases.DEFAULT]
@@ -213,4 +240,6 @@ def aims(rows: dict[str, dict], found: dict[str, dict]) -> list[str]:
     verdict = "met" if ratio <= most else "missed"
     lines.append(f"ours over theirs, {what}: {ratio:.3f} (aim {most:.3f}: {verdict})")
   away = {name: row["runaways"] for name, row in rows.items() if "runaways" in row}
-  return lines + [f"{name}: {count} members ran away, so it has no scores" for name, count in away.items()]
+  return lines + [
+    f"{name}: {count} members ran away, so it has no scores" for name, count in away.items()
+  ]

@@ -1,16 +1,19 @@
-"""Long series from windows, on Gaussian fields: is time as it should be, within windows and across seams?
+"""Long series from windows, on Gaussian fields: is time as it should be, within windows and across
+seams?
 
   python benchmarks/series.py [--members=512] [--seed=0]
 
-Increments are mean squared ones from frame to frame over the exact ones, within windows and across seams; 1 is right.
+Increments are mean squared ones from frame to frame over the exact ones, within windows and across
+seams; 1 is right.
 
-First unconditional, AR(1) frames of correlation ρ, without Monte Carlo: the covariances that 400 steps of
-DPM-Solver++(2M) SDE, η 5, end with. equal: all frames of a window have one weight; place + 1: the distance from the
-window's edges and one more; ours: that distance (sampling/windows.py).
+First unconditional, AR(1) frames of correlation ρ, without Monte Carlo: the covariances that 400
+steps of DPM-Solver++(2M) SDE, η 5, end with. equal: all frames of a window have one weight; place +
+1: the distance from the window's edges and one more; ours: that distance (sampling/stitching.py).
 
-Then with conditions: 32 points, S_k ∝ 1/(1 + (k/3)⁴), every 8th observed in each of 16 frames, correlation in time
-exp(−τ²/32), τ in frames, so that neighbours have .97 in common; exact denoisers of F frames, guided by the gain of each
-frame's exact error, 2M SDE with η 5. mean: |mean − exact| over the posterior's total spread; spread: over exact.
+Then with conditions: 32 points, S_k ∝ 1/(1 + (k/3)⁴), every 8th observed in each of 16 frames,
+correlation in time exp(−τ²/32), τ in frames, so that neighbours have .97 in common; exact denoisers
+of F frames, guided by the gain of each frame's exact error, 2M SDE with η 5. mean: |mean − exact|
+over the posterior's total spread; spread: over exact.
 """
 
 import argparse
@@ -20,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
-from downscaling.sampling import gain, guidance, solvers, windows
-from downscaling.sampling.windows import Stitching
+from downscaling.fields.operators import Strided
+from downscaling.sampling import gaussian_gain, guidance, solvers, stitching
+from downscaling.sampling.stitching import Stitching
 
 POINTS, FACTOR, FRAMES, FAR = 32, 8, 16, 4.0
 OP = Strided.on((POINTS,), FACTOR)
@@ -52,22 +55,33 @@ class OneMore(Placed):
 
 
 def drawn_covariance(plan: Stitching, rho: float, eta: float = 5.0, steps: int = 400) -> np.ndarray:
-  """[L, L] of series drawn with the exact denoiser of AR(1) windows: solver and denoiser are linear in x and noise."""
+  """[L, L] of series drawn with the exact denoiser of AR(1) windows: solver and denoiser are linear
+  in x and noise.
+  """
   count, size = plan.series, range(plan.frames)
   window = rho ** np.abs(np.subtract.outer(size, size))
 
   def denoiser(sigma):
-    d, whole = window @ np.linalg.inv(window + sigma**2 * np.eye(plan.frames)), np.zeros((count, count))
+    d, whole = (
+      window @ np.linalg.inv(window + sigma**2 * np.eye(plan.frames)),
+      np.zeros((count, count)),
+    )
     for rows, weights in zip(plan.rows, plan.weights, strict=True):
       whole[np.ix_(rows, rows)] += weights[:, None] * d
     return whole
 
-  levels, eye, none = schedules.levels("edm", steps, 80.0, 1e-3), np.eye(count), np.zeros((count, count))
+  levels, eye, none = (
+    schedules.levels("edm", steps, 80.0, 1e-3),
+    np.eye(count),
+    np.zeros((count, count)),
+  )
   state, last = np.block([[80.0**2 * eye, none], [none, none]]), None  # of x and the last D(x)
   for s, t in zip(levels[:-1].astype(float), levels[1:].astype(float), strict=True):
     h, d = np.log(s / t), denoiser(s)
     more, share = -np.expm1(-(1 + eta) * h), 0.0 if last is None else h / (2 * last)
-    step = np.block([[t / s * np.exp(-eta * h) * eye + more * (1 + share) * d, -more * share * eye], [d, none]])
+    step = np.block(
+      [[t / s * np.exp(-eta * h) * eye + more * (1 + share) * d, -more * share * eye], [d, none]]
+    )
     state, last = step @ state @ step.T, h
     state[:count, :count] += t**2 * -np.expm1(-2 * eta * h) * eye
   d = denoiser(float(levels[-1]))
@@ -118,7 +132,7 @@ def denoiser(frames: int):
 
 
 def error_of(frames: int) -> tuple[np.ndarray, np.ndarray]:
-  """(σ [K], e [K, N, F]) of that denoiser, as diffusion/errors.py tabulates them."""
+  """(σ [K], e [K, N, F]) of that denoiser, as diffusion/error_table.py tabulates them."""
   values, vectors = np.linalg.eigh(in_time(frames))
   sigmas, variance = np.geomspace(1e-3, 80, 44), spectrum()[:, None] * values
   left = variance[None] / (1 + variance[None] / sigmas[:, None, None] ** 2)
@@ -127,16 +141,20 @@ def error_of(frames: int) -> tuple[np.ndarray, np.ndarray]:
 
 def draw(plan: Stitching, y: np.ndarray, keys, steps: int, high: float) -> np.ndarray:
   """Members [M, N, L] given y [n, L]."""
-  prior = gain.Gain(OP, gain.prior_variance(np.repeat(spectrum()[:, None], FRAMES, 1)))
+  prior = gaussian_gain.Gain(
+    OP, gaussian_gain.prior_variance(np.repeat(spectrum()[:, None], FRAMES, 1))
+  )
   sigmas, table = error_of(plan.frames)
-  measured = gain.Gain(OP, gain.measured_variance(sigmas, windows.extended(table, plan)))
-  denoise = windows.stitched(denoiser(plan.frames), plan)
+  measured = gaussian_gain.Gain(
+    OP, gaussian_gain.measured_variance(sigmas, stitching.extended(table, plan))
+  )
+  denoise = stitching.stitched(denoiser(plan.frames), plan)
 
   @jax.jit
   def run(keys):
     rows = jnp.broadcast_to(jnp.asarray(y, jnp.float32), (len(keys), *y.shape))
     guided = guidance.make("measured", denoise, OP, rows, gain=measured)
-    x = gain.gaussian_start(keys, prior, rows, high)
+    x = gaussian_gain.gaussian_start(keys, prior, rows, high)
     levels = schedules.levels("edm", steps, high, 3e-3)
     return solvers.dpm_solver_pp_2m_sde(guided.denoise, x, levels, keys, eta=5.0, last=guided.last)
 
@@ -162,8 +180,14 @@ def conditional(members: int, seed: int) -> None:
   between = np.kron(np.eye(POINTS), np.diff(np.eye(FRAMES), axis=0))
   moves = np.diag(between @ cov @ between.T) + (between @ mean) ** 2
   exact = moves.reshape(POINTS, -1).mean(0)
-  print(f"\n{'with conditions, windows, steps':<40}{'within':>8}{'seams':>8}{'mean':>8}{'spread':>8}")
-  show("exact draws", rng.multivariate_normal(mean, cov, members, method="eigh"), Stitching(4, 2, FRAMES))
+  print(
+    f"\n{'with conditions, windows, steps':<40}{'within':>8}{'seams':>8}{'mean':>8}{'spread':>8}"
+  )
+  show(
+    "exact draws",
+    rng.multivariate_normal(mean, cov, members, method="eigh"),
+    Stitching(4, 2, FRAMES),
+  )
   keys = jax.random.split(jax.random.key(seed), members)
   usual = [(sizes, 32, 10.0) for sizes in ((1, 0), (4, 0), (4, 2), (8, 4), (8, 6), (16, 0))]
   for sizes, steps, high in (*usual, ((8, 4), 128, 10.0), ((8, 4), 32, 3.0)):

@@ -1,12 +1,14 @@
-"""Entropic transport between two clouds: our paths against ott (dense, online), POT (plain, log), on the same points.
+"""Entropic transport between two clouds: our paths against ott (dense, online), POT (plain, log),
+on the same points.
 
   python benchmarks/sinkhorn.py [--points=2048,4096] [--dimensions=24] [--epsilon=0.003] [--rounds=3] [--limit=150]
                                 [--once] [--solvers=...]      all: dense, fused, ring, ott, ott-online, pot, pot-log
   python benchmarks/sinkhorn.py --memory                      compiled temporaries of fused and ring, nothing is run
 
-d = 24: Kuramoto–Sivashinsky snapshots, biased against coarsened true ones; else Gaussian clouds of a falling spectrum.
-ε is a share of the mean cost. Every solver starts cold and runs to a marginal error of 1e-3; ours anneals and over-
-relaxes as the `debias` job does, the others run with their defaults. Each measurement is a process of its own:
+d = 24: Kuramoto–Sivashinsky snapshots, biased against coarsened true ones; else Gaussian clouds of
+a falling spectrum. ε is a share of the mean cost. Every solver starts cold and runs to a marginal
+error of 1e-3; ours anneals and over- relaxes as the `debias` job does, the others run with their
+defaults. Each measurement is a process of its own:
 
   seconds     of the second call (the first compiles), with --once of the first; the least over rounds in which the
               solvers take turns
@@ -15,9 +17,9 @@ relaxes as the `debias` job does, the others run with their defaults. Each measu
   memory      growth of the process's peak above what it held before solving, compilation included; 0 where making the
               points took more
 
-ott-online needs a name that jax has removed, put back here in one line. POT is not installed with this package
-(`pip install pot`), works in float64 and stops by an L2 error, asked for as 1e-3/√n. --limit: seconds, else a row says
-"more than".
+ott-online needs a name that jax has removed, put back here in one line. POT is not installed with
+this package (`pip install pot`), works in float64 and stops by an L2 error, asked for as 1e-3/√n.
+--limit: seconds, else a row says "more than".
 """
 
 import argparse
@@ -41,14 +43,16 @@ def clouds(n, d):
     rng, scale = np.random.default_rng(0), 1 / (1 + np.arange(d) / 16)
     x, y = (rng.normal(size=(n, d)) * scale * s + m for s, m in ((1.0, 0.2), (1.2, 0.0)))
     return x.astype(np.float32), y.astype(np.float32)
-  from downscaling.debias import geometry
+  from downscaling.debias.entropic import soft_min
   from downscaling.equations import ks, rollouts
 
   ids = np.arange(-(-n // 4))
   with jax.enable_x64(True):
-    lflr, hfhr = (np.asarray(rollouts.rollout(s, ids, snapshots=4)) for s in (ks.Coarse(), ks.Fine()))
+    lflr, hfhr = (
+      np.asarray(rollouts.rollout(s, ids, snapshots=4)) for s in (ks.Coarse(), ks.Fine())
+    )
   x, y = (u.reshape(-1, 24)[:n].astype(np.float32) for u in (lflr, hfhr[..., ::8]))
-  return x - geometry.centre(y), y - geometry.centre(y)
+  return x - soft_min.centre(y), y - soft_min.centre(y)
 
 
 def mean_cost(x, y):
@@ -72,9 +76,11 @@ def marginal_error(x, y, f, g, epsilon):
 
 def ours(path):
   def solve(x, y, epsilon):
-    from downscaling.debias import sinkhorn
+    from downscaling.debias.entropic import sinkhorn
 
-    done = sinkhorn.fit(x, y, epsilon=epsilon / mean_cost(x, y), threshold=THRESHOLD, max_iterations=MOST, path=path)
+    done = sinkhorn.fit(
+      x, y, epsilon=epsilon / mean_cost(x, y), threshold=THRESHOLD, max_iterations=MOST, path=path
+    )
     return done.f, done.g, done.history["iteration"][-1]
 
   return solve
@@ -87,7 +93,9 @@ def ott(batch):
     from jax.interpreters import batching
 
     if not hasattr(batching, "is_vmappable"):
-      batching.is_vmappable = lambda leaf: isinstance(leaf, jax.Array)  # what ott's batched mode asks for
+      batching.is_vmappable = lambda leaf: isinstance(
+        leaf, jax.Array
+      )  # what ott's batched mode asks for
     from ott.geometry import pointcloud
     from ott.problems.linear import linear_problem
     from ott.solvers.linear import sinkhorn
@@ -95,10 +103,14 @@ def ott(batch):
     @jax.jit
     def solve(x, y, epsilon):
       cloud = pointcloud.PointCloud(x, y, epsilon=epsilon, batch_size=batch)
-      out = sinkhorn.Sinkhorn(threshold=THRESHOLD, max_iterations=MOST)(linear_problem.LinearProblem(cloud))
+      out = sinkhorn.Sinkhorn(threshold=THRESHOLD, max_iterations=MOST)(
+        linear_problem.LinearProblem(cloud)
+      )
       return out.f, out.g, out.n_iters
 
-    return lambda x, y, epsilon: jax.block_until_ready(solve(jnp.asarray(x), jnp.asarray(y), epsilon))
+    return lambda x, y, epsilon: jax.block_until_ready(
+      solve(jnp.asarray(x), jnp.asarray(y), epsilon)
+    )
 
   return lambda *a, made=[]: (made or made.append(make()) or made)[0](*a)
 
@@ -124,7 +136,12 @@ def worker(solver, n, d, share, once_only):
   import warnings
 
   warnings.simplefilter("ignore")
-  made = {"ott": ott(None), "ott-online": ott(1024), "pot": pot("sinkhorn"), "pot-log": pot("sinkhorn_log")}
+  made = {
+    "ott": ott(None),
+    "ott-online": ott(1024),
+    "pot": pot("sinkhorn"),
+    "pot-log": pot("sinkhorn_log"),
+  }
   solve = made[solver] if solver in made else ours(solver)
   x, y = clouds(n, d)
   epsilon = share * mean_cost(x, y)
@@ -138,7 +155,17 @@ def worker(solver, n, d, share, once_only):
     f, g, count = solve(x, y, epsilon)
     seconds = time.perf_counter() - began
   error = marginal_error(x, y, f, g, epsilon)
-  print(json.dumps({"seconds": seconds, "first": once, "iterations": int(count), "error": error, "memory": memory}))
+  print(
+    json.dumps(
+      {
+        "seconds": seconds,
+        "first": once,
+        "iterations": int(count),
+        "error": error,
+        "memory": memory,
+      }
+    )
+  )
 
 
 def measure(solver, n, d, share, limit, once):
@@ -158,31 +185,37 @@ def table(n, d, args):
   runs = {solver: [] for solver in args.solvers.split(",")}
   for _ in range(args.rounds):
     for solver, rows in runs.items():
-      if not rows or (rows[-1] and "failed" not in rows[-1]):  # what failed or was too slow is not tried again
+      if not rows or (
+        rows[-1] and "failed" not in rows[-1]
+      ):  # what failed or was too slow is not tried again
         rows.append(measure(solver, n, d, args.epsilon, args.limit, args.once))
   best = None
   for solver, rows in runs.items():
     good = [r for r in rows if r and "failed" not in r]
     if not good:
-      print(f"{solver:<12}" + (f"  failed: {rows[0]['failed']}" if rows[0] else f"  more than {args.limit:g} s"))
+      print(
+        f"{solver:<12}"
+        + (f"  failed: {rows[0]['failed']}" if rows[0] else f"  more than {args.limit:g} s")
+      )
       continue
     row = min(good, key=lambda r: r["seconds"])
     best = best or row["seconds"]
     wrong = "" if row["error"] < 1.5 * THRESHOLD else "   not converged"
     print(
-      f"{solver:<12}{row['seconds']:>9.3f}{row['seconds'] / best:>8.2f}×{row['iterations']:>12}{row['error']:>10.1e}"
-      f"{row['memory'] / 1e6:>11.0f}{wrong}",
+      f"{solver:<12}{row['seconds']:>9.3f}{row['seconds'] / best:>8.2f}×{row['iterations']:>12}{row['error']:>10.1e}{row['memory'] / 1e6:>11.0f}{wrong}",
       flush=True,
     )
 
 
 def memory_table():
-  """What the paths that store no plan allocate besides their arguments, for one device, as compiled."""
+  """What the paths that store no plan allocate besides their arguments, for one device, as
+  compiled.
+  """
   import jax
   import jax.numpy as jnp
 
-  from downscaling.common import mesh as meshes
-  from downscaling.debias import iterations
+  from downscaling.debias.entropic import sinkhorn_steps
+  from downscaling.runtime import mesh as meshes
 
   mesh = meshes.make(1)
   shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=meshes.rows(mesh))
@@ -191,10 +224,18 @@ def memory_table():
     for n in (2**12, 2**16, 2**18, 2**20):
       found = []
       for path in ("fused", "ring"):
-        chunk = iterations.make_chunk(iterations=10, momentum=1.5, path=path, mesh=mesh)
-        arguments = (shape(n, d), shape(n, d), *(shape(n),) * 4, jax.ShapeDtypeStruct((), jnp.float32))
+        chunk = sinkhorn_steps.make_chunk(iterations=10, momentum=1.5, path=path, mesh=mesh)
+        arguments = (
+          shape(n, d),
+          shape(n, d),
+          *(shape(n),) * 4,
+          jax.ShapeDtypeStruct((), jnp.float32),
+        )
         found.append(chunk.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 1e6)
-      print(f"{d:>6}{n:>9}{8e-6 * n * d:>11.0f}{found[0]:>10.0f}{found[1]:>9.0f}{4e-6 * n * n:>13.0f}", flush=True)
+      print(
+        f"{d:>6}{n:>9}{8e-6 * n * d:>11.0f}{found[0]:>10.0f}{found[1]:>9.0f}{4e-6 * n * n:>13.0f}",
+        flush=True,
+      )
 
 
 def main():

@@ -2,10 +2,12 @@ r"""What a star means: how often independent true sets lie inside the floors of 
 
   python benchmarks/star.py --workdir=runs/ks-full --config=configs/ks.py:full [--sets=12] [--out=DIR]
 
-WORKDIR holds a finished `generate` of that config. Each set has the size and the trajectories of the row that it stands
-for: the held-out coarse fields, and the samples of true conditions. It is simulated anew, from trajectories that
-nothing else uses, and judged by the same reference and floor as the report's rows. 95 % are expected inside. Sets share
-the reference, so a reference that is by chance far from the law moves all of them alike.
+WORKDIR holds a finished `generate` of that config. Each set has the size and the trajectories of
+the row that it stands
+for: the held-out coarse fields, and the samples of true conditions. It is simulated anew, from
+trajectories that nothing else uses, and judged by the same reference and floor as the report's
+rows. 95 % are expected inside. Sets share the reference, so a reference that is by chance far from
+the law moves all of them alike.
 """
 
 import argparse
@@ -17,10 +19,10 @@ import jax
 import numpy as np
 
 from downscaling import build, context
-from downscaling.common import mesh as meshes
-from downscaling.common import runs, supervision
-from downscaling.evaluation import bootstrap, judge, replicates
-from downscaling.evaluation.reference import Reference
+from downscaling.metrics import bootstrap, judge, replicates
+from downscaling.metrics.reference import Reference
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import progress, supervision
 
 FIRST = 2_000_000_000  # ids beyond those of every split
 
@@ -57,7 +59,11 @@ def judged_by(ctx, level: str) -> judge.Judge:
     origins[split] = context.origin(c, rows)
   if level == "coarse":
     fields = {split: np.asarray(op.apply(x)) for split, x in fields.items()}
-    of_grid = {"moves": build.coarse_moves(c), "group": build.group(c), "quadratic": context.quadratic_of(c)}
+    of_grid = {
+      "moves": build.coarse_moves(c),
+      "group": build.group(c),
+      "quadratic": context.quadratic_of(c),
+    }
   else:
     of_grid = {"moves": build.moves(c)}
   fields = {split: x[..., 0] for split, x in fields.items()}
@@ -67,7 +73,9 @@ def judged_by(ctx, level: str) -> judge.Judge:
   )  # fmt: skip
 
 
-def count_stars(ctx, level: str, sets: int) -> tuple[bootstrap.Rows, dict[str, int], dict[str, list[float]]]:
+def count_stars(
+  ctx, level: str, sets: int
+) -> tuple[bootstrap.Rows, dict[str, int], dict[str, list[float]]]:
   """(structure, {metric: how many of `sets` lie inside}, {metric: floor})."""
   c, op = ctx.config, build.operator(ctx.config)
   judged, rows = judged_by(ctx, level), like(ctx.config, level)
@@ -75,14 +83,19 @@ def count_stars(ctx, level: str, sets: int) -> tuple[bootstrap.Rows, dict[str, i
   inside = dict.fromkeys(floor, 0)
   number = np.unique(rows.block, return_inverse=True)[1]
   snapshot = np.round((rows.time - c.data.burn_in) / c.data.spacing).astype(int)
-  with runs.Progress(f"star {level}", sets, "sets") as bar:
+  with progress.Progress(f"star {level}", sets, "sets") as bar:
     for turn in range(sets):
       x = simulated(c, rows.blocks, FIRST + turn * 1_000_000, ctx.mesh)[number, snapshot]
       if level == "coarse":
         x = np.asarray(op.apply(x[..., None]))[..., 0]
       even = np.ones((1, len(x)), np.float32)
       found = replicates.metrics(
-        x, even, judged.reference, moves=judged.moves, group=judged.group, quadratic=judged.quadratic
+        x,
+        even,
+        judged.reference,
+        moves=judged.moves,
+        group=judged.group,
+        quadratic=judged.quadratic,
       )
       for key, (value,) in found.items():
         inside[key] += judge.inside(float(value), floor[key])
@@ -91,7 +104,9 @@ def count_stars(ctx, level: str, sets: int) -> tuple[bootstrap.Rows, dict[str, i
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
   parser.add_argument("--config", default="configs/ks.py:full")
   parser.add_argument("--sets", type=int, default=12)
@@ -106,7 +121,9 @@ def main():
     lines.append(f"{level}: {len(rows)} fields of {rows.blocks} trajectories")
     for key, count in inside.items():
       low, middle, high = floor[key]
-      lines.append(f"  {key:<20}{count:>3} of {args.sets}   floor {low:.4g} … {middle:.4g} … {high:.4g}")
+      lines.append(
+        f"  {key:<20}{count:>3} of {args.sets}   floor {low:.4g} … {middle:.4g} … {high:.4g}"
+      )
   text = "\n".join(lines)
   print(text)
   if args.out:

@@ -1,4 +1,7 @@
-"""Config blocks -> objects. The only place that reads config keys, so that no two jobs can read them differently."""
+"""Config blocks -> objects.
+
+The only place that reads config keys, so that no two jobs can read them differently.
+"""
 
 import functools
 import pathlib
@@ -11,15 +14,23 @@ import numpy as np
 import optax
 
 from downscaling import door, series, stages
-from downscaling.common import checkpoints, operators, randomness, runs, symmetry
-from downscaling.common import mesh as meshes
-from downscaling.datasets import builders, generate, statistics
-from downscaling.debias import groups, maps, moments
-from downscaling.diffusion import denoiser, errors, schedules, steps, training, unet
-from downscaling.diffusion import state as states
+from downscaling.datasets import generate, simulated
+from downscaling.debias import bias_symmetry, maps
+from downscaling.debias.equivariant import moments
+from downscaling.diffusion import (
+  denoiser,
+  error_table,
+  schedules,
+  train_loop,
+  train_state,
+  train_step,
+  unet,
+)
 from downscaling.equations import kolmogorov, ks, rollouts
-from downscaling.sampling import draws, solvers, windows
-from downscaling.sampling import gain as gains
+from downscaling.fields import operators, statistics, symmetry
+from downscaling.runtime import checkpoints, random_keys, stage_folder
+from downscaling.runtime import mesh as meshes
+from downscaling.sampling import conditional_sampler, gaussian_gain, solvers, stitching
 from downscaling.sampling.resampling import Resampling
 
 EQUATIONS = {"ks": ks, "kolmogorov": kolmogorov}
@@ -37,7 +48,9 @@ def space(config) -> tuple[int, ...]:
 def operator(config) -> operators.Operator:
   """C′ of config.grid."""
   kinds = {"strided": operators.Strided, "block_mean": operators.BlockMean}
-  return choose(kinds, config.grid.operator, "config.grid.operator").on(space(config), config.grid.factor)
+  return choose(kinds, config.grid.operator, "config.grid.operator").on(
+    space(config), config.grid.factor
+  )
 
 
 def choose(known: dict, name: str, key: str):
@@ -50,9 +63,9 @@ def choose(known: dict, name: str, key: str):
 # ---------------------------------------------------------------- data
 
 
-def dataset(config, workdir: pathlib.Path, which: str) -> builders.FieldsBuilder:
+def dataset(config, workdir: pathlib.Path, which: str) -> simulated.FieldsBuilder:
   grid = space(config) if which == "hfhr" else operator(config).coarse
-  return builders.make(config.data.name, which, stages.data_dir(config, workdir), grid)
+  return simulated.make(config.data.name, which, stages.data_dir(config, workdir), grid)
 
 
 def equation(config, which: str) -> rollouts.Solver:
@@ -69,7 +82,9 @@ def precision(config, which: str) -> str:
 
 
 def simulating(config, which: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-  """This process's devices for that solver: those of the mesh, or the host's CPU for float64 beside a TPU."""
+  """This process's devices for that solver: those of the mesh, or the host's CPU for float64 beside
+  a TPU.
+  """
   return meshes.exact(mesh) if precision(config, which) == "float64" else meshes.local(mesh)
 
 
@@ -77,7 +92,9 @@ def generation(config, workdir: pathlib.Path, which: str, sharding) -> generate.
   """What to simulate of "hfhr" or "lflr"."""
   d, solver = config.data, equation(config, which)
   times = {"burn_in": d.burn_in, "spacing": d.spacing, "snapshots": d.snapshots}
-  rollout = functools.partial(rollouts.rollout, solver, seed=config.seed, sharding=sharding, **times)
+  rollout = functools.partial(
+    rollouts.rollout, solver, seed=config.seed, sharding=sharding, **times
+  )
   return generate.Plan(
     builder=dataset(config, workdir, which),
     trajectories=dict(d[which]),
@@ -100,7 +117,7 @@ def debias_setting(config, **of_job) -> maps.Setting:
   """What the fits of config.debias share. of_job: mesh, stop, agree."""
   c = config.debias
   whole = group(config)
-  periodic = len(groups.subgroups(whole, operator(config).coarse).get("shifts", whole)) > 1
+  periodic = len(bias_symmetry.subgroups(whole, operator(config).coarse).get("shifts", whole)) > 1
   return maps.Setting(
     group=whole,
     subgroup=c.group,
@@ -112,19 +129,22 @@ def debias_setting(config, **of_job) -> maps.Setting:
     minibatch=dict(c.minibatch),
     recipe=c.recipe if isinstance(c.recipe, str) else tuple(map(tuple, c.recipe)),
     seed=config.seed,
-    config_hash=runs.config_hash(stages.identity(config, "debias")),
+    config_hash=stage_folder.config_hash(stages.identity(config, "debias")),
     **of_job,
   )
 
 
 def in_sample_rows(config) -> np.ndarray:
-  """Which rows of the fit are mapped for in_sample.zarr: as many as are held out, balanced over trajectories and times.
+  """Which rows of the fit are mapped for in_sample.zarr: as many as are held out, balanced over
+  trajectories and times.
 
   A fit of some rows alone may lack a few of the balanced ones.
   """
   trajectories, snapshots = config.data.lflr.train, config.data.snapshots
-  fitted = builders.balanced(trajectories, snapshots, config.debias.points)
-  some = builders.balanced(trajectories, snapshots, min(config.debias.held_out, config.debias.points))
+  fitted = simulated.balanced(trajectories, snapshots, config.debias.points)
+  some = simulated.balanced(
+    trajectories, snapshots, min(config.debias.held_out, config.debias.points)
+  )
   return np.flatnonzero(np.isin(fitted, some))
 
 
@@ -132,12 +152,23 @@ def in_sample_rows(config) -> np.ndarray:
 
 
 def denoising_network(config, stats: statistics.Statistics) -> denoiser.Denoiser:
-  """The untrained D(x, σ) of config.model, for windows of config.grid.frames. stats: of single frames."""
+  """The untrained D(x, σ) of config.model, for windows of config.grid.frames. stats: of single
+  frames.
+  """
   block = dict(config.model) | {"remat": config.memory.remat}
-  if block["convolution"] == "auto" and config.memory.microbatches > 1 and jax.default_backend() == "cpu":
+  if (
+    block["convolution"] == "auto"
+    and config.memory.microbatches > 1
+    and jax.default_backend() == "cpu"
+  ):
     block["convolution"] = "im2col"  # microbatches are a loop: see unet.convolve
-  preconditioning, names = block.pop("preconditioning"), block.pop("static", ())  # KS is alike everywhere: no such key
-  block["dtype"] = choose({"float32": jnp.float32, "bfloat16": jnp.bfloat16}, block["dtype"], "config.model.dtype")
+  preconditioning, names = (
+    block.pop("preconditioning"),
+    block.pop("static", ()),
+  )  # KS is alike everywhere: no such key
+  block["dtype"] = choose(
+    {"float32": jnp.float32, "bfloat16": jnp.bfloat16}, block["dtype"], "config.model.dtype"
+  )
   net = unet.UNet(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in block.items()})
   net.check(space(config))
   spectrum = stats.repeated(config.grid.frames).spectrum
@@ -160,7 +191,13 @@ def schedule(config) -> schedules.Schedule:
   block = dict(config.schedule)
   known = {
     f.__name__: f
-    for f in (schedules.vp_linear, schedules.tangent, schedules.power, schedules.exponential, schedules.edm)
+    for f in (
+      schedules.vp_linear,
+      schedules.tangent,
+      schedules.power,
+      schedules.exponential,
+      schedules.edm,
+    )
   }
   return choose(known, block.pop("name"), "config.schedule.name")(**block)
 
@@ -172,11 +209,11 @@ def noise_levels(config):
 
 def learning_rate(config) -> optax.Schedule:
   block = {k: v for k, v in config.optimizer.items() if k != "clip"}
-  return states.learning_rate(total_steps=config.train.total_steps, **block)
+  return train_state.learning_rate(total_steps=config.train.total_steps, **block)
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  return states.optimizer(learning_rate(config), config.optimizer.clip)
+  return train_state.optimizer(learning_rate(config), config.optimizer.clip)
 
 
 def ema_decays(config) -> tuple[float, ...]:
@@ -184,22 +221,36 @@ def ema_decays(config) -> tuple[float, ...]:
   decays = config.train.ema_decay
   decays = (decays,) if isinstance(decays, int | float) else tuple(decays)
   if not decays or not all(0 <= d < 1 for d in decays):
-    raise ValueError(f"config.train.ema_decay={config.train.ema_decay}: each must lie in [0, 1), e.g. 0.999.")
+    raise ValueError(
+      f"config.train.ema_decay={config.train.ema_decay}: each must lie in [0, 1), e.g. 0.999."
+    )
   return decays
 
 
-def training_plan(config) -> training.Plan:
-  return training.Plan(total_steps=config.train.total_steps, profile=dict(config.profile), **config.plan)
+def training_plan(config) -> train_loop.Plan:
+  return train_loop.Plan(
+    total_steps=config.train.total_steps, profile=dict(config.profile), **config.plan
+  )
 
 
 def keep(config) -> checkpoints.Keep:
-  """Which checkpoints stay. Raises ValueError for a policy that keeps none, or a metric that is never measured."""
+  """Which checkpoints stay.
+
+  Raises ValueError for a policy that keeps none, or a metric that is never measured.
+  """
   policy = checkpoints.Keep(**config.keep)
   if policy.last < 1 or min(policy.every, policy.best) < 0:
-    raise ValueError(f"config.keep={dict(config.keep)}: last must be at least 1, every and best at least 0.")
-  known = [f"validation/{name}" for name in ("error", *(f"error_at_sigma_{s:g}" for s in training.SIGMAS))]
+    raise ValueError(
+      f"config.keep={dict(config.keep)}: last must be at least 1, every and best at least 0."
+    )
+  known = [
+    f"validation/{name}"
+    for name in ("error", *(f"error_at_sigma_{s:g}" for s in train_loop.SIGMAS))
+  ]
   if policy.best and policy.metric not in (*known, *WATCHED):
-    raise ValueError(f"config.keep.metric={policy.metric!r} is unknown; use one of {[*known, *WATCHED]}.")
+    raise ValueError(
+      f"config.keep.metric={policy.metric!r} is unknown; use one of {[*known, *WATCHED]}."
+    )
   return policy
 
 
@@ -231,10 +282,12 @@ def augmentation(config, stats: statistics.Statistics) -> symmetry.Moves | None:
   return symmetry.Moves(count, move)
 
 
-def update(config, stats: statistics.Statistics, network, mesh: jax.sharding.Mesh, specs) -> Callable:
+def update(
+  config, stats: statistics.Statistics, network, mesh: jax.sharding.Mesh, specs
+) -> Callable:
   """The training step of the config: (state, batch) -> (state, logs). stats: of single frames."""
   door.batch(config, mesh)
-  return steps.make_train_step(
+  return train_step.make_train_step(
     network,
     optimizer(config),
     noise_levels(config),
@@ -251,12 +304,17 @@ def update(config, stats: statistics.Statistics, network, mesh: jax.sharding.Mes
 def initial_state(config, network, channels: int) -> Callable:
   """(key of the parameters, key of the run) -> TrainState at step 0."""
   averages = len(ema_decays(config))
-  return lambda key, run: states.initial(network, optimizer(config), space(config), channels, averages, key, run)
+  return lambda key, run: train_state.initial(
+    network, optimizer(config), space(config), channels, averages, key, run
+  )
 
 
 # ---------------------------------------------------------------- samples
 
-RAW, TRUE = "lflr", "true"  # conditions that are no map's: as simulated, and of held-out fine fields
+RAW, TRUE = (
+  "lflr",
+  "true",
+)  # conditions that are no map's: as simulated, and of held-out fine fields
 
 
 def default_set(config) -> str:
@@ -265,9 +323,11 @@ def default_set(config) -> str:
 
 
 def sources(config) -> dict[str, str | None]:
-  """{set of samples: its conditions, a map's name or RAW or TRUE or None}, as config.sampling.sets asks for them.
+  """{set of samples: its conditions, a map's name or RAW or TRUE or None}, as config.sampling.sets
+  asks for them.
 
-  A set is named after the map that it is drawn behind; "default+diffusion" in the config means config.debias.map.
+  A set is named after the map that it is drawn behind; "default+diffusion" in the config means
+  config.debias.map.
   """
   known = {default_set(config): config.debias.map}
   known |= {f"{name}+diffusion": name for name in config.debias.maps}
@@ -277,62 +337,77 @@ def sources(config) -> dict[str, str | None]:
     choose(known, name, "config.sampling.sets")
   if not asked:
     raise ValueError(
-      f"config.sampling.sets is empty, so nothing would be drawn: name some of {['default+diffusion', *known]}."
+      "config.sampling.sets is empty, so nothing would be drawn: name some of "
+      f"{['default+diffusion', *known]}."
     )
   return {name: source for name, source in known.items() if name in asked}
 
 
 def needs_table(config) -> bool:
-  """Whether conditional draws go by the prior's measured error (diffusion/errors.py)."""
+  """Whether conditional draws go by the prior's measured error (diffusion/error_table.py)."""
   block = config.sampling.guidance
-  choose(dict.fromkeys(("gaussian", "measured")), block.variance, "config.sampling.guidance.variance")
+  choose(
+    dict.fromkeys(("gaussian", "measured")), block.variance, "config.sampling.guidance.variance"
+  )
   return block.name == "measured" or (block.name != "wiener" and block.variance == "measured")
 
 
 def error_levels(config) -> np.ndarray:
   """Noise levels of the table: all that a sampler of this schedule may meet."""
   given = schedule(config)
-  return errors.levels(given.sigma_min, given.sigma_max)
+  return error_table.levels(given.sigma_min, given.sigma_max)
 
 
-def stand_in_table(config) -> errors.ErrorTable:
+def stand_in_table(config) -> error_table.ErrorTable:
   """A table of the right shape, for programs that are compiled and never run."""
   levels = error_levels(config)
-  return errors.ErrorTable(levels, np.ones((len(levels), *space(config), config.grid.frames), np.float32))
+  return error_table.ErrorTable(
+    levels, np.ones((len(levels), *space(config), config.grid.frames), np.float32)
+  )
 
 
 def sampler(
-  config, stats: statistics.Statistics, network: denoiser.Denoiser, table: errors.ErrorTable | None = None
+  config,
+  stats: statistics.Statistics,
+  network: denoiser.Denoiser,
+  table: error_table.ErrorTable | None = None,
 ) -> Callable:
-  """(keys [B], coarse fields [B, *coarse, C] or None, parameters) -> (fields [B, *space, C], misfit [B]); see draws.
+  """(keys [B], coarse fields [B, *coarse, C] or None, parameters) -> (fields [B, *space, C], misfit
+  [B]); see draws.
 
-  With series of L > 1 frames, an axis of them follows B. stats: of single frames. table: errors.load of the prior,
-  where needs_table says so.
+  With series of L > 1 frames, an axis of them follows B. stats: of single frames. table:
+  errors.load of the prior, where needs_table says so.
   """
   draw = _draw(config, stats, network, table)
-  return draw if (length := series.plan(config).series) == 1 else windows.over_time(draw, length)
+  return draw if (length := series.plan(config).series) == 1 else stitching.over_time(draw, length)
 
 
 def _draw(config, stats, network, table=None) -> Callable:
   """The sampler, the frames of a series folded into channels."""
   c, op, plan = config.sampling, operator(config), series.plan(config)
   stats = stats.repeated(plan.series)
-  if config.model.convolution == "auto" and jax.default_backend() == "cpu":  # solvers loop: see unet.convolve
+  if (
+    config.model.convolution == "auto" and jax.default_backend() == "cpu"
+  ):  # solvers loop: see unet.convolve
     network = network.clone(net=network.net.clone(convolution="im2col"))
   options = {k: v for k, v in c.guidance.items() if k != "variance"}
   given = stages.observation_noise(config) or 0.0  # "auto" comes with the conditions: draws.Soft
   noise = tuple(float(given / s) for s in stats.std)
-  with jax.ensure_compile_time_eval():  # whoever puts a sampler together under jit: levels are numbers
-    prior = guide = gains.Gain(op, gains.prior_variance(stats.spectrum), noise)
+  with (
+    jax.ensure_compile_time_eval()
+  ):  # whoever puts a sampler together under jit: levels are numbers
+    prior = guide = gaussian_gain.Gain(op, gaussian_gain.prior_variance(stats.spectrum), noise)
     if needs_table(config):
-      variance = table and gains.measured_variance(table.sigmas, windows.extended(table.errors, plan))
-      guide = variance and gains.Gain(op, variance, noise)
+      variance = table and gaussian_gain.measured_variance(
+        table.sigmas, stitching.extended(table.errors, plan)
+      )
+      guide = variance and gaussian_gain.Gain(op, variance, noise)
     door.noise_levels(config, schedule(config), table if needs_table(config) else None)
     levels, high = _noise_levels(c, guide or prior)
   window = lambda params: lambda x, sigma: network.apply({"params": params}, x, sigma)
-  return draws.sampler(
-    draws.Recipe(
-      denoise=lambda params, x, sigma: windows.stitched(window(params), plan)(x, sigma),
+  return conditional_sampler.sampler(
+    conditional_sampler.Recipe(
+      denoise=lambda params, x, sigma: stitching.stitched(window(params), plan)(x, sigma),
       shape=(*op.fine, len(stats.mean)),
       levels=levels,
       high=high,
@@ -347,18 +422,21 @@ def _draw(config, stats, network, table=None) -> Callable:
       normalise=stats.normalise,
       restore=stats.restore,
       missing=f"config.sampling.guidance {dict(c.guidance)} goes by the prior's measured error, and there is no table "
-      "of it: run `downscaling train` with the same --config and --workdir, which makes it, or use name=scaled.",
+      "of it: run `downscaling train` with the same --config and --workdir, which makes it, or "
+      "use name=scaled.",
     )
   )
 
 
-def _noise_levels(c, gain: gains.Gain) -> tuple[np.ndarray, np.ndarray]:
-  """With a condition and without; "guided" are by what the gain leaves open, and without a condition as "edm"."""
+def _noise_levels(c, gain: gaussian_gain.Gain) -> tuple[np.ndarray, np.ndarray]:
+  """With a condition and without; "guided" are by what the gain leaves open, and without a
+  condition as "edm".
+  """
   block = dict(c.levels)
   free = block | {"sigma_max": c.unconditional.sigma_max, "steps": c.unconditional.steps}
   if block["name"] != "guided":
     return schedules.levels(**block), schedules.levels(**free)
-  low = gains.levels(gain, block["steps"], block["sigma_max"], block["sigma_min"])
+  low = gaussian_gain.levels(gain, block["steps"], block["sigma_max"], block["sigma_min"])
   return low, schedules.levels(**free | {"name": "edm"})
 
 
@@ -367,16 +445,21 @@ def resampling(config) -> Resampling | None:
   c = config.sampling
   if not c.resample.strength:
     return None
-  if c.solver.name not in draws.SELECTING or (c.solver.name == "dpm_solver_pp_2m_sde" and not c.solver.eta > 0):
+  if c.solver.name not in conditional_sampler.SELECTING or (
+    c.solver.name == "dpm_solver_pp_2m_sde" and not c.solver.eta > 0
+  ):
     raise ValueError(
-      f"config.sampling.resample.strength={c.resample.strength:g} with the solver {dict(c.solver)}: copies of a member "
-      f"part by noise alone. Use {' or '.join(draws.SELECTING)} with eta > 0, or strength=0."
+      f"config.sampling.resample.strength={c.resample.strength:g} with the solver "
+      f"{dict(c.solver)}: copies of a member part by noise alone. Use "
+      f"{' or '.join(conditional_sampler.SELECTING)} with eta > 0, or strength=0."
     )
   return Resampling(members=c.unit[1], **c.resample)
 
 
 def watching_sampler(config, stats: statistics.Statistics, network: denoiser.Denoiser) -> Callable:
-  """The sampler of one window, frames folded, with the steps of config.watch for its unconditional draws."""
+  """The sampler of one window, frames folded, with the steps of config.watch for its unconditional
+  draws.
+  """
   c = config.copy_and_resolve_references()
   c.sampling.unconditional.steps = c.watch.steps
   c.sampling.series.frames, c.sampling.series.overlap = c.grid.frames, 0
@@ -384,11 +467,15 @@ def watching_sampler(config, stats: statistics.Statistics, network: denoiser.Den
 
 
 def _solver(config) -> Callable:
-  """The solver with those of its block's keys that it takes: eta is the SDE's, churn is Heun's, noise of both."""
+  """The solver with those of its block's keys that it takes: eta is the SDE's, churn is Heun's,
+  noise of both.
+  """
   block, given = dict(config.sampling.solver), schedule(config)
   known = {
     "euler_maruyama": lambda: functools.partial(solvers.euler_maruyama, schedule=given),
-    "heun": lambda: functools.partial(solvers.heun, churn=block["churn"], noise_factor=block["noise"]),
+    "heun": lambda: functools.partial(
+      solvers.heun, churn=block["churn"], noise_factor=block["noise"]
+    ),
     "dpm_solver_pp_2m": lambda: solvers.dpm_solver_pp_2m,
     "dpm_solver_pp_2m_sde": lambda: functools.partial(
       solvers.dpm_solver_pp_2m_sde, eta=block["eta"], noise_factor=block["noise"]
@@ -441,8 +528,9 @@ def _check_blocks(config) -> None:
   waves = [getattr(equation(config, which), "wave", None) for which in ("hfhr", "lflr")]
   if waves[0] != waves[1]:
     raise ValueError(
-      f"config.fine.wave={waves[0]} and config.coarse.wave={waves[1]}: the maps between the two worlds keep the "
-      "symmetries that both have, so they must be forced alike. Set both to the same wave."
+      f"config.fine.wave={waves[0]} and config.coarse.wave={waves[1]}: the maps between the two "
+      "worlds keep the symmetries that both have, so they must be forced alike. Set both to the "
+      "same wave."
     )
   door.debiasing(config, debias_setting(config), op.coarse)
   optimizer(config)
@@ -450,8 +538,10 @@ def _check_blocks(config) -> None:
   training_plan(config)
   keep(config)
   sources(config)
-  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32))
-  key = jax.eval_shape(lambda: randomness.key(0, "plans"))
+  stats = statistics.Statistics(
+    np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((*points, 1), np.float32)
+  )
+  key = jax.eval_shape(lambda: random_keys.key(0, "plans"))
   network = denoising_network(config, stats)
   window = jax.ShapeDtypeStruct((1, *points, plan.frames), jnp.float32)
   variables = jax.eval_shape(network.init, key, window, jnp.ones(1))
@@ -460,4 +550,6 @@ def _check_blocks(config) -> None:
   keys = jax.ShapeDtypeStruct((rows,), key.dtype)
   time = () if plan.series == 1 else (plan.series,)
   for y in (None, jax.ShapeDtypeStruct((rows, *time, *op.coarse, 1), jnp.float32)):
-    jax.eval_shape(sampler(config, stats, network, stand_in_table(config)), keys, y, variables["params"])
+    jax.eval_shape(
+      sampler(config, stats, network, stand_in_table(config)), keys, y, variables["params"]
+    )

@@ -1,4 +1,6 @@
-"""A run's work folder as the jobs see it: its stages, what is done, and what finished stages left for later ones."""
+"""A run's work folder as the jobs see it: its stages, what is done, and what finished stages left
+for later ones.
+"""
 
 import contextlib
 import dataclasses
@@ -11,13 +13,15 @@ import ml_collections
 import numpy as np
 
 from downscaling import build, series, stages
-from downscaling.common import processes, runs, supervision
-from downscaling.datasets import builders, statistics, windows
-from downscaling.debias import moments
-from downscaling.diffusion import errors
-from downscaling.evaluation import bootstrap
+from downscaling.datasets import simulated, time_windows
+from downscaling.debias.equivariant import moments
+from downscaling.diffusion import error_table
+from downscaling.fields import statistics
+from downscaling.metrics import bootstrap
+from downscaling.runtime import processes, stage_folder, supervision
 
-# Stage -> what later jobs read of it. Moved away because it is damaged, it is made again from what the stage still has.
+# Stage -> what later jobs read of it. Moved away because it is damaged, it is made again from what
+# the stage still has.
 PRODUCTS = {
   "data": ("statistics.npz",),
   "debias": ("held_out.zarr", "in_sample.zarr", "diagnostics.json"),
@@ -25,13 +29,16 @@ PRODUCTS = {
   "samples": (),  # stores by the sets of the config
   "report": ("report.html", "metrics.json"),
 }
-# What a job makes besides, that not every later job needs: without it the job runs again and makes just that.
-BESIDES = {"train": (errors.FILE,)}
+# What a job makes besides, that not every later job needs: without it the job runs again and makes
+# just that.
+BESIDES = {"train": (error_table.FILE,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """config: locked ConfigDict. workdir: of the run. mesh: of all devices. stop: see supervision. command: argv."""
+  """config: locked ConfigDict. workdir: of the run. mesh: of all devices. stop: see supervision.
+  command: argv.
+  """
 
   config: ml_collections.ConfigDict
   workdir: pathlib.Path
@@ -39,37 +46,51 @@ class Context:
   stop: supervision.Stop
   command: str
 
-  def stage(self, name: str) -> runs.Stage:
-    opened = lambda: runs.open_stage(self.folder(name), name, stages.identity(self.config, name))
+  def stage(self, name: str) -> stage_folder.Stage:
+    opened = lambda: stage_folder.open_stage(
+      self.folder(name), name, stages.identity(self.config, name)
+    )
     return processes.main_first(f"stage/{name}", opened)
 
   def folder(self, name: str) -> pathlib.Path:
     return stages.folder(self.config, self.workdir, name)
 
   def done(self, name: str, besides: bool = False) -> bool:
-    """Is the stage complete and what later jobs read still there, and BESIDES? Makes no folder for the question.
+    """Is the stage complete and what later jobs read still there, and BESIDES? Makes no folder for
+    the question.
 
     Raises as open_stage does if there is one.
     """
     named = {
       "debias": [f"{each}/map.json" for each in self.config.debias.maps],
-      "samples": [f"{each}.{kind}" for each in build.sources(self.config) for kind in ("zarr", "units")],
+      "samples": [
+        f"{each}.{kind}" for each in build.sources(self.config) for kind in ("zarr", "units")
+      ],
     }
-    files = (runs.MARKER, *PRODUCTS[name], *named.get(name, ()), *(BESIDES.get(name, ()) if besides else ()))
+    files = (
+      stage_folder.MARKER,
+      *PRODUCTS[name],
+      *named.get(name, ()),
+      *(BESIDES.get(name, ()) if besides else ()),
+    )
     there = [(self.folder(name) / file).exists() for file in files]
-    marked, *products = processes.gather(f"done/{name}", there)[0]  # as process 0 sees it: all must answer alike
+    marked, *products = processes.gather(f"done/{name}", there)[
+      0
+    ]  # as process 0 sees it: all must answer alike
     if not marked:
       return False
     stage = self.stage(name)
-    grown = name in ("samples", "report") and stage.summary.get("extent") != stages.extent(self.config)
+    grown = name in ("samples", "report") and stage.summary.get("extent") != stages.extent(
+      self.config
+    )
     return stage.complete and all(products) and not grown
 
-  def need(self, name: str, job: str) -> runs.Stage:
+  def need(self, name: str, job: str) -> stage_folder.Stage:
     """A finished stage; raises FileNotFoundError naming the job that makes it."""
     if not self.done(name):
       raise FileNotFoundError(
-        f"{self.folder(name)} is missing or unfinished: run `downscaling {job}` first, with the same --config and "
-        "--workdir (or `downscaling pipeline`, which does all that is missing)."
+        f"{self.folder(name)} is missing or unfinished: run `downscaling {job}` first, with the "
+        "same --config and --workdir (or `downscaling pipeline`, which does all that is missing)."
       )
     return self.stage(name)
 
@@ -81,7 +102,7 @@ def stage_statistics(ctx: Context) -> statistics.Statistics:
 def row_numbers(config, which: str, split: str, count: int | None = None) -> np.ndarray:
   """Which rows of a split `load_rows` takes, [S]."""
   trajectories, snapshots = config.data[which][split], config.data.snapshots
-  return builders.balanced(trajectories, snapshots, count or trajectories * snapshots)
+  return simulated.balanced(trajectories, snapshots, count or trajectories * snapshots)
 
 
 def origin(config, numbers: np.ndarray) -> bootstrap.Rows:
@@ -97,25 +118,31 @@ def load_rows(ctx: Context, which: str, split: str, count: int | None = None) ->
 
 def load_numbered(ctx: Context, which: str, split: str, numbers: np.ndarray) -> np.ndarray:
   """Snapshots [S, *space, C], in data units, by their numbers [S] in the split."""
-  return builders.load(build.dataset(ctx.config, ctx.workdir, which), split, index=numbers)["u"]
+  return simulated.load(build.dataset(ctx.config, ctx.workdir, which), split, index=numbers)["u"]
 
 
 def stretches(ctx: Context, which: str, split: str, count: int | None = None) -> np.ndarray:
   """The first series of a split, [S, L, *space, C]; single fields, L = 1, have that axis too."""
   rows = series.rows(ctx.config, which, split)[:count]
-  found = builders.load(build.dataset(ctx.config, ctx.workdir, which), split, index=rows.reshape(-1))["u"]
+  found = simulated.load(
+    build.dataset(ctx.config, ctx.workdir, which), split, index=rows.reshape(-1)
+  )["u"]
   return found.reshape(*rows.shape, *found.shape[1:])
 
 
 def load_windows(ctx: Context, split: str, count: int) -> np.ndarray:
-  """Fields that the prior is made for, spread over the split: [S, *space, F·C] of HFHR, in data units."""
+  """Fields that the prior is made for, spread over the split: [S, *space, F·C] of HFHR, in data
+  units.
+  """
   c = ctx.config
-  view = functools.partial(windows.view, snapshots=c.data.snapshots, frames=c.grid.frames)
-  return builders.load(build.dataset(c, ctx.workdir, "hfhr"), split, count, view=view)["u"]
+  view = functools.partial(time_windows.view, snapshots=c.data.snapshots, frames=c.grid.frames)
+  return simulated.load(build.dataset(c, ctx.workdir, "hfhr"), split, count, view=view)["u"]
 
 
 def held_out_rows(ctx: Context, which: str, split: str, count: int) -> np.ndarray:
-  """Snapshots [S, *space, C] that are judged: spread over the split, or the frames of its first series in order."""
+  """Snapshots [S, *space, C] that are judged: spread over the split, or the frames of its first
+  series in order.
+  """
   return load_numbered(ctx, which, split, held_out_numbers(ctx.config, which, split, count))
 
 
@@ -146,30 +173,38 @@ def conditions_of(ctx: Context, source: str) -> np.ndarray:
   if len(rows) < count:
     what = "fields" if length == 1 else f"series of {length} frames"
     raise ValueError(
-      f"{count} conditions, but {len(rows)} debiased held-out {what}: set --config.sampling.conditions={len(rows)} or "
-      f"fewer, or --config.debias.held_out={length * count} in another --workdir."
+      f"{count} conditions, but {len(rows)} debiased held-out {what}: set "
+      f"--config.sampling.conditions={len(rows)} or fewer, or "
+      f"--config.debias.held_out={length * count} in another --workdir."
     )
   order = series.condition_rows(ctx.config)
   return rows[:count] if order is None else rows[order[:count]]
 
 
 def floor_numbers(config) -> np.ndarray:
-  """Rows of the floor split that join the reference in saying what true data do, [S]: whole trajectories.
+  """Rows of the floor split that join the reference in saying what true data do, [S]: whole
+  trajectories.
 
   A quarter as many as the reference has: more would tell little, and cost as the square.
   """
   have = config.data.hfhr.floor * config.data.snapshots
   count = max(2 * config.data.snapshots, config.evaluate.reference // 4)
   if config.sampling.series.frames > 1:
-    return held_out_numbers(config, "hfhr", "floor", min(count, series.rows(config, "hfhr", "floor").size))
+    return held_out_numbers(
+      config, "hfhr", "floor", min(count, series.rows(config, "hfhr", "floor").size)
+    )
   return np.arange(min(count, have))
 
 
 def condition_numbers(config, source: str) -> np.ndarray:
-  """The rows of the test split behind the conditions [K] or [K, L] of `conditions_of`; of LFLR, or of HFHR if TRUE."""
+  """The rows of the test split behind the conditions [K] or [K, L] of `conditions_of`; of LFLR, or
+  of HFHR if TRUE.
+  """
   count, length = config.sampling.conditions, config.sampling.series.frames
   if source == build.TRUE:
-    return series.rows(config, "hfhr", "test")[:count].reshape(-1, *([length] if length > 1 else []))
+    return series.rows(config, "hfhr", "test")[:count].reshape(
+      -1, *([length] if length > 1 else [])
+    )
   numbers = held_out_numbers(config, "lflr", "test", config.debias.held_out)
   if length > 1:
     return numbers[: len(numbers) // length * length].reshape(-1, length)[:count]
@@ -178,7 +213,8 @@ def condition_numbers(config, source: str) -> np.ndarray:
 
 
 def true_rows(ctx: Context, count: int) -> np.ndarray:
-  """The held-out fine fields [K, *space, C] behind the conditions "true"; of a larger count, these are the first.
+  """The held-out fine fields [K, *space, C] behind the conditions "true"; of a larger count, these
+  are the first.
 
   Series are [K, L, *space, C].
   """
@@ -215,11 +251,14 @@ def readable(path: pathlib.Path, job: str) -> Iterator[None]:
   except Exception as error:  # each codec has its own kinds
     words = (str(error).splitlines() or [""])[0][:120]
     raise ValueError(
-      f"{path} cannot be read ({type(error).__name__}: {words}): move it away and run `downscaling {job}` again."
+      f"{path} cannot be read ({type(error).__name__}: {words}): move it away and run `downscaling "
+      f"{job}` again."
     ) from error
 
 
 def by_row(config, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Rows of the report, without channels: lflr, the default map, the other maps."""
-  names = dict(sorted(stored.items(), key=lambda item: (item[0] != "lflr", item[0] != config.debias.map)))
+  names = dict(
+    sorted(stored.items(), key=lambda item: (item[0] != "lflr", item[0] != config.debias.map))
+  )
   return {name: x[..., 0] for name, x in names.items()}

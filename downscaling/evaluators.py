@@ -1,4 +1,6 @@
-"""What is measured of a prior while it trains, beside its validation error: state -> {metric: number or image}."""
+"""What is measured of a prior while it trains, beside its validation error: state -> {metric:
+number or image}.
+"""
 
 import functools
 from collections.abc import Callable
@@ -7,23 +9,32 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from downscaling.common import mesh as meshes
-from downscaling.common import randomness
-from downscaling.datasets import statistics
-from downscaling.evaluation import canvas, figures, spectra
+from downscaling.fields import statistics
+from downscaling.metrics import spectra
+from downscaling.report import figures, themes
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import random_keys
 
 
 def unconditional(
-  sampler: Callable, mesh: jax.sharding.Mesh, fields: int, truth: np.ndarray, stats: statistics.Statistics, seed: int
+  sampler: Callable,
+  mesh: jax.sharding.Mesh,
+  fields: int,
+  truth: np.ndarray,
+  stats: statistics.Statistics,
+  seed: int,
 ) -> Callable:
   """Evaluator: spectrum of fields drawn from nothing against held-out ones, beside its floor.
 
   Args:
-    sampler: (keys [B], None, parameters) -> (fields [B, *space, C], in data units, misfit); see build.sampler.
+    sampler: (keys [B], None, parameters) -> (fields [B, *space, C], in data units, misfit); see
+      build.sampler.
     fields: how many to draw; rounded up to fill the devices.
-    truth: normalised held-out fields [V, *space, C]; the floor compares its second half with its first.
-  Returns: evaluator with melr_weighted, melr_energy, the same of the floor, diverged (how many fields ran away and are
-    left out; the rest is infinite if all did), and images "spectrum" and "fields".
+    truth: normalised held-out fields [V, *space, C]; the floor compares its second half with its
+      first.
+  Returns: evaluator with melr_weighted, melr_energy, the same of the floor, diverged (how many
+    fields ran away and are left out; the rest is infinite if all did), and images "spectrum" and
+    "fields".
   """
   count = -(-fields // mesh.size) * mesh.size
   alone = jax.shard_map(
@@ -36,7 +47,9 @@ def unconditional(
 
   @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
   def draw(params):
-    keys = jax.vmap(functools.partial(jax.random.fold_in, randomness.key(seed, "watching")))(np.arange(count))
+    keys = jax.vmap(functools.partial(jax.random.fold_in, random_keys.key(seed, "watching")))(
+      np.arange(count)
+    )
     return alone(keys, params)
 
   truth = np.asarray(stats.restore(truth))[..., 0]
@@ -50,7 +63,9 @@ def unconditional(
     drawn = drawn[np.isfinite(drawn).all(axis=tuple(range(1, drawn.ndim)))]
     energy = spectra.energies(drawn) if len(drawn) else np.full_like(reference, np.inf)
     melr = spectra.melr(energy, reference)
-    metrics = {f"melr_{k}": melr[k] for k in ("weighted", "energy")} | {"diverged": count - len(drawn)}
+    metrics = {f"melr_{k}": melr[k] for k in ("weighted", "energy")} | {
+      "diverged": count - len(drawn)
+    }
     metrics |= {f"melr_{k}_floor": floors[k] for k in ("weighted", "energy")}
     if not (meshes.is_main() and len(drawn)):
       return metrics
@@ -58,7 +73,10 @@ def unconditional(
     half, held = spectra.band(shells, len(drawn)), spectra.energy_holding_shells(reference)
     ends = [reference * (1 - np.minimum(half, 0.99)), floor, reference * (1 + half)]
     spectrum = figures.spectrum(reference, {"unconditional": energy}, np.stack(ends), held)
-    return metrics | {"spectrum": canvas.pixels(spectrum), "fields": canvas.pixels(gallery(drawn[:few], truth[:few]))}
+    return metrics | {
+      "spectrum": themes.pixels(spectrum),
+      "fields": themes.pixels(gallery(drawn[:few], truth[:few])),
+    }
 
   return evaluate
 
@@ -67,7 +85,7 @@ def gallery(drawn: np.ndarray, truth: np.ndarray) -> figures.Draw:
   """Drawn fields over as many true ones, both [S, *space]."""
 
   def draw(theme):
-    figure = canvas.page(3.2)
+    figure = themes.page(3.2)
     axes = figure.subplots(2, len(drawn), sharex=True, sharey=True, squeeze=False)
     limit = float(np.abs(truth).max())
     for row, (name, fields) in enumerate((("drawn", drawn), ("true", truth))):

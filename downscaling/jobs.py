@@ -1,7 +1,8 @@
-"""The jobs: what each reads from the work folder, which room does the work, what it writes, and its dry run.
+"""The jobs: what each reads from the work folder, which room does the work, what it writes, and its
+dry run.
 
-Rooms meet here and on disk only. Every job opens its stage (refusing a folder of another config), skips it if it is
-complete, and says in one line what it wrote and what to run next.
+Rooms meet here and on disk only. Every job opens its stage (refusing a folder of another config),
+skips it if it is complete, and says in one line what it wrote and what to run next.
 """
 
 import contextlib
@@ -12,8 +13,6 @@ import numpy as np
 
 from downscaling import build, evaluators, series, soft_conditions, stages
 from downscaling.baselines import interpolation
-from downscaling.common import mesh as meshes
-from downscaling.common import processes, runs
 from downscaling.context import (
   Context,
   by_row,
@@ -35,10 +34,22 @@ from downscaling.context import (
   stretches,
   true_rows,
 )
-from downscaling.datasets import builders, generate, pipeline, statistics, windows
-from downscaling.debias import job as debias_room
-from downscaling.diffusion import errors, steps, training
-from downscaling.evaluation import bootstrap, evidence, increments, report, tables, terminal
+from downscaling.datasets import generate, simulated, time_windows, training_batches
+from downscaling.debias import fit as debias_room
+from downscaling.diffusion import error_table, train_loop, train_step
+from downscaling.fields import statistics
+from downscaling.metrics import bootstrap, increments, scoring
+from downscaling.report import results, terminal, writer
+from downscaling.runtime import (
+  files,
+  metric_writer,
+  processes,
+  progress,
+  provenance,
+  stage_folder,
+  supervision,
+)
+from downscaling.runtime import mesh as meshes
 from downscaling.sampling import ensemble
 
 
@@ -53,7 +64,7 @@ def generate_job(ctx: Context) -> str:
         agree = functools.partial(processes.gather, f"generate/{which}")
         generate.generate(plan, mine, ctx.stop, jax.process_index(), agree)
     if meshes.is_main():
-      source = builders.source(build.dataset(ctx.config, ctx.workdir, "hfhr"), "train")
+      source = simulated.source(build.dataset(ctx.config, ctx.workdir, "hfhr"), "train")
       statistics.measure(source, build.space(ctx.config)).save(stage.path / "statistics.npz")
     processes.barrier("statistics")
   stage.finish(std=stage_statistics(ctx).std.tolist())
@@ -66,45 +77,55 @@ def train_job(ctx: Context) -> str:
   trained = ctx.done("train")
   stage, c = ctx.stage("train"), ctx.config
   stats = stage_statistics(ctx)
-  held = stats.repeated(c.grid.frames).normalise(load_windows(ctx, "calibration", build.validation_rows(c)))
+  held = stats.repeated(c.grid.frames).normalise(
+    load_windows(ctx, "calibration", build.validation_rows(c))
+  )
   network = build.denoising_network(c, stats)
   with stage.timed():
     summary = stage.summary if trained else _train(ctx, stage, stats, network, held)
     agree = functools.partial(processes.gather, "error table")
-    prior = runs.config_hash(stage.identity)
-    params = training.load_prior(stage.path, prior, network, held.shape[1:-1], held.shape[-1], ctx.mesh, agree)
-    few = held[:: max(1, len(held) // max(errors.rows(held.shape[1:]), ctx.mesh.size))]
-    table = errors.tabulate(network, params, few, build.error_levels(c), ctx.mesh, c.seed, ctx.stop)
+    prior = stage_folder.config_hash(stage.identity)
+    params = train_loop.load_prior(
+      stage.path, prior, network, held.shape[1:-1], held.shape[-1], ctx.mesh, agree
+    )
+    few = held[:: max(1, len(held) // max(error_table.rows(held.shape[1:]), ctx.mesh.size))]
+    table = error_table.tabulate(
+      network, params, few, build.error_levels(c), ctx.mesh, c.seed, ctx.stop
+    )
     if meshes.is_main():
-      errors.save(stage.path, table, prior)
+      error_table.save(stage.path, table, prior)
     processes.barrier("error table")
   stage.finish(**summary)
-  return f"wrote {stage.path / errors.FILE if trained else stage.path}; next: downscaling sample"
+  return (
+    f"wrote {stage.path / error_table.FILE if trained else stage.path}; next: downscaling sample"
+  )
 
 
-def _train(ctx: Context, stage: runs.Stage, stats: statistics.Statistics, network, held: np.ndarray) -> dict:
+def _train(
+  ctx: Context, stage: stage_folder.Stage, stats: statistics.Statistics, network, held: np.ndarray
+) -> dict:
   """The training run; its summary."""
   c = ctx.config
-  source = builders.source(build.dataset(c, ctx.workdir, "hfhr"), "train", c.train.batch)
-  source = windows.view(source, c.data.snapshots, c.grid.frames)
+  source = simulated.source(build.dataset(c, ctx.workdir, "hfhr"), "train", c.train.batch)
+  source = time_windows.view(source, c.data.snapshots, c.grid.frames)
   many = stats.repeated(c.grid.frames)
   held = held[: len(held) // ctx.mesh.size * ctx.mesh.size]
 
   def validation(specs, key):
     mine = held[meshes.host_rows(ctx.mesh, len(held))]
     x = meshes.to_global(ctx.mesh, mine, len(held))
-    return steps.make_validation(network, ctx.mesh, specs, x, training.SIGMAS, key)
+    return train_step.make_validation(network, ctx.mesh, specs, x, train_loop.SIGMAS, key)
 
   drawn = evaluators.unconditional(
     build.watching_sampler(c, stats, network), ctx.mesh, c.watch.fields, held, many, c.seed
   )
-  return training.train(
+  return train_loop.train(
     stage.path,
-    runs.config_hash(stage.identity),
+    stage_folder.config_hash(stage.identity),
     initialise=build.initial_state(c, network, held.shape[-1]),
     make_update=lambda specs: build.update(c, stats, network, ctx.mesh, specs),
     make_validation=validation,
-    batches=pipeline.Batches(source, many, c.train.batch, c.seed),
+    batches=training_batches.Batches(source, many, c.train.batch, c.seed),
     shape=held.shape[1:],
     evaluators={"unconditional": drawn},
     mesh=ctx.mesh,
@@ -119,17 +140,24 @@ def _train(ctx: Context, stage: runs.Stage, stats: statistics.Statistics, networ
 
 
 def debias_job(ctx: Context) -> str:
-  """Fits the maps from the coarse biased world to the coarsened true one, and applies them to held-out rows."""
+  """Fits the maps from the coarse biased world to the coarsened true one, and applies them to
+  held-out rows.
+  """
   ctx.need("data", "generate")
   stage, c = ctx.stage("debias"), ctx.config
   op, group = build.operator(c), build.group(c)
-  reference = np.asarray(op.apply(load_rows(ctx, "hfhr", "reference", c.evaluate.reference)))[..., 0]
+  reference = np.asarray(op.apply(load_rows(ctx, "hfhr", "reference", c.evaluate.reference)))[
+    ..., 0
+  ]
 
   def against_truth(rows, mapped):
-    return tables.measure(mapped[..., 0], reference, group=group, source=rows[..., 0], quadratic=quadratic_of(c))
+    return scoring.measure(
+      mapped[..., 0], reference, group=group, source=rows[..., 0], quadratic=quadratic_of(c)
+    )
 
   biased, fine = (
-    builders.load(build.dataset(c, ctx.workdir, which), "train", c.debias.points) for which in ("lflr", "hfhr")
+    simulated.load(build.dataset(c, ctx.workdir, which), "train", c.debias.points)
+    for which in ("lflr", "hfhr")
   )
   tuned = min(c.debias.held_out, c.data.lflr.calibration * c.data.snapshots)
   with stage.timed():
@@ -149,7 +177,11 @@ def debias_job(ctx: Context) -> str:
       in_sample=build.in_sample_rows(c),
       calibration=held_out_rows(ctx, "lflr", "calibration", tuned),
     )
-  stage.finish(converged={name: facts["converged"] for name, facts in report["maps"].items() if "converged" in facts})
+  stage.finish(
+    converged={
+      name: facts["converged"] for name, facts in report["maps"].items() if "converged" in facts
+    }
+  )
   return f"wrote {stage.path}; next: downscaling sample"
 
 
@@ -163,9 +195,17 @@ def sample_job(ctx: Context) -> str:
   space, channels = build.space(c), len(stats.mean)
   with ctx.stop.interruptible("restoring the prior"):
     wide = channels * c.grid.frames
-    params = training.load_prior(prior.path, runs.config_hash(prior.identity), network, space, wide, ctx.mesh)
-    table = errors.load(prior.path, runs.config_hash(prior.identity)) if build.needs_table(c) else None
-  params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)  # as whole here as anywhere
+    params = train_loop.load_prior(
+      prior.path, stage_folder.config_hash(prior.identity), network, space, wide, ctx.mesh
+    )
+    table = (
+      error_table.load(prior.path, stage_folder.config_hash(prior.identity))
+      if build.needs_table(c)
+      else None
+    )
+  params = jax.tree.map(
+    lambda x: np.asarray(x.addressable_data(0)), params
+  )  # as whole here as anywhere
   draw = build.sampler(c, stats, network, table)
   with stage.timed():
     noises = soft_conditions.fits(ctx, stage.path, draw, params, stats)
@@ -191,7 +231,7 @@ def sample_job(ctx: Context) -> str:
           "title": f"{c.experiment}: {name}",
           "comment": f"{series.comment(c)}. NaN: not yet drawn, see done_fraction.",
           "references": "Wan et al. 2023, https://arxiv.org/abs/2305.15618",
-          "config_hash": runs.config_hash(stage.identity),
+          "config_hash": stage_folder.config_hash(stage.identity),
         },
         coordinates=build.coordinates(c),
         sample_attrs={"units": "1"},
@@ -204,12 +244,14 @@ def sample_job(ctx: Context) -> str:
 
 
 def evaluate_job(ctx: Context) -> str:
-  """Measures everything against held-out truth and writes metrics.json, the figures and report.html: process 0 does."""
+  """Measures everything against held-out truth and writes metrics.json, the figures and
+  report.html: process 0 does.
+  """
   ctx.need("samples", "sample")
   stage, c = ctx.stage("report"), ctx.config
 
   def measure():
-    print(terminal.summary(report.write(stage.path, evidence_of(ctx))))
+    print(terminal.summary(writer.write(stage.path, evidence_of(ctx))))
 
   with stage.timed(), contextlib.nullcontext() if meshes.is_main() else ctx.stop.waiting():
     processes.main_only("evaluate", measure)
@@ -217,7 +259,7 @@ def evaluate_job(ctx: Context) -> str:
   return f"wrote {stage.path / 'report.html'} ({c.experiment}); open it in a browser"
 
 
-def evidence_of(ctx: Context) -> evidence.Evidence:
+def evidence_of(ctx: Context) -> results.Evidence:
   """Everything the report is made from, read back from the work folder."""
   c, op = ctx.config, build.operator(ctx.config)
   fine = held_out_rows(ctx, "hfhr", "reference", c.evaluate.reference)[..., 0]
@@ -230,10 +272,10 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
   conditions[cubic] = series.as_rows(conditions_of(ctx, c.debias.map)[..., 0], c, 1)
   samples[cubic] = interpolation.cubic(conditions[cubic][..., None], op)[:, None, ..., 0]
   known = {"true+diffusion"} & {*samples}  # sets of which the truth is known
-  diagnostics = runs.read_json(ctx.folder("debias") / "diagnostics.json")
+  diagnostics = files.read_json(ctx.folder("debias") / "diagnostics.json")
   solve = diagnostics["maps"].get("entropic") or {}
   length = c.sampling.series.frames
-  return evidence.Evidence(
+  return results.Evidence(
     experiment=c.experiment,
     default=c.debias.map,
     coarse=rows | {f"{name} in-sample": x for name, x in fitted.items() if name != "lflr"},
@@ -244,7 +286,9 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     seed=c.seed,
     quadratic=quadratic_of(c),
     effective_targets={
-      name: facts["effective_targets"] for name, facts in diagnostics["maps"].items() if "effective_targets" in facts
+      name: facts["effective_targets"]
+      for name, facts in diagnostics["maps"].items()
+      if "effective_targets" in facts
     },
     health=diagnostics.get("health", []),
     coarse_reference=coarsen(fine),
@@ -262,15 +306,17 @@ def evidence_of(ctx: Context) -> evidence.Evidence:
     fine_floor=floor,
     operator=op,
     **{key: solve.get(key) for key in ("history", "mean_cost", "threshold")},
-    loss=runs.read_scalars(ctx.folder("train"), "loss"),
+    loss=metric_writer.read_scalars(ctx.folder("train"), "loss"),
     symbol=build.physics(c).SYMBOL,
     length=build.equation(c, "hfhr").length,
-    provenance=provenance(ctx),
+    provenance=report_provenance(ctx),
   )
 
 
 def _drawn(ctx: Context) -> tuple[dict, dict, dict, dict]:
-  """({set: samples as rows}, {set: conditions as rows}, {set: misfits}, {set: samples with their axis of time})."""
+  """({set: samples as rows}, {set: conditions as rows}, {set: misfits}, {set: samples with their
+  axis of time}).
+  """
   samples, conditions, misfits, in_time = {}, {}, {}, {}
   for name, source in build.sources(ctx.config).items():
     path = ctx.folder("samples") / f"{name}.zarr"
@@ -293,7 +339,9 @@ def _origins(ctx: Context, samples: dict, reference: int) -> dict[str, bootstrap
   fitted = row_numbers(c, "lflr", "train", c.debias.points)[in_sample_rows(ctx)]
   numbers = dict.fromkeys(("lflr", *c.debias.maps), held)
   numbers |= {f"{name} in-sample": fitted for name in c.debias.maps}
-  numbers |= {name: condition_numbers(c, source) for name, source in build.sources(c).items() if source}
+  numbers |= {
+    name: condition_numbers(c, source) for name, source in build.sources(c).items() if source
+  }
   numbers[f"{c.debias.map}+cubic"] = condition_numbers(c, c.debias.map)
   numbers["reference"] = held_out_numbers(c, "hfhr", "reference", reference)
   numbers["floor"] = floor_numbers(c)
@@ -307,15 +355,21 @@ def _origins(ctx: Context, samples: dict, reference: int) -> dict[str, bootstrap
   return found
 
 
-def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, coarsen) -> increments.Series:
+def _in_time(
+  ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, coarsen
+) -> increments.Series:
   """What the report knows of time; truth: [K, L, *space]."""
   plan, most = series.plan(ctx.config), max(map(len, samples.values()))
-  reference = stretches(ctx, "hfhr", "reference", -(-ctx.config.evaluate.reference // plan.series))[..., 0]
+  reference = stretches(ctx, "hfhr", "reference", -(-ctx.config.evaluate.reference // plan.series))[
+    ..., 0
+  ]
   return increments.Series(
     samples=samples,
     truth={name: truth for name in ("true+diffusion",) if name in samples},
     conditions={
-      name: conditions_of(ctx, source)[..., 0] for name, source in build.sources(ctx.config).items() if source
+      name: conditions_of(ctx, source)[..., 0]
+      for name, source in build.sources(ctx.config).items()
+      if source
     },
     coarse_reference=coarsen(reference),
     reference=reference,
@@ -325,18 +379,18 @@ def _in_time(ctx: Context, samples: dict[str, np.ndarray], truth: np.ndarray, co
   )
 
 
-def provenance(ctx: Context) -> dict:
+def report_provenance(ctx: Context) -> dict:
   """Who made the report's numbers: command, config, versions, times, which rows were seen in a fit."""
   c = ctx.config
   coarse = ["lflr", *c.debias.maps]
   times = {}
   for name in ("data", "debias", "train", "samples"):
-    times[name] = runs.read_json(ctx.folder(name) / runs.MARKER).get("seconds")
+    times[name] = files.read_json(ctx.folder(name) / stage_folder.MARKER).get("seconds")
   return {
-    "config_hash": runs.config_hash(stages.identity(c, "report")),
-    "config": runs.plain(c),
-    "versions": runs.versions(),
-    "commit": runs.commit(),
+    "config_hash": stage_folder.config_hash(stages.identity(c, "report")),
+    "config": stage_folder.plain(c),
+    "versions": provenance.versions(),
+    "commit": provenance.commit(),
     "command": ctx.command,
     "times": times,
     "cost": cost(ctx),
@@ -348,21 +402,29 @@ def provenance(ctx: Context) -> dict:
 
 
 def cost(ctx: Context) -> dict[str, dict]:
-  """{stage: what it made, how many of them, seconds and devices of all its calls}, as markers and stores have it."""
+  """{stage: what it made, how many of them, seconds and devices of all its calls}, as markers and
+  stores have it.
+  """
   made = {
     "data": sum(split.num_examples for w in ("hfhr", "lflr") for split in _splits(ctx, w)),
-    "train": runs.read_json(ctx.folder("train") / runs.MARKER)["summary"]["steps"],
+    "train": files.read_json(ctx.folder("train") / stage_folder.MARKER)["summary"]["steps"],
     "samples": sum(
-      runs.read_json(ctx.folder("samples") / f"{name}.units" / runs.MARKER)["summary"]["fields"]
+      files.read_json(ctx.folder("samples") / f"{name}.units" / stage_folder.MARKER)["summary"][
+        "fields"
+      ]
       for name in build.sources(ctx.config)
     ),
   }
   rows = {}
   for stage, count in made.items():
-    marker = runs.read_json(ctx.folder(stage) / runs.MARKER)
-    rows[stage] = {"count": count, "seconds": marker.get("seconds"), "devices": marker.get("devices", [])}
+    marker = files.read_json(ctx.folder(stage) / stage_folder.MARKER)
+    rows[stage] = {
+      "count": count,
+      "seconds": marker.get("seconds"),
+      "devices": marker.get("devices", []),
+    }
   rows["train"]["batch"] = ctx.config.train.batch
-  if steps := runs.read_scalars(ctx.folder("train"), "seconds_per_step", "speed")[1]:
+  if steps := metric_writer.read_scalars(ctx.folder("train"), "seconds_per_step", "speed")[1]:
     rows["train"]["median"] = float(np.median(steps))
   return rows
 
@@ -375,9 +437,9 @@ def pipeline_job(ctx: Context) -> str:
   """All jobs in order; what is finished is skipped, what is broken off goes on."""
   done = ctx.done("report")
   for name in ("generate", "debias", "train", "sample", "evaluate"):
-    runs.say(f"{name}: {run(name, ctx)}")
+    progress.say(f"{name}: {run(name, ctx)}")
   if done and meshes.is_main():  # else evaluate has just printed it
-    print(terminal.summary(runs.read_json(ctx.folder("report") / "metrics.json")))
+    print(terminal.summary(files.read_json(ctx.folder("report") / "metrics.json")))
   return f"report: {ctx.folder('report') / 'report.html'}"
 
 
@@ -399,5 +461,5 @@ def run(name: str, ctx: Context) -> str:
   if stage and ctx.done(stage, besides=True):
     return f"{name} is done already, in {ctx.folder(stage)}"
   if ctx.stop():
-    raise runs.Interrupted(f"stopped before {name}")
+    raise supervision.Interrupted(f"stopped before {name}")
   return job(ctx)

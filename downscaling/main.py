@@ -3,9 +3,10 @@
   downscaling JOB --config=configs/ks.py[:VARIANT] --workdir=DIR [--config.key=value ...] [--distributed=auto|on|off]
                   [--dry_run [--devices=N|v5e:16x16|h200:8]] [--traceback]
 
-JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order; `downscaling doctor` looks at
-processes, devices and folders and says what to mend. Ends with exit code 0; 1 and a one-line error; 143 after SIGTERM,
-with everything saved; or 75 after a hang. After 143 and 75 the same command goes on.
+JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order; `downscaling
+doctor` looks at processes, devices and folders and says what to mend. Ends with exit code 0; 1 and
+a one-line error; 143 after SIGTERM, with everything saved; or 75 after a hang. After 143 and 75 the
+same command goes on.
 """
 
 import functools
@@ -21,30 +22,46 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from downscaling.common import supervision
+from downscaling.runtime import supervision
 
 FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/ks.py:quick. It is Python and is executed.")
-flags.DEFINE_string("workdir", None, "Folder of the run; made if absent, gone on with if it is there.")
-flags.DEFINE_bool("dry_run", False, "Print the plan (devices, shapes, memory, disk, steps) and stop.")
+config_flags.DEFINE_config_file(
+  "config", None, "Config file, e.g. configs/ks.py:quick. It is Python and is executed."
+)
+flags.DEFINE_string(
+  "workdir", None, "Folder of the run; made if absent, gone on with if it is there."
+)
+flags.DEFINE_bool(
+  "dry_run", False, "Print the plan (devices, shapes, memory, disk, steps) and stop."
+)
 flags.DEFINE_string(
   "devices", None,
-  "With --dry_run: plan for devices that are not here: so many virtual CPU devices, or, by their own compiler, a slice "
-  "of Cloud TPU, as v5e:16x16, or GPUs, as h200:8 or h200:4x8 (hosts x GPUs).",
+  "With --dry_run: plan for devices that are not here: so many virtual CPU devices, or, by their "
+  "own compiler, a slice of Cloud TPU, as v5e:16x16, or GPUs, as h200:8 or h200:4x8 (hosts x "
+  "GPUs).",
 )  # fmt: skip
 flags.DEFINE_enum(
   "distributed", "auto", ["auto", "on", "off"],
-  "Join the processes that a launcher (Slurm, Open MPI, GKE, Cloud TPU) started: if there are any; always; never.",
+  "Join the processes that a launcher (Slurm, Open MPI, GKE, Cloud TPU) started: if there are "
+  "any; always; never.",
 )  # fmt: skip
 flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # What a user can mend; anything else is a defect of ours and keeps its traceback.
-EXPECTED = (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, OSError, supervision.PeerFailed)
+EXPECTED = (
+  ValueError,
+  FileNotFoundError,
+  FileExistsError,
+  FloatingPointError,
+  OSError,
+  supervision.PeerFailed,
+)
 
 
 LIGHTER = (  # what to type where a device's memory does not do
-  "A device needs less with a larger --config.memory.microbatches, --config.memory.remat or --config.mesh.fsdp "
-  "(train), a smaller --config.sampling.unit (sample, in another --config.label), --config.debias.path=fused or ring."
+  "A device needs less with a larger --config.memory.microbatches, --config.memory.remat or "
+  "--config.mesh.fsdp (train), a smaller --config.sampling.unit (sample, in another "
+  "--config.label), --config.debias.path=fused or ring."
 )
 
 
@@ -61,15 +78,21 @@ def run() -> None:
   except SystemExit as end:
     if end.code and "--traceback" not in sys.argv:
       sys.stdout.flush()
-      os._exit(end.code)  # not by way of the threads that orbax and TensorBoard join, which may still be failing
+      os._exit(
+        end.code
+      )  # not by way of the threads that orbax and TensorBoard join, which may still be failing
     raise
 
 
 def hush() -> None:
-  """Keeps tracebacks of background writers off the terminal, hundreds on a full disk; the error itself is raised."""
+  """Keeps tracebacks of background writers off the terminal, hundreds on a full disk; the error
+  itself is raised.
+  """
 
   def expected(error) -> bool:
-    return any(sign in str(error) for sign in ("No space left", "quota exceeded", "Event loop is closed"))
+    return any(
+      sign in str(error) for sign in ("No space left", "quota exceeded", "Event loop is closed")
+    )
 
   in_thread, in_callback = threading.excepthook, sys.unraisablehook
   threading.excepthook = lambda args: None if expected(args.exc_value) else in_thread(args)
@@ -77,11 +100,16 @@ def hush() -> None:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Reads the flags and returns the other arguments; what cannot be read ends the program with one line."""
+  """Reads the flags and returns the other arguments; what cannot be read ends the program with one
+  line.
+  """
   given = [b for a, b in itertools.pairwise(argv) if a == "--config"]
   given += [a.partition("=")[2] for a in argv if a.startswith("--config=")]
   if missing := [g for g in given if not pathlib.Path(g.partition(":")[0]).is_file()]:
-    fail(f"--config={missing[0]}: there is no such file in {pathlib.Path.cwd()}. E.g. --config=configs/ks.py:quick")
+    fail(
+      f"--config={missing[0]}: there is no such file in {pathlib.Path.cwd()}. E.g. "
+      "--config=configs/ks.py:quick"
+    )
   try:
     return FLAGS(argv)
   except Exception as error:  # a config is the user's Python: it can raise anything
@@ -92,18 +120,25 @@ def parse(argv: list[str]) -> list[str]:
 
 def explain(error: Exception, argv: list[str]) -> str:
   """One line for an error that parsing raised."""
-  while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps what it passes on
+  while error.args and isinstance(
+    error.args[0], Exception
+  ):  # ml_collections wraps what it passes on
     error = error.args[0]
   text = str(error.args[0] if error.args else error)
   lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
   if isinstance(error, KeyError | AttributeError) and "get_config" not in text:
     key = lines[0].strip("'\"")
-    where = next((a for a in argv if a.startswith("--config.") and key in a.partition("=")[0].split(".")), "--config")
+    where = next(
+      (a for a in argv if a.startswith("--config.") and key in a.partition("=")[0].split(".")),
+      "--config",
+    )
     return f"{where}: the config has no key {key!r}. {' '.join(lines[1:]) or 'Its keys stand in the config file.'}"
   if isinstance(error, SyntaxError):
     return f"--config: {error.filename}, line {error.lineno}: {error.msg}"
   if isinstance(error, flags.Error):
-    return lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"  # between them stands a traceback
+    return (
+      lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    )  # between them stands a traceback
   return f"--config: {type(error).__name__}: {lines[-1]}"
 
 
@@ -117,11 +152,16 @@ def main(argv: list[str], stop: supervision.Stop) -> None:
   if FLAGS.devices is not None:
     plan_for(FLAGS.devices)
   with stop.interruptible("starting"):
-    # Imported late: a typo in a flag is answered at once, and no device is touched before the processes have joined.
+    # Imported late: a typo in a flag is answered at once, and no device is touched before the
+    # processes have joined.
     import jax
 
     from downscaling import jobs
-    from downscaling.common import processes, runs
+    from downscaling.runtime import (
+      processes,
+      progress,
+      supervision,
+    )
 
   names = (*jobs.NAMES, "doctor")
   if len(argv) != 2 or argv[1] not in names:
@@ -133,9 +173,9 @@ def main(argv: list[str], stop: supervision.Stop) -> None:
       found = processes.start(FLAGS.distributed)
       stop.connect(processes.client(), jax.process_index(), jax.process_count())
     text = doctor(found) if job == "doctor" else work(job, stop)
-    runs.say(f"downscaling {job}: {text}")
-  except runs.Interrupted as interrupted:
-    runs.say(f"downscaling {job}: {interrupted}; run the same command to go on.")
+    progress.say(f"downscaling {job}: {text}")
+  except supervision.Interrupted as interrupted:
+    progress.say(f"downscaling {job}: {interrupted}; run the same command to go on.")
     if jax.process_count() > 1:
       jax.distributed.shutdown()  # together: process 0 holds what the others lean on
     sys.exit(supervision.STOPPED)
@@ -155,24 +195,31 @@ def plan_for(devices: str) -> None:
     fail(f"--devices={devices} is for a plan: add --dry_run. A job takes the devices it finds.")
   if not re.fullmatch(r"[1-9]\d*|\w+:\d+(x\d+)*", devices):
     fail(
-      f"--devices={devices}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU, as v5e:16x16, or "
-      "GPUs, as h200:8."
+      f"--devices={devices}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU, "
+      "as v5e:16x16, or GPUs, as h200:8."
     )
   os.environ["JAX_PLATFORMS"] = "cpu"
   count = devices if devices.isdigit() else 1
-  asked = f"--xla_force_host_platform_device_count={count} --xla_gpu_autotune_level=0"  # no GPU here to time kernels on
+  # no GPU here to time kernels on
+  asked = f"--xla_force_host_platform_device_count={count} --xla_gpu_autotune_level=0"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {asked}"
 
 
 def work(job: str, stop: supervision.Stop) -> str:
   """Does the job, or plans it; returns what to say of it."""
   from downscaling import build, jobs, plans
-  from downscaling.common import mesh as meshes
-  from downscaling.common import processes, runs, topologies
+  from downscaling.runtime import (
+    files,
+    processes,
+    target_devices,
+  )
+  from downscaling.runtime import mesh as meshes
 
   with stop.interruptible("starting"):
     processes.same_everywhere(facts())
-    devices = topologies.devices(FLAGS.devices) if FLAGS.devices and ":" in FLAGS.devices else None
+    devices = (
+      target_devices.devices(FLAGS.devices) if FLAGS.devices and ":" in FLAGS.devices else None
+    )
     context = jobs.Context(
       config=FLAGS.config,
       workdir=pathlib.Path(FLAGS.workdir).expanduser().absolute(),
@@ -184,30 +231,30 @@ def work(job: str, stop: supervision.Stop) -> str:
     if FLAGS.dry_run:
       return plans.describe(job, context)
   stop.silence = context.config.supervision.silence
-  with runs.full_disk_in_words(context.workdir, "what is finished is whole"):
+  with files.full_disk_in_words(context.workdir, "what is finished is whole"):
     return jobs.run(job, context)
 
 
 def facts() -> dict[str, str]:
   """What must be equal on every process of a job."""
-  from downscaling.common import runs
+  from downscaling.runtime import provenance, stage_folder
 
-  config = runs.config_hash(FLAGS.config) if FLAGS.config is not None else "none"
-  return {"config hash": config, "workdir": str(FLAGS.workdir), "code": runs.commit()} | {
-    f"{name} version": version for name, version in runs.versions().items()
+  config = stage_folder.config_hash(FLAGS.config) if FLAGS.config is not None else "none"
+  return {"config hash": config, "workdir": str(FLAGS.workdir), "code": provenance.commit()} | {
+    f"{name} version": version for name, version in provenance.versions().items()
   }
 
 
 def doctor(found) -> str:
   """The report; ends the program with code 1 if something is to be mended."""
-  from downscaling.common import doctor, runs
-  from downscaling.common import mesh as meshes
+  from downscaling.runtime import doctor, progress
+  from downscaling.runtime import mesh as meshes
 
   mesh = meshes.make(**(FLAGS.config.mesh if FLAGS.config is not None else {}))
   workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute() if FLAGS.workdir else None
   text, well = doctor.report(found, mesh, workdir, facts())
   if not well:
-    runs.say(text)
+    progress.say(text)
     fail("doctor: see the lines with FIX above.")
   return text
 

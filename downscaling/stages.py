@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from downscaling import series
-from downscaling.common import randomness, runs
+from downscaling.runtime import random_keys, stage_folder
 
 # What each stage's result depends on; anything else may change between restarts.
 IDENTITY = {
@@ -24,28 +24,41 @@ IDENTITY = {
 
 
 def identity(config, stage: str) -> dict[str, Any]:
-  """The config blocks that the stage's result depends on, as plain values; where data and prior lie does not matter."""
-  blocks = {key: runs.plain(config[key]) for key in IDENTITY[stage]}
-  unseen = ("dir", "lflr") if stage == "train" else ("dir",)  # the prior never sees the coarse world
+  """The config blocks that the stage's result depends on, as plain values; where data and prior lie
+  does not matter.
+  """
+  blocks = {key: stage_folder.plain(config[key]) for key in IDENTITY[stage]}
+  unseen = (
+    ("dir", "lflr") if stage == "train" else ("dir",)
+  )  # the prior never sees the coarse world
   blocks["data"] = {k: v for k, v in blocks["data"].items() if k not in unseen}
   if stage == "train":  # nor a fine field of another split
     blocks["data"]["hfhr"] = {"train": blocks["data"]["hfhr"]["train"]}
   if stage != "data":  # data are simulated by the keys that they always were
-    blocks["generator"] = randomness.IDENTITY
+    blocks["generator"] = random_keys.IDENTITY
   if "sampling" in blocks:  # counts decide how much there is, not what: an ensemble grows
-    sampling = {k: v for k, v in blocks["sampling"].items() if k not in ("conditions", "members", "sets", "max_failed")}
+    sampling = {
+      k: v
+      for k, v in blocks["sampling"].items()
+      if k not in ("conditions", "members", "sets", "max_failed")
+    }
     noise = observation_noise(config)
     sampling["observation_noise"] = "auto" if noise is None else noise
     few = {k: v for k, v in sampling["unconditional"].items() if k != "fields"}
     blocks["sampling"] = sampling | {"unconditional": few}
   if "train" in blocks:
     blocks["train"] = {k: v for k, v in blocks["train"].items() if k != "dir"}
-  for block, key in (("train", "augment"), ("model", "static")):  # folders older than these keys stay valid
+  for block, key in (
+    ("train", "augment"),
+    ("model", "static"),
+  ):  # folders older than these keys stay valid
     if block in blocks and not blocks[block].get(key):
       blocks[block].pop(key, None)
   if stage == "train":  # nor does it see C′: one prior serves every factor and operator
     blocks["grid"] = {k: v for k, v in blocks["grid"].items() if k not in ("factor", "operator")}
-  if "debias" in blocks:  # another path rounds otherwise, as another number of devices does: no other result
+  if (
+    "debias" in blocks
+  ):  # another path rounds otherwise, as another number of devices does: no other result
     unseen = ("path", "save_seconds", "outlier")
     before = {"group": "full", "select": False}  # what was done before there were these keys
     seen = {k: v for k, v in blocks["debias"].items() if k not in unseen}
@@ -67,8 +80,8 @@ def observation_noise(config) -> float | None:
     value = math.nan
   if not 0 <= value < math.inf:
     raise ValueError(
-      f"config.sampling.observation_noise={given!r}: need a number >= 0, the standard deviation of what y′ is "
-      "off by, in data units; or auto, which fits it to each map."
+      f"config.sampling.observation_noise={given!r}: need a number >= 0, the standard deviation of "
+      "what y′ is off by, in data units; or auto, which fits it to each map."
     )
   return value
 
@@ -89,9 +102,13 @@ def data_dir(config, workdir: pathlib.Path) -> pathlib.Path:
 
 
 def folder(config, workdir: pathlib.Path, stage: str) -> pathlib.Path:
-  """Where a stage lies; config.label keeps a second set of samples, and its report, beside the first."""
+  """Where a stage lies; config.label keeps a second set of samples, and its report, beside the
+  first.
+  """
   if stage == "data":
     return data_dir(config, workdir)
   if stage == "train" and config.train.dir:
     return pathlib.Path(config.train.dir).expanduser()
-  return workdir / (f"{stage}-{config.label}" if config.label and stage in ("samples", "report") else stage)
+  return workdir / (
+    f"{stage}-{config.label}" if config.label and stage in ("samples", "report") else stage
+  )

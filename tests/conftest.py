@@ -1,10 +1,12 @@
-"""Four CPU devices, a persistent compilation cache, rank promotion forbidden; set before jax touches a device.
+"""Four CPU devices, a persistent compilation cache, rank promotion forbidden; set before jax
+touches a device.
 
-`execute` runs what `command` says as a user does, in its own process, which inherits all that. `finished` is one whole
-run of the smoke config, cut into many small units; tests read it and must not write there.
+`execute` runs what `command` says as a user does, in its own process, which inherits all that.
+`finished` is one whole run of the smoke config, cut into many small units; tests read it and must
+not write there.
 
-A process of pytest runs whole files, as their tests share fixtures; one runs all files that read `finished`, and so
-makes it once.
+A process of pytest runs whole files, as their tests share fixtures; one runs all files that read
+`finished`, and so makes it once.
 """
 
 import os
@@ -14,9 +16,13 @@ import subprocess
 import sys
 import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "downscaling-jax-cache"))
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "downscaling-jax-cache")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
@@ -33,7 +39,8 @@ def x64():
 
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Small units, so that there is something left to do when a job is stopped after its first; and every loss logged.
+# Small units, so that there is something left to do when a job is stopped after its first; and
+# every loss logged.
 SMALL = {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4, "plan.log_every": 1}
 
 
@@ -51,10 +58,15 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def command():
-  """command(job, workdir, *flags, config, small, **overrides of the config) -> the argv of `downscaling`."""
+  """command(job, workdir, *flags, config, small, **overrides of the config) -> the argv of
+  `downscaling`.
+  """
 
   def command(job, workdir, *flags, config="ks.py:smoke", small=True, **overrides):
-    keys = [f"--config.{k}={str(v).replace(' ', '')}" for k, v in ((SMALL if small else {}) | overrides).items()]
+    keys = [
+      f"--config.{k}={str(v).replace(' ', '')}"
+      for k, v in ((SMALL if small else {}) | overrides).items()
+    ]
     config = f"--config={ROOT / 'configs' / config}"
     return [sys.executable, "-m", "downscaling", job, config, f"--workdir={workdir}", *keys, *flags]
 
@@ -64,7 +76,9 @@ def command():
 @pytest.fixture(scope="session")
 def execute():
   """execute(argv) -> CompletedProcess with text; ten minutes at most, for a busy machine."""
-  return lambda argv, **kwargs: subprocess.run(argv, capture_output=True, text=True, timeout=600, **kwargs)
+  return lambda argv, **kwargs: subprocess.run(
+    argv, capture_output=True, text=True, timeout=600, **kwargs
+  )
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from downscaling import build
-from downscaling.common import mesh as meshes
-from downscaling.common import topologies
 from downscaling.equations import rollouts
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import target_devices
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 INSTALLED = {
@@ -25,7 +25,9 @@ INSTALLED = {
 
 
 def needs(name):
-  return pytest.mark.skipif(not INSTALLED[name], reason="needs the compiler: libtpu, or jax[cuda12]")
+  return pytest.mark.skipif(
+    not INSTALLED[name], reason="needs the compiler: libtpu, or jax[cuda12]"
+  )
 
 
 EACH = pytest.mark.parametrize(
@@ -41,7 +43,10 @@ def smoke(equation):
 def test_devices_that_are_none(command, execute, tmp_path, devices):
   done = execute(command("train", tmp_path / "none", "--dry_run", f"--devices={devices}"))
   assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-  assert f"--devices={devices}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU" in done.stderr
+  assert (
+    f"--devices={devices}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU"
+    in done.stderr
+  )
 
 
 @pytest.mark.parametrize(
@@ -51,9 +56,10 @@ def test_without_the_compiler(name, package):
   if INSTALLED[name]:
     pytest.skip("its compiler is installed")
   with pytest.raises(
-    ValueError, match=rf"--devices={name} is planned by .* not installed here.*pip install '{package}'"
+    ValueError,
+    match=rf"--devices={name} is planned by .* not installed here.*pip install '{package}'",
   ):
-    topologies.devices(name)
+    target_devices.devices(name)
 
 
 def test_float64_beside_a_tpu_is_the_hosts_cpu():
@@ -76,10 +82,19 @@ def test_every_program_of_a_pipeline_compiles(command, execute, tmp_path, name, 
     job = "pipeline" if path == "dense" else "debias"
     flags = ("--dry_run", f"--devices={name}")
     done = execute(
-      command(job, tmp_path / "none", *flags, config=f"{equation}.py:smoke", small=False, **{"debias.path": path})
+      command(
+        job,
+        tmp_path / "none",
+        *flags,
+        config=f"{equation}.py:smoke",
+        small=False,
+        **{"debias.path": path},
+      )
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"devices +4 × (TPU v5 lite|NVIDIA H200), [12] process", done.stdout + done.stderr)
+    assert re.search(
+      r"devices +4 × (TPU v5 lite|NVIDIA H200), [12] process", done.stdout + done.stderr
+    )
     assert f"path {path}:" in done.stdout + done.stderr
 
 
@@ -89,17 +104,24 @@ def test_every_program_of_a_pipeline_compiles(command, execute, tmp_path, name, 
 def test_solvers_compile(name, equation, which):
   """Where they compute: KS in float64, so on the host beside a TPU."""
   c = smoke(equation)
-  mesh = build.simulating(c, which, meshes.make(devices=topologies.devices(name)))
+  mesh = build.simulating(c, which, meshes.make(devices=target_devices.devices(name)))
   with jax.enable_x64(True):
     program = rollouts._compiled(build.equation(c, which), 2, 2, 2, meshes.rows(mesh))
-    program.lower(np.uint32(0), jax.ShapeDtypeStruct((8,), jnp.uint32, sharding=meshes.rows(mesh))).compile()
+    program.lower(
+      np.uint32(0), jax.ShapeDtypeStruct((8,), jnp.uint32, sharding=meshes.rows(mesh))
+    ).compile()
 
 
 @pytest.mark.slow
 @needs("v5e:2x2")
 def test_a_plan_too_large_for_the_chip(command, execute, tmp_path):
   """A quarter of 2¹⁷ × 2¹⁷ values, 17 GB of a v5e's 16, by the command."""
-  sizes = {"debias.points": 2**17, "debias.path": "dense", "data.hfhr.train": 2**15, "data.lflr.train": 2**15}
+  sizes = {
+    "debias.points": 2**17,
+    "debias.path": "dense",
+    "data.hfhr.train": 2**15,
+    "data.lflr.train": 2**15,
+  }
   done = execute(command("debias", tmp_path / "none", "--dry_run", "--devices=v5e:2x2", **sizes))
   assert (done.returncode, done.stderr.count("\n")) == (1, 1)
   assert "exceeds available HBM" in done.stderr
@@ -110,5 +132,7 @@ def test_a_plan_too_large_for_the_chip(command, execute, tmp_path):
 @needs("v5e:2x2")
 @pytest.mark.parametrize("name", ["v5e:3x5", "v99:2x2", "v4:2x2x2"])
 def test_slices_that_there_are_not(name):
-  with pytest.raises(ValueError, match=rf"--devices={name}: .*Name a slice of Cloud TPU by its chips"):
-    topologies.devices(name)
+  with pytest.raises(
+    ValueError, match=rf"--devices={name}: .*Name a slice of Cloud TPU by its chips"
+  ):
+    target_devices.devices(name)

@@ -6,38 +6,50 @@ import numpy as np
 import pytest
 
 from downscaling import build, stages
-from downscaling.common import mesh as meshes
-from downscaling.common import runs
-from downscaling.datasets import statistics
 from downscaling.equations import kolmogorov, ks
+from downscaling.fields import statistics
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import stage_folder
 
 
 def smoke(name):
   scope = {}
-  exec((pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text(), scope)  # as config_flags does
+  exec(
+    (pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text(), scope
+  )  # as config_flags does
   return scope["get_config"]("smoke")
 
 
 @pytest.mark.parametrize("room", [ks, kolmogorov], ids=["ks", "kolmogorov"])
 def test_moves_are_the_group_of_the_fine_grid(room):
   solver = room.Fine(points=32, dt=0.02)
-  group, u = room.group(32), np.random.default_rng(0).normal(size=(2, *(32,) * room.RANK)).astype(np.float32)
+  group, u = (
+    room.group(32),
+    np.random.default_rng(0).normal(size=(2, *(32,) * room.RANK)).astype(np.float32),
+  )
   assert solver.symmetries == len(group)
   for element in (0, 1, 31, 32, 40, len(group) - 1):
-    np.testing.assert_array_equal(solver.move(u, element), group.act(element, u.reshape(2, -1)).reshape(u.shape))
+    np.testing.assert_array_equal(
+      solver.move(u, element), group.act(element, u.reshape(2, -1)).reshape(u.shape)
+    )
 
 
 def test_the_forcing_is_what_pushes_and_no_symmetry_moves_it():
   solver = kolmogorov.Fine(points=32, dt=0.02)
   forcing = solver.static()["forcing"]
   pushed = np.asarray(solver.step(np.zeros((32, 32), np.float32)))  # from rest, nothing else acts
-  np.testing.assert_allclose(pushed / pushed.std(), forcing, atol=1e-5)  # float32 FFTs; −1 would be the wrong phase
+  np.testing.assert_allclose(
+    pushed / pushed.std(), forcing, atol=1e-5
+  )  # float32 FFTs; −1 would be the wrong phase
   for element in range(solver.symmetries):
     np.testing.assert_allclose(solver.move(forcing, element), forcing, atol=1e-6)
 
 
 def test_a_static_field_by_an_unknown_name_is_refused_and_none_is_the_prior_of_before():
-  c, stats = smoke("kolmogorov"), statistics.Statistics(*np.ones((2, 1), np.float32), np.ones((64, 64, 1), np.float32))
+  c, stats = (
+    smoke("kolmogorov"),
+    statistics.Statistics(*np.ones((2, 1), np.float32), np.ones((64, 64, 1), np.float32)),
+  )
   assert build.denoising_network(c, stats).static.shape == (64, 64, 1)
   shown = stages.identity(c, "train")
   c.model.static = ()
@@ -45,7 +57,9 @@ def test_a_static_field_by_an_unknown_name_is_refused_and_none_is_the_prior_of_b
   assert "static" not in stages.identity(c, "train")["model"]
   assert stages.identity(c, "train") != shown
   c.model.static = ("orography",)
-  with pytest.raises(ValueError, match=r"config.model.static='orography' is unknown; use one of \['forcing'\]"):
+  with pytest.raises(
+    ValueError, match=r"config.model.static='orography' is unknown; use one of \['forcing'\]"
+  ):
     build.denoising_network(c, stats)
 
 
@@ -55,12 +69,16 @@ def test_fields_are_moved_before_they_are_normalised():
   c.train.augment = True
   rng = np.random.default_rng(1)
   u = rng.normal(0.3, 2.0, (192, 1)).astype(np.float32)
-  stats = statistics.Statistics(np.full(1, 0.3, np.float32), np.full(1, 2.0, np.float32), np.ones((192, 1), np.float32))
+  stats = statistics.Statistics(
+    np.full(1, 0.3, np.float32), np.full(1, 2.0, np.float32), np.ones((192, 1), np.float32)
+  )
   count, move = build.augmentation(c, stats)
   assert count == 384
   for element in (5, 192 + 7):
     want = stats.normalise(np.asarray(ks.move(u[:, 0], element))[:, None])
-    np.testing.assert_allclose(move(stats.normalise(u), element), want, atol=1e-6)  # of values up to 4, rounded thrice
+    np.testing.assert_allclose(
+      move(stats.normalise(u), element), want, atol=1e-6
+    )  # of values up to 4, rounded thrice
 
 
 def test_augmented_priors_are_other_priors_and_plain_ones_stay_what_they_were():
@@ -68,11 +86,13 @@ def test_augmented_priors_are_other_priors_and_plain_ones_stay_what_they_were():
   plain = stages.identity(c, "train")
   assert "augment" not in plain["train"]
   c.train.augment = True
-  assert runs.config_hash(stages.identity(c, "train")) != runs.config_hash(plain)
+  assert stage_folder.config_hash(stages.identity(c, "train")) != stage_folder.config_hash(plain)
 
 
 def test_two_worlds_forced_by_different_waves_are_refused():
   c = smoke("kolmogorov")
   c.fine.wave, c.coarse.wave = 4, 2
-  with pytest.raises(ValueError, match=r"config.fine.wave=4 and config.coarse.wave=2: .* Set both to the same wave"):
+  with pytest.raises(
+    ValueError, match=r"config.fine.wave=4 and config.coarse.wave=2: .* Set both to the same wave"
+  ):
     build.check(c, meshes.make(1))

@@ -1,7 +1,8 @@
-"""What a user can get wrong, and what a machine can: one line that says what to do, exit code 1, nothing overwritten.
+"""What a user can get wrong, and what a machine can: one line that says what to do, exit code 1,
+nothing overwritten.
 
-Command lines that cannot be parsed and foreign folders go through real processes. What fails inside a job
-is also asked for in this process, as `attempt` does it, with the checks of main.main.
+Command lines that cannot be parsed and foreign folders go through real processes. What fails inside
+a job is also asked for in this process, as `attempt` does it, with the checks of main.main.
 """
 
 import hashlib
@@ -15,9 +16,9 @@ from array_record.python import array_record_module
 
 from downscaling import build, jobs
 from downscaling import main as program
-from downscaling.common import mesh as meshes
-from downscaling.common import runs, supervision
-from downscaling.datasets import builders
+from downscaling.datasets import simulated
+from downscaling.runtime import files, metric_writer, stage_folder, supervision
+from downscaling.runtime import mesh as meshes
 from downscaling.sampling import ensemble
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,10 +31,17 @@ def tree(*folders):
 
 
 def one_line(process):
-  """The program's only line, after exit code 1. Lines of progress before it are allowed, a traceback is not."""
+  """The program's only line, after exit code 1.
+
+  Lines of progress before it are allowed, a traceback is not.
+  """
   assert process.returncode == 1, (process.stdout, process.stderr)
   assert "Traceback" not in process.stderr
-  lines = [line for line in process.stderr.splitlines() if not line.startswith(("train: ", "sample: ", "generate ks/"))]
+  lines = [
+    line
+    for line in process.stderr.splitlines()
+    if not line.startswith(("train: ", "sample: ", "generate ks/"))
+  ]
   assert len(lines) == 1, process.stderr
   assert lines[0].startswith("downscaling: ")
   assert len(lines[0]) < 600, lines[0]
@@ -48,7 +56,9 @@ def config():
     scope = {}
     exec((ROOT / "configs" / "ks.py").read_text(), scope)  # as config_flags does
     c = scope["get_config"]("smoke")
-    c.update_from_flattened_dict({"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4} | overrides)
+    c.update_from_flattened_dict(
+      {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4} | overrides
+    )
     return c.lock()
 
   return make
@@ -61,10 +71,14 @@ def do(job, context):
 
 @pytest.fixture
 def attempt(config):
-  """attempt(job, workdir, **overrides) -> the line that main would print; fails if nothing is wrong."""
+  """attempt(job, workdir, **overrides) -> the line that main would print; fails if nothing is
+  wrong.
+  """
 
   def attempt(job, workdir, **overrides):
-    context = jobs.Context(config(**overrides), pathlib.Path(workdir), meshes.make(), supervision.Stop(), "test")
+    context = jobs.Context(
+      config(**overrides), pathlib.Path(workdir), meshes.make(), supervision.Stop(), "test"
+    )
     with pytest.raises(program.EXPECTED) as caught:
       do(job, context)
     assert "\n" not in str(caught.value)
@@ -91,12 +105,27 @@ SMOKE = "--config=configs/ks.py:smoke"
 @pytest.mark.parametrize(
   ("flags", "needed"),
   [
-    ((SMOKE, "--config.trian.batch=3"), ("--config.trian.batch=3", "no key 'trian'", 'Did you mean "train"')),
-    ((SMOKE, "--config.train.bacth=3"), ("--config.train.bacth=3", "no key 'bacth'", 'Did you mean "batch"')),
+    (
+      (SMOKE, "--config.trian.batch=3"),
+      ("--config.trian.batch=3", "no key 'trian'", 'Did you mean "train"'),
+    ),
+    (
+      (SMOKE, "--config.train.bacth=3"),
+      ("--config.train.bacth=3", "no key 'bacth'", 'Did you mean "batch"'),
+    ),
     ((SMOKE, "--config.zzz=3"), ("no key 'zzz'", "Its keys stand in the config file")),
-    ((SMOKE, "--config.train.batch=many"), ("--config.train.batch=many", "invalid literal", "'many'")),
-    (("--config=configs/ks.py:fulll",), ("configs/ks.py:fulll is unknown", ":quick, :full, :smoke")),
-    (("--config=configs/sk.py",), ("--config=configs/sk.py", "no such file in", "--config=configs/ks.py")),
+    (
+      (SMOKE, "--config.train.batch=many"),
+      ("--config.train.batch=many", "invalid literal", "'many'"),
+    ),
+    (
+      ("--config=configs/ks.py:fulll",),
+      ("configs/ks.py:fulll is unknown", ":quick, :full, :smoke"),
+    ),
+    (
+      ("--config=configs/sk.py",),
+      ("--config=configs/sk.py", "no such file in", "--config=configs/ks.py"),
+    ),
     (("--config=pyproject.toml",), ("--config", "pyproject.toml")),
     ((SMOKE, "--wrokdir=here"), ("wrokdir", "Did you mean: workdir")),
     ((SMOKE, "--workdir"), ("Missing value", "--workdir")),
@@ -109,7 +138,11 @@ def test_what_cannot_be_parsed(execute, tmp_path, flags, needed):
 
 
 def test_a_config_that_raises_or_is_none(execute, tmp_path):
-  for text, needed in (("def get_config(:", "line 1"), ("1 / 0", "division by zero"), ("x = 100", "get_config")):
+  for text, needed in (
+    ("def get_config(:", "line 1"),
+    ("1 / 0", "division by zero"),
+    ("x = 100", "get_config"),
+  ):
     (tmp_path / "mine.py").write_text(text)
     assert needed in says(execute, "train", "--config=mine.py", "--workdir=run", cwd=tmp_path)
   assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["mine.py"]
@@ -140,24 +173,45 @@ def test_help_is_no_error(execute):
 @pytest.mark.parametrize(
   ("overrides", "needed"),
   [
-    ({"grid.factor": 7}, ("factor 7 does not divide the grid of 192 points", "[2, 3, 4, 6, 8,", "config.grid.factor")),
+    (
+      {"grid.factor": 7},
+      ("factor 7 does not divide the grid of 192 points", "[2, 3, 4, 6, 8,", "config.grid.factor"),
+    ),
     ({"grid.operator": "mean"}, ("config.grid.operator='mean'", "['block_mean', 'strided']")),
-    ({"coarse.cells": 100}, ("100 cells cannot be strided to 24 points", "--config.coarse.cells=96")),
+    (
+      {"coarse.cells": 100},
+      ("100 cells cannot be strided to 24 points", "--config.coarse.cells=96"),
+    ),
     ({"coarse.scheme": "upwind"}, ("config.coarse.scheme='upwind'", "godunov")),
     ({"train.batch": 18}, ("a batch of 18 over 4 devices", "--config.train.batch=16 or 20")),
     ({"train.ema_decay": 2.0}, ("config.train.ema_decay=2.0", "[0, 1)")),
     ({"data.burn_in": 25.03}, ("25.03", "dt")),
     ({"sampling.unit": (4,)}, ("config.sampling.unit=(4,)", "conditions × members", "(64,4)")),
-    ({"debias.points": 513}, ("config.debias.points asks for 513", "512 can be had", "config.data.hfhr.train=129")),
+    (
+      {"debias.points": 513},
+      ("config.debias.points asks for 513", "512 can be had", "config.data.hfhr.train=129"),
+    ),
     ({"debias.held_out": 257}, ("config.debias.held_out asks for 257 lflr test", "256 can be had")),
     ({"evaluate.reference": 300}, ("config.evaluate.reference asks for 300", "128 can be had")),
     ({"sampling.conditions": 65}, ("config.sampling.conditions=65", "config.debias.held_out=64")),
     ({"train.batch": 1024}, ("config.train.batch asks for 1024", "512 can be had")),
     ({"debias.epsilon": 0.0}, ("epsilon=0 ", "must be > 0", "--config.debias.epsilon=0.001")),
-    ({"debias.recipe": "GX"}, ("recipe='GX' cannot be read", "need letters of G, Q, A, S, M and N")),
-    ({"debias.map": "rescaled"}, ("config.debias.map='rescaled' is not among config.debias.maps", "add it there")),
-    ({"debias.path": "pallas"}, ("config.debias.path='pallas' on 'cpu'", "Use --config.debias.path=auto here")),
-    ({"debias.maps": ("optimal",)}, ("config.debias.maps has 'optimal'", "use some of ['entropic'")),
+    (
+      {"debias.recipe": "GX"},
+      ("recipe='GX' cannot be read", "need letters of G, Q, A, S, M and N"),
+    ),
+    (
+      {"debias.map": "rescaled"},
+      ("config.debias.map='rescaled' is not among config.debias.maps", "add it there"),
+    ),
+    (
+      {"debias.path": "pallas"},
+      ("config.debias.path='pallas' on 'cpu'", "Use --config.debias.path=auto here"),
+    ),
+    (
+      {"debias.maps": ("optimal",)},
+      ("config.debias.maps has 'optimal'", "use some of ['entropic'"),
+    ),
     ({"debias.minibatch.batch": 0}, ("config.debias.minibatch=", "batch must lie in 1 … 128")),
     ({"debias.epsilon": -1.0}, ("epsilon=-1 ", "must be > 0")),
     ({"debias.epsilon": float("nan")}, ("epsilon=nan ", "must be > 0")),
@@ -166,16 +220,26 @@ def test_help_is_no_error(execute):
     ({"sampling.levels.name": "edn"}, ("'edn'", "exponential or edm")),
     ({"schedule.name": "vp"}, ("config.schedule.name='vp'", "vp_linear")),
     ({"noise.kind": "normal"}, ("'normal'", "log_normal")),
-    ({"model.strides": (2, 7)}, ("192 points cannot be coarsened 14 times", "config.model.strides")),
+    (
+      {"model.strides": (2, 7)},
+      ("192 points cannot be coarsened 14 times", "config.model.strides"),
+    ),
     ({"model.convolution": "fft"}, ("config.model.convolution='fft'", "im2col")),
     ({"optimizer.warmup_steps": 20}, ("config.optimizer.warmup_steps=20", "total_steps=20")),
     ({"data.name": "era5"}, ("config.data.name='era5'", "['kolmogorov', 'ks']")),
     ({"data.snapshots": 0}, ("config.data.snapshots must be at least 1",)),
-    ({"mesh.data": 5}, ("config.mesh.data=5 × fsdp=1, but 4 devices", "host_platform_device_count=5")),
+    (
+      {"mesh.data": 5},
+      ("config.mesh.data=5 × fsdp=1, but 4 devices", "host_platform_device_count=5"),
+    ),
   ],
 )
-def test_a_value_that_cannot_work_is_refused_at_the_door(attempt, config, tmp_path, overrides, needed):
-  """Also by a job that would not have met it: an hour of training must not end in a misspelt sampler."""
+def test_a_value_that_cannot_work_is_refused_at_the_door(
+  attempt, config, tmp_path, overrides, needed
+):
+  """Also by a job that would not have met it: an hour of training must not end in a misspelt
+  sampler.
+  """
   if "mesh.data" in overrides:
     with pytest.raises(ValueError, match="5") as caught:
       meshes.make(**config(**overrides).mesh)
@@ -204,7 +268,9 @@ def test_a_key_too_many_or_too_few_in_a_config_file(config):
 
 
 def test_a_refused_value_leaves_no_trace_in_the_way_of_the_right_one(execute, command, tmp_path):
-  """As a process: the message, exit code 1, and no folder that later calls the mended config 'another'."""
+  """As a process: the message, exit code 1, and no folder that later calls the mended config
+  'another'.
+  """
   said = one_line(execute(command("pipeline", tmp_path / "run", **{"train.batch": 18})))
   assert "pipeline: a batch of 18 over 4 devices" in said
   assert not (tmp_path / "run").exists()
@@ -236,11 +302,18 @@ def test_someone_elses_folder_is_kept(execute, command, attempt, finished, tmp_p
   said = one_line(execute(command("generate", tmp_path)))
   assert f"{tmp_path / 'data'} holds files but no stage.json" in said
   assert "Use another --workdir" in said
-  for stage, job in (("train", "train"), ("debias", "debias"), ("samples", "sample"), ("report", "evaluate")):
+  for stage, job in (
+    ("train", "train"),
+    ("debias", "debias"),
+    ("samples", "sample"),
+    ("report", "evaluate"),
+  ):
     (tmp_path / stage).mkdir()
     (tmp_path / stage / "thesis.tex").write_text("years of work")
     if job in ("train", "debias"):  # the others need them finished first, and say so
-      assert "will not write there" in attempt(job, tmp_path, **{"data.dir": str(finished[0] / "data")})
+      assert "will not write there" in attempt(
+        job, tmp_path, **{"data.dir": str(finished[0] / "data")}
+      )
   assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"years of work"}
   assert len(tree(tmp_path)) == 5
 
@@ -297,10 +370,14 @@ def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(fitted, finished
   (workdir / "train" / "prior").rename(workdir / "damaged")
   assert "run `downscaling train` first" in attempt("sample", workdir, **data)
   context = jobs.Context(config(**data), workdir, meshes.make(), supervision.Stop(), "test")
-  assert jobs.run("train", context).startswith("wrote")  # from its checkpoint of the last step: no step is taken again
+  assert jobs.run("train", context).startswith(
+    "wrote"
+  )  # from its checkpoint of the last step: no step is taken again
   for name in ("_METADATA", "manifest.ocdbt"):
     assert (workdir / "train" / "prior" / "0" / "state" / name).exists()
-  assert runs.read_scalars(workdir / "train", "loss") == runs.read_scalars(finished[0] / "train", "loss")
+  assert metric_writer.read_scalars(workdir / "train", "loss") == metric_writer.read_scalars(
+    finished[0] / "train", "loss"
+  )
 
 
 def test_checkpoints_all_damaged(finished, attempt, tmp_path):
@@ -360,12 +437,16 @@ def test_damaged_samples_do_not_reach_the_report(finished, attempt, tmp_path):
 
 @pytest.mark.slow
 def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, config):
-  """More conditions and members in the same folder: what there was stays, and the report is made of all of it."""
+  """More conditions and members in the same folder: what there was stays, and the report is made of
+  all of it.
+  """
   workdir, data = fitted
   few = data | {"sampling.conditions": 4, "sampling.unconditional.fields": 4}
 
   def run(job, **overrides):
-    return do(job, jobs.Context(config(**overrides), workdir, meshes.make(), supervision.Stop(), "test"))
+    return do(
+      job, jobs.Context(config(**overrides), workdir, meshes.make(), supervision.Stop(), "test")
+    )
 
   assert run("sample", **few).startswith("wrote")
   assert run("evaluate", **few).startswith("wrote")
@@ -378,10 +459,12 @@ def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, 
   assert before.items() <= tree(store / "sample" / "c").items()
   assert ensemble.read(store).sample.shape == (6, 4, 192)
   assert run("evaluate", **more).startswith("wrote")
-  metrics = runs.read_json(workdir / "report" / "metrics.json")
+  metrics = files.read_json(workdir / "report" / "metrics.json")
   assert metrics["samples"]["equivariant+diffusion"]["n"] == 6  # conditions
   said = attempt("sample", workdir, **few)
-  assert "holds 6 conditions, 4 were asked for: an ensemble grows, but nothing is taken from it" in said
+  assert (
+    "holds 6 conditions, 4 were asked for: an ensemble grows, but nothing is taken from it" in said
+  )
   assert run("sample", **more).startswith("sample is done already")
 
 
@@ -390,14 +473,16 @@ def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, 
 
 @pytest.fixture(scope="module")
 def poisoned(finished, tmp_path_factory):
-  """poisoned(which, split) -> a copy of the data with a NaN in the last snapshot of every trajectory of a split."""
+  """poisoned(which, split) -> a copy of the data with a NaN in the last snapshot of every
+  trajectory of a split.
+  """
   made = {}
 
   def poison(which, split):
     if (which, split) not in made:
       folder = made[which, split] = tmp_path_factory.mktemp("poisoned") / "data"
       shutil.copytree(finished[0] / "data", folder)
-      builder = builders.make("ks", which, folder, (192,) if which == "hfhr" else (24,))
+      builder = simulated.make("ks", which, folder, (192,) if which == "hfhr" else (24,))
       features = builder.info.features
       for path in builder.data_path.glob(f"ks-{split}.array_record-*"):
         reader = array_record_module.ArrayRecordReader(str(path))
@@ -406,7 +491,9 @@ def poisoned(finished, tmp_path_factory):
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         for example in examples:
           if example["time"] == 62.5:  # 25 + 3 × 12.5
-            example["u"] = np.where(np.arange(len(example["u"])) == 3, np.nan, example["u"][:, 0])[:, None]
+            example["u"] = np.where(np.arange(len(example["u"])) == 3, np.nan, example["u"][:, 0])[
+              :, None
+            ]
             example["u"] = example["u"].astype(np.float32)
           writer.write(features.serialize_example(example))
         writer.close()
@@ -435,16 +522,25 @@ def test_nan_is_named_and_nothing_is_made_of_it(poisoned, attempt, tmp_path, job
   assert "at time 62.5" in said
   assert "anew in another --workdir" in said
   assert tree(folder) == before
-  assert not runs.read_json(tmp_path / "run" / job / runs.MARKER)["complete"]
+  assert not files.read_json(tmp_path / "run" / job / stage_folder.MARKER)["complete"]
 
 
 def test_a_learning_rate_that_explodes(execute, command, finished, tmp_path):
-  """Step 1 has rate 0, step 2 throws the parameters away, step 3 overflows; what was saved before it stays."""
-  overrides = {"data.dir": finished[0] / "data", "optimizer.peak": 1e25, "plan.save_every": 2, "plan.log_every": 2}
+  """Step 1 has rate 0, step 2 throws the parameters away, step 3 overflows; what was saved before
+  it stays.
+  """
+  overrides = {
+    "data.dir": finished[0] / "data",
+    "optimizer.peak": 1e25,
+    "plan.save_every": 2,
+    "plan.log_every": 2,
+  }
   argv = command("train", tmp_path / "run", **overrides)
   said = one_line(execute(argv))
   assert "loss or gradient norm not finite at step 3, in the window (2, 4]" in said
-  assert "checkpoint is step 2 and stays. Lower --config.optimizer.peak in another --workdir" in said
+  assert (
+    "checkpoint is step 2 and stays. Lower --config.optimizer.peak in another --workdir" in said
+  )
   checkpoints = tmp_path / "run" / "train" / "checkpoints"
   assert [p.name for p in checkpoints.iterdir() if p.name.isdigit()] == ["2"]
   before = tree(checkpoints / "2")

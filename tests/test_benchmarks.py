@@ -1,4 +1,6 @@
-"""Benchmarks run, at their smallest: a figure can only be measured again if the command that shows it still works."""
+"""Benchmarks run, at their smallest: a figure can only be measured again if the command that shows
+it still works.
+"""
 
 import json
 import math
@@ -9,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from downscaling.common import runs
+from downscaling.runtime import metric_writer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -17,12 +19,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.mark.slow
 def test_accelerator_measures_every_row(execute, tmp_path):
   script = ROOT / "benchmarks" / "accelerator.py"
-  two = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # the sampler is compiled for each
-  done = execute([sys.executable, str(script), "--size=small", "--seconds=0.2", f"--out={tmp_path}"], env=two)
+  two = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
+  }  # the sampler is compiled for each
+  done = execute(
+    [sys.executable, str(script), "--size=small", "--seconds=0.2", f"--out={tmp_path}"], env=two
+  )
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "accelerator.json").read_text())
   assert (found["device"], found["devices"]) == ("cpu", 2)
-  assert [r["kind"] for r in found["rows"]] == ["training"] * 2 + ["sampling"] + ["Sinkhorn"] * 3 + ["soft-min"]
+  assert [r["kind"] for r in found["rows"]] == ["training"] * 2 + ["sampling"] + [
+    "Sinkhorn"
+  ] * 3 + ["soft-min"]
   for row in found["rows"]:
     assert "failed" not in row, row["failed"]
     assert "skipped" not in row
@@ -43,9 +51,17 @@ def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
 def test_learning_curves_are_the_logged_losses(execute, finished, tmp_path):
   script, workdir = ROOT / "benchmarks" / "learning_curves.py", finished[0]
   picture = tmp_path / "curves.png"
-  done = execute([sys.executable, str(script), f"--runs=one={workdir},two={workdir}", "--every=8", f"--out={picture}"])
+  done = execute(
+    [
+      sys.executable,
+      str(script),
+      f"--runs=one={workdir},two={workdir}",
+      "--every=8",
+      f"--out={picture}",
+    ]
+  )
   assert done.returncode == 0, done.stderr
-  steps, values = map(np.asarray, runs.read_scalars(workdir / "train", "loss"))
+  steps, values = map(np.asarray, metric_writer.read_scalars(workdir / "train", "loss"))
   head, *lines = done.stdout.splitlines()
   assert head.split() == ["step", "one", "held-out", "two", "held-out"]
   assert len(lines) == steps[-1] // 8

@@ -1,4 +1,6 @@
-"""`kolmogorov.py:8x` and `:16x` from the equation to the report on their own 256², with next to no data and steps."""
+"""`kolmogorov.py:8x` and `:16x` from the equation to the report on their own 256², with next to no
+data and steps.
+"""
 
 import json
 import os
@@ -7,7 +9,8 @@ import subprocess
 import pytest
 import xarray
 
-# Everything that costs time and nothing that costs shape: the grids, the network and the solvers stay the config's own.
+# Everything that costs time and nothing that costs shape: the grids, the network and the solvers
+# stay the config's own.
 TINY = {
   "data.burn_in": 0.2, "data.spacing": 0.1, "data.snapshots": 4, "data.shard": 2,
   "data.hfhr.train": 4, "data.hfhr.calibration": 2, "data.hfhr.test": 2, "data.hfhr.reference": 2, "data.hfhr.floor": 2,
@@ -23,16 +26,22 @@ TINY = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("variant", "coarse"), [("8x", 32), ("16x", 16)])
 def test_the_whole_path_at_256_squared(command, tmp_path, variant, coarse):
-  argv = command("pipeline", tmp_path / "run", config=f"kolmogorov.py:{variant}", small=False, **TINY)
-  one = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}  # a batch of 2 is enough to wait for
+  argv = command(
+    "pipeline", tmp_path / "run", config=f"kolmogorov.py:{variant}", small=False, **TINY
+  )
+  one = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1"
+  }  # a batch of 2 is enough to wait for
   done = subprocess.run(argv, capture_output=True, text=True, timeout=1200, env=one)
   assert done.returncode == 0, done.stderr
   metrics = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
   rows = metrics["samples"]
   assert {"equivariant+diffusion", "raw+diffusion", "true+diffusion"} <= set(rows)
-  # Two steps teach nothing, but the constraint holds by the gain, which is float32: rounding of values up to 20.
+  # Two steps teach nothing, but the constraint holds by the gain, which is float32: rounding of
+  # values up to 20.
   assert all(
-    rows[name]["constraint_rmse"] < 1e-4 for name in ("equivariant+diffusion", "raw+diffusion", "true+diffusion")
+    rows[name]["constraint_rmse"] < 1e-4
+    for name in ("equivariant+diffusion", "raw+diffusion", "true+diffusion")
   )
   stored = xarray.open_zarr(tmp_path / "run" / "samples" / "equivariant+diffusion.zarr")
   assert stored["sample"].shape == (2, 2, 256, 256)

@@ -1,4 +1,6 @@
-"""What a user can get wrong with the flow: steps beyond stability, grids that do not nest, groups that do not fit."""
+"""What a user can get wrong with the flow: steps beyond stability, grids that do not nest, groups
+that do not fit.
+"""
 
 import dataclasses
 import pathlib
@@ -8,10 +10,10 @@ import numpy as np
 import pytest
 
 from downscaling import build, jobs
-from downscaling.common import mesh as meshes
-from downscaling.common import supervision
-from downscaling.datasets import builders, generate
+from downscaling.datasets import generate, simulated
 from downscaling.equations import kolmogorov
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import supervision
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -19,20 +21,38 @@ ROOT = pathlib.Path(__file__).parents[1]
 @pytest.mark.parametrize(
   ("overrides", "needed"),
   [
-    ({"fine.dt": 0.05}, ("config.fine.dt=0.05 is not stable on 64² points", "Set --config.fine.dt=0.02, or less")),
-    ({"coarse.dt": 0.05}, ("config.coarse.dt=0.05 is not stable on 32² points", "--config.coarse.dt=0.025")),
-    ({"grid.factor": 3}, ("factor 3 does not divide the grid of 64 points", "[2, 4, 8, 16, 32] (config.grid.factor)")),
+    (
+      {"fine.dt": 0.05},
+      ("config.fine.dt=0.05 is not stable on 64² points", "Set --config.fine.dt=0.02, or less"),
+    ),
+    (
+      {"coarse.dt": 0.05},
+      ("config.coarse.dt=0.05 is not stable on 32² points", "--config.coarse.dt=0.025"),
+    ),
+    (
+      {"grid.factor": 3},
+      ("factor 3 does not divide the grid of 64 points", "[2, 4, 8, 16, 32] (config.grid.factor)"),
+    ),
     ({"grid.factor": 1}, ("32² cells cannot give 64² points", "--config.coarse.cells=64")),
     (
       {"grid.points": 96, "grid.factor": 8, "fine.dt": 0.01},
-      ("A grid of 12 points does not keep the symmetry", "e.g. 16", "config.grid.points over config.grid.factor"),
+      (
+        "A grid of 12 points does not keep the symmetry",
+        "e.g. 16",
+        "config.grid.points over config.grid.factor",
+      ),
     ),
-    ({"coarse.cells": 36}, ("A grid of 36 points does not keep the symmetry", "e.g. 40 (config.coarse.cells)")),
+    (
+      {"coarse.cells": 36},
+      ("A grid of 36 points does not keep the symmetry", "e.g. 40 (config.coarse.cells)"),
+    ),
   ],
 )
 def test_refused_before_anything_is_written(execute, command, tmp_path, overrides, needed):
   """As processes: one line, exit code 1, no folder."""
-  done = execute(command("generate", tmp_path / "run", config="kolmogorov.py:smoke", small=False, **overrides))
+  done = execute(
+    command("generate", tmp_path / "run", config="kolmogorov.py:smoke", small=False, **overrides)
+  )
   assert done.returncode == 1, (done.stdout, done.stderr)
   (said,) = done.stderr.splitlines()
   assert said.startswith("downscaling: generate: ")
@@ -42,7 +62,9 @@ def test_refused_before_anything_is_written(execute, command, tmp_path, override
 
 @pytest.fixture
 def config():
-  """A small config of the flow: 64² to 32², eight trajectories a shard, 100 steps a trajectory; config(key=value)."""
+  """A small config of the flow: 64² to 32², eight trajectories a shard, 100 steps a trajectory;
+  config(key=value).
+  """
 
   def make(**overrides):
     scope = {}
@@ -55,25 +77,30 @@ def config():
 
 
 def test_a_blow_up_stops_the_job(config, monkeypatch, tmp_path):
-  """A dt of seven times what is stable, the door believing in a slower flow: id and time are named, no field is kept.
+  """A dt of seven times what is stable, the door believing in a slower flow: id and time are named,
+  no field is kept.
 
-  The fine world, which was finished before, stays; so does the right command's way: nothing half written lies about.
+  The fine world, which was finished before, stays; so does the right command's way: nothing half
+  written lies about.
   """
   monkeypatch.setattr(kolmogorov, "FASTEST", 0.1)
   c = config(**{"coarse.dt": 0.25})
   build.check(c, meshes.make())
   context = jobs.Context(c, tmp_path, meshes.make(), supervision.Stop(), "test")
   with pytest.raises(
-    FloatingPointError, match=r"trajectory \d+ (is not finite|has an rms of \S+) at t = \d.*smaller dt"
+    FloatingPointError,
+    match=r"trajectory \d+ (is not finite|has an rms of \S+) at t = \d.*smaller dt",
   ):
     jobs.run("generate", context)
-  assert len(builders.load(build.dataset(c, tmp_path, "hfhr"), "train")["u"]) == 64
+  assert len(simulated.load(build.dataset(c, tmp_path, "hfhr"), "train")["u"]) == 64
   assert not list(build.dataset(c, tmp_path, "lflr").data_path.iterdir())
   assert not context.done("data")
 
 
 def test_a_blow_up_leaves_the_shards_before_it_whole(config, monkeypatch, tmp_path):
-  """The last shard of three blows up: the others are as a healthy run writes them, and it is not there."""
+  """The last shard of three blows up: the others are as a healthy run writes them, and it is not
+  there.
+  """
   trajectories, mesh = {"data.lflr": {"train": 16, "test": 8}}, meshes.make()
   with jax.enable_x64(True):
     plan, healthy = (
@@ -81,11 +108,17 @@ def test_a_blow_up_leaves_the_shards_before_it_whole(config, monkeypatch, tmp_pa
       for name in ("run", "healthy")
     )
     monkeypatch.setattr(kolmogorov, "FASTEST", 0.1)
-    wild = build.generation(config(**trajectories | {"coarse.dt": 0.25}), tmp_path, "lflr", meshes.rows(mesh))
-    plan = dataclasses.replace(
-      plan, check=wild.check, rollout=lambda ids: (wild if np.asarray(ids)[0] == 8 else healthy).rollout(ids)
+    wild = build.generation(
+      config(**trajectories | {"coarse.dt": 0.25}), tmp_path, "lflr", meshes.rows(mesh)
     )
-    with pytest.raises(FloatingPointError, match=r"trajectory (8|9|1\d) .* at t = .*--config\.coarse\.dt"):
+    plan = dataclasses.replace(
+      plan,
+      check=wild.check,
+      rollout=lambda ids: (wild if np.asarray(ids)[0] == 8 else healthy).rollout(ids),
+    )
+    with pytest.raises(
+      FloatingPointError, match=r"trajectory (8|9|1\d) .* at t = .*--config\.coarse\.dt"
+    ):
       generate.generate(plan, mesh, lambda: False)
     generate.generate(healthy, mesh, lambda: False)
   before = [path for *_, path in plan.shards()][:2]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from downscaling import build, jobs, plans, stages
-from downscaling.common import mesh as meshes
-from downscaling.common import supervision
-from downscaling.datasets import builders
+from downscaling.datasets import simulated
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import supervision
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -22,20 +22,35 @@ def _context(workdir, variant="smoke", name="ks", **changes):
   spec.loader.exec_module(module)
   config = module.get_config(variant)
   config.update_from_flattened_dict(changes)
-  return jobs.Context(config, pathlib.Path(workdir), meshes.make(), supervision.Stop(), "downscaling")
+  return jobs.Context(
+    config, pathlib.Path(workdir), meshes.make(), supervision.Stop(), "downscaling"
+  )
 
 
 def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
   text = plans.describe("pipeline", _context(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
   assert "4 × cpu" in text
-  assert "1280 fields (192, 1) float32 in 6 shards" in text  # (128 + 64 + 64 + 32 + 32) × 4 snapshots
+  assert (
+    "1280 fields (192, 1) float32 in 6 shards" in text
+  )  # (128 + 64 + 64 + 32 + 32) × 4 snapshots
   assert "256 × 256 points in 24 dimensions" in text
   assert "20 steps of batch 16 (4 a device, in 1 part(s)) = 320 samples" in text
   assert "112 fields (192,)" in text  # 3 sets × 16 conditions × 2 members + 16
-  assert "7 units of 8 conditions × 2 members, 7 a process, one a device at a time; 2 a set leave 2 of 4" in text
-  # 16 fields × 192 × 4 bytes, their misfits and the pointers to both, of two units: what a device holds
-  assert len(re.findall(r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 24.7 kB fields", text)) == 1
+  assert (
+    "7 units of 8 conditions × 2 members, 7 a process, one a device at a time; 2 a set leave 2 of 4"
+    in text
+  )
+  # 16 fields × 192 × 4 bytes, their misfits and the pointers to both, of two units: what a device
+  # holds
+  assert (
+    len(
+      re.findall(
+        r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 24.7 kB fields", text
+      )
+    )
+    == 1
+  )
 
 
 def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
@@ -53,7 +68,9 @@ def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
   ],
 )
 def test_every_variant_builds(tmp_path, name, variant):
-  """What a typo in a config would break: every block is accepted by its constructor, and sizes fit each other."""
+  """What a typo in a config would break: every block is accepted by its constructor, and sizes fit
+  each other.
+  """
   ctx = _context(tmp_path, variant, name)
   c = ctx.config
   build.check(c, ctx.mesh)
@@ -63,7 +80,9 @@ def test_every_variant_builds(tmp_path, name, variant):
   build.optimizer(c)
   build.noise_levels(c)
   build.sampler(c, stats, build.denoising_network(c, stats))
-  rows = {which: {k: n * c.data.snapshots for k, n in c.data[which].items()} for which in ("hfhr", "lflr")}
+  rows = {
+    which: {k: n * c.data.snapshots for k, n in c.data[which].items()} for which in ("hfhr", "lflr")
+  }
   assert min(rows["hfhr"]["train"], rows["lflr"]["train"]) >= c.debias.points
   assert rows["lflr"]["test"] >= c.debias.held_out >= c.sampling.conditions
   assert rows["hfhr"]["test"] >= c.sampling.conditions
@@ -74,11 +93,13 @@ def test_every_variant_builds(tmp_path, name, variant):
 
 @pytest.mark.parametrize("name", ["ks", "kolmogorov"])
 def test_no_trajectory_has_two_uses(tmp_path, name):
-  """What is tuned on a split is never reported on it: ids of all splits are apart, in every variant."""
+  """What is tuned on a split is never reported on it: ids of all splits are apart, in every
+  variant.
+  """
   module = runpy.run_path(str(CONFIGS / f"{name}.py"))
   for variant in module["VARIANTS"]:
     ctx = _context(tmp_path, variant, name)
-    for which, splits in (("hfhr", builders.SPLITS), ("lflr", builders.SPLITS[:3])):
+    for which, splits in (("hfhr", simulated.SPLITS), ("lflr", simulated.SPLITS[:3])):
       assert {*ctx.config.data[which]} == {*splits}
       plan = build.generation(ctx.config, tmp_path, which, meshes.rows(ctx.mesh))
       ids = {split: [] for split in splits}
@@ -90,13 +111,19 @@ def test_no_trajectory_has_two_uses(tmp_path, name):
 
 
 def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_path):
-  """The plan of a pod, by the real command on whatever machine this is, and that its figures are those of the net."""
-  argv = command("train", tmp_path / "none", "--dry_run", "--devices=256", config="kolmogorov.py:8x", small=False)
+  """The plan of a pod, by the real command on whatever machine this is, and that its figures are
+  those of the net.
+  """
+  argv = command(
+    "train", tmp_path / "none", "--dry_run", "--devices=256", config="kolmogorov.py:8x", small=False
+  )
   done = execute([*argv, "--config.mesh.fsdp=8"])
   assert done.returncode == 0, done.stderr
   text = done.stdout + done.stderr
   assert "mesh {'data': 32, 'fsdp': 8}" in text
-  work, steps = (float(re.search(p, text)[1]) for p in (r"([\d.]+) GFLOP a step", r"(\d+) steps of batch"))
+  work, steps = (
+    float(re.search(p, text)[1]) for p in (r"([\d.]+) GFLOP a step", r"(\d+) steps of batch")
+  )
   low, high = map(float, re.search(r"([\d.]+) h to ([\d.]+) h on", text).groups())
   # on one H200, whose dense peak in bfloat16 is 989 TFLOP/s; two digits are printed
   assert low == pytest.approx(work * 1e9 * steps / 0.4 / 989e12 / 3600, rel=0.05)
@@ -105,14 +132,21 @@ def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_
   parameters = int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))
   held = float(re.search(r"memory a device: ([\d.]+) MB state", text)[1])
   gathered = float(re.search(r"all-gather among 8 devices, ([\d.]+) MB", text)[1])
-  assert 16 * parameters / 8e6 < held < 1.05 * 16 * parameters / 8e6  # parameters, average, two moments; an eighth
-  assert gathered == pytest.approx(4 * parameters / 1e6, rel=0.01)  # all but the small leaves; three digits are printed
+  assert (
+    16 * parameters / 8e6 < held < 1.05 * 16 * parameters / 8e6
+  )  # parameters, average, two moments; an eighth
+  assert gathered == pytest.approx(
+    4 * parameters / 1e6, rel=0.01
+  )  # all but the small leaves; three digits are printed
   assert not (tmp_path / "none").exists()
 
 
 def test_prior_does_not_depend_on_the_coarse_world(tmp_path):
   """A new coarse solver must not cost a training run."""
-  one, two = _context(tmp_path).config, _context(tmp_path, **{"coarse.dt": 0.05, "data.lflr.train": 64}).config
+  one, two = (
+    _context(tmp_path).config,
+    _context(tmp_path, **{"coarse.dt": 0.05, "data.lflr.train": 64}).config,
+  )
   assert stages.identity(one, "train") == stages.identity(two, "train")
   assert stages.identity(one, "data") != stages.identity(two, "data")
   assert stages.identity(one, "samples") != stages.identity(two, "samples")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from downscaling import build, stages
-from downscaling.common import mesh as meshes
-from downscaling.common import runs
-from downscaling.datasets import statistics
 from downscaling.debias import maps
-from downscaling.diffusion import errors, training
+from downscaling.diffusion import error_table, train_loop
+from downscaling.fields import statistics
+from downscaling.runtime import files, stage_folder
+from downscaling.runtime import mesh as meshes
 
 ROOT = pathlib.Path(__file__).parents[1]
 KS = ROOT / "pretrained" / "ks"
@@ -26,7 +26,9 @@ def config():
 
 
 def test_every_file_is_the_one_that_the_card_lists():
-  listed = dict(reversed(line.split("  ", 1)) for line in (KS / "SHA256SUMS").read_text().splitlines())
+  listed = dict(
+    reversed(line.split("  ", 1)) for line in (KS / "SHA256SUMS").read_text().splitlines()
+  )
   there = {str(p.relative_to(KS)) for p in KS.rglob("*") if p.is_file() and p.name not in UNLISTED}
   assert {*listed} == there
   for name, digest in listed.items():
@@ -35,13 +37,16 @@ def test_every_file_is_the_one_that_the_card_lists():
 
 
 def test_the_prior_is_that_of_the_config(config):
-  prior = runs.config_hash(stages.identity(config, "train"))
+  prior = stage_folder.config_hash(stages.identity(config, "train"))
   stats = statistics.load(KS / "data" / "statistics.npz")
   network = build.denoising_network(config, stats)
-  params = training.load_prior(KS / "train", prior, network, build.space(config), 1, meshes.make())
+  params = train_loop.load_prior(
+    KS / "train", prior, network, build.space(config), 1, meshes.make()
+  )
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-  table = errors.load(KS / "train", prior)
-  # The network beats the best linear denoiser at σ = .3 of the data: .59 of its error is what was measured.
+  table = error_table.load(KS / "train", prior)
+  # The network beats the best linear denoiser at σ = .3 of the data: .59 of its error is what was
+  # measured.
   level = int(np.argmin(np.abs(table.sigmas - 0.3)))
   spectrum = stats.spectrum
   linear = spectrum * 0.09 / (spectrum + 0.09)
@@ -49,7 +54,9 @@ def test_the_prior_is_that_of_the_config(config):
 
 
 def test_the_map_is_that_of_the_config(config):
-  assert runs.read_json(KS / "debias" / "stage.json")["config"] == runs.plain(stages.identity(config, "debias"))
+  assert files.read_json(KS / "debias" / "stage.json")["config"] == stage_folder.plain(
+    stages.identity(config, "debias")
+  )
   made = maps.load(KS / "debias" / config.debias.map)
   y = np.sin(np.arange(24) * 2 * np.pi * 3 / 24)[None, :, None].astype(np.float32)
   mapped = made(y)

@@ -1,4 +1,7 @@
-"""launch/rehearse.sh: starts, restarts and ends a group of processes as a cluster would. Most tests need no jax."""
+"""launch/rehearse.sh: starts, restarts and ends a group of processes as a cluster would.
+
+Most tests need no jax.
+"""
 
 import os
 import signal
@@ -47,7 +50,7 @@ def test_killed_once_the_group_starts_again_and_agrees(tmp_path):
   """Process 1 kills itself as it has joined; process 0 waits for it in vain, until it is ended."""
   code = f"""
 import os, pathlib
-from downscaling.common import processes
+from downscaling.runtime import processes
 processes.start("on")
 me, marker = processes._place()[0], pathlib.Path({str(tmp_path / "marker")!r})
 processes.barrier("joined")
@@ -66,7 +69,9 @@ print("agreed", processes.gather("a", me))
 
 def test_an_error_is_not_tried_again(tmp_path):
   pids = tmp_path / "pids"
-  process = start(2, 1, shell("[ $JAX_PROCESS_ID = 1 ] && exit 1; exec sleep 100"), pids, RESTARTS="3")
+  process = start(
+    2, 1, shell("[ $JAX_PROCESS_ID = 1 ] && exit 1; exec sleep 100"), pids, RESTARTS="3"
+  )
   said, _ = process.communicate(timeout=20)
   assert process.returncode == 1
   assert said.count("process(es) of") == 1
@@ -99,7 +104,9 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, told):
 
 def test_one_that_does_not_listen_is_killed(tmp_path):
   pids = tmp_path / "pids"
-  code = "[ $JAX_PROCESS_ID = 1 ] && { sleep 0.3; exit 75; }; trap '' TERM; while :; do sleep 0.1; done"
+  code = (
+    "[ $JAX_PROCESS_ID = 1 ] && { sleep 0.3; exit 75; }; trap '' TERM; while :; do sleep 0.1; done"
+  )
   began = time.monotonic()
   process = start(2, 1, shell(code), pids, RESTARTS="1", GRACE="1")
   said, _ = process.communicate(timeout=30)
@@ -111,7 +118,9 @@ def test_one_that_does_not_listen_is_killed(tmp_path):
 
 
 def test_a_preempted_group_starts_again(tmp_path):
-  """Process 1 is preempted; process 0 follows by itself the first time, is ended the second; the third is well."""
+  """Process 1 is preempted; process 0 follows by itself the first time, is ended the second; the
+  third is well.
+  """
   code = f"""
     turn=$(ls {tmp_path} | wc -l)
     [ $JAX_PROCESS_ID = 1 ] && {{ sleep 0.5; touch {tmp_path}/$turn; [ $turn = 2 ] && exit 0; exit 143; }}

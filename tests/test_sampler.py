@@ -1,4 +1,6 @@
-"""The sampler as config blocks make it: what it returns, what it needs, what it refuses; 1-D and 2-D."""
+"""The sampler as config blocks make it: what it returns, what it needs, what it refuses; 1-D and
+2-D.
+"""
 
 import functools
 import importlib.util
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 
 from downscaling import build, stages
-from downscaling.common import mesh as meshes
-from downscaling.datasets import statistics
-from downscaling.sampling import draws, gain
+from downscaling.fields import statistics
+from downscaling.runtime import mesh as meshes
+from downscaling.sampling import conditional_sampler, gaussian_gain
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -29,10 +31,14 @@ def _config(name="ks", **changes):
 def _parts(config):
   """Statistics of a steep spectrum, an untrained network and its parameters."""
   space = build.space(config)
-  k = np.sqrt(sum(a**2 for a in np.meshgrid(*[np.fft.fftfreq(n, 1 / n) for n in space], indexing="ij")))
+  k = np.sqrt(
+    sum(a**2 for a in np.meshgrid(*[np.fft.fftfreq(n, 1 / n) for n in space], indexing="ij"))
+  )
   spectrum = 1 / (1 + (k / 4) ** 4)
   std = np.float32([2.0])
-  stats = statistics.Statistics(np.float32([0.5]), std, (spectrum / spectrum.mean())[..., None].astype(np.float32))
+  stats = statistics.Statistics(
+    np.float32([0.5]), std, (spectrum / spectrum.mean())[..., None].astype(np.float32)
+  )
   network = build.denoising_network(config, stats)
   init = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *space, 1)), jnp.ones(1))
   return stats, network, init["params"]
@@ -49,8 +55,12 @@ def _draw(config, parts, table):
 
 @pytest.mark.parametrize("name", ["ks", "kolmogorov"])
 def test_fields_and_misfits(name):
-  """Guidance by the measured error, with selection, on both equations: fields on y′, a score a row, NaN without y′."""
-  config = _config(name, **{"sampling.guidance.name": "measured", "sampling.resample.strength": 0.1})
+  """Guidance by the measured error, with selection, on both equations: fields on y′, a score a row,
+  NaN without y′.
+  """
+  config = _config(
+    name, **{"sampling.guidance.name": "measured", "sampling.resample.strength": 0.1}
+  )
   parts = _parts(config)
   op, y, fields, misfit = _draw(config, parts, build.stand_in_table(config))
   assert fields.shape == (8, *build.space(config), 1)
@@ -79,15 +89,20 @@ def test_guided_levels():
 
 
 def _gain(config, parts, power):
-  return gain.Gain(build.operator(config), gain.prior_variance(parts[0].spectrum ** power))
+  return gaussian_gain.Gain(
+    build.operator(config), gaussian_gain.prior_variance(parts[0].spectrum ** power)
+  )
 
 
 def test_a_soft_constraint_is_in_data_units():
-  """Noise as large as the data: the fields no longer pass through y′, by about that much and not by σ_d times it."""
+  """Noise as large as the data: the fields no longer pass through y′, by about that much and not by
+  σ_d times it.
+  """
   config = _config(**{"sampling.guidance.name": "wiener", "sampling.observation_noise": "2.0"})
   op, y, fields, _ = _draw(config, _parts(config), None)
   off = float(np.sqrt(np.mean((np.asarray(op.apply(fields)) - y) ** 2)))
-  # y is a unit normal about 0, fields of std 2 about .5: the posterior's misfit has variance between .25 × and 1 × 4.
+  # y is a unit normal about 0, fields of std 2 about .5: the posterior's misfit has variance
+  # between .25 × and 1 × 4.
   assert 0.5 < off < 3
 
 
@@ -105,7 +120,9 @@ def test_spread_is_about_the_mean_of_a_block():
 
 
 def test_fields_that_ran_away_are_none():
-  """A condition 10⁴ standard deviations off, and a solver whose noise grows: finite numbers that are no field."""
+  """A condition 10⁴ standard deviations off, and a solver whose noise grows: finite numbers that
+  are no field.
+  """
   config = _config(**{"sampling.guidance.name": "wiener"})
   stats, network, params = parts = _parts(config)
   _, y, fields, _ = _draw(config, parts, None)
@@ -120,12 +137,15 @@ def test_fields_that_ran_away_are_none():
 
 
 @pytest.mark.parametrize(
-  "changes", [{"guidance.name": "measured"}, {"guidance.name": "moment", "guidance.variance": "measured"}]
+  "changes",
+  [{"guidance.name": "measured"}, {"guidance.name": "moment", "guidance.variance": "measured"}],
 )
 def test_no_table_no_measured_error(changes):
   config = _config(**{f"sampling.{k}": v for k, v in changes.items()})
   assert build.needs_table(config)
-  with pytest.raises(FileNotFoundError, match="run `downscaling train` with the same --config and --workdir"):
+  with pytest.raises(
+    FileNotFoundError, match="run `downscaling train` with the same --config and --workdir"
+  ):
     jax.eval_shape(lambda: _draw(config, _parts(config), None))
 
 
@@ -138,13 +158,22 @@ def test_no_table_no_measured_error(changes):
     ({"unit": (4, 4), "solver.eta": 0.0}, "part by noise alone"),
     ({"unit": (4, 4), "resample.dead_zone": 0.5}, "drains the spread"),
     ({"guidance.variance": "exact"}, "use one of"),
-    ({"guidance.name": "paper", "observation_noise": "0.1", "resample.strength": 0.0}, "knows no observation noise"),
+    (
+      {"guidance.name": "paper", "observation_noise": "0.1", "resample.strength": 0.0},
+      "knows no observation noise",
+    ),
     ({"observation_noise": "automatic"}, "need a number >= 0.* or auto"),
     ({"max_failed": 1.0}, "need the share of members that may fail"),
-    ({"levels.sigma_max": 200.0}, "config.sampling.levels from 0.003 to 200, but the schedule vp_linear knows"),
+    (
+      {"levels.sigma_max": 200.0},
+      "config.sampling.levels from 0.003 to 200, but the schedule vp_linear knows",
+    ),
     ({"levels.sigma_min": 1e-4}, "config.sampling.levels from 0.0001 to 3, but the schedule"),
     ({"unconditional.sigma_max": 160.0}, "config.sampling.unconditional from 0.003 to 160"),
-    ({"guidance.name": "wiener", "observation_noise": "-1", "resample.strength": 0.0}, "need a number >= 0"),
+    (
+      {"guidance.name": "wiener", "observation_noise": "-1", "resample.strength": 0.0},
+      "need a number >= 0",
+    ),
   ],
 )
 def test_the_door(changes, words):
@@ -155,8 +184,15 @@ def test_the_door(changes, words):
 
 
 def test_a_step_of_heun_above_the_schedule_is_refused():
-  """With churn it first raises its level, by up to √2: from 120 that is beyond 152, where training ended."""
-  solver = {"solver.name": "heun", "levels.name": "edm", "levels.sigma_max": 120.0, "resample.strength": 0.0}
+  """With churn it first raises its level, by up to √2: from 120 that is beyond 152, where training
+  ended.
+  """
+  solver = {
+    "solver.name": "heun",
+    "levels.name": "edm",
+    "levels.sigma_max": 120.0,
+    "resample.strength": 0.0,
+  }
   config = _config(**{f"sampling.{k}": v for k, v in solver.items()})
   build.check(config, meshes.make(4))
   config.sampling.solver.churn = 40.0
@@ -169,7 +205,9 @@ def test_a_table_that_does_not_reach_the_levels_is_refused():
   stats, network, _ = _parts(config)
   table = build.stand_in_table(config)
   short = table._replace(sigmas=table.sigmas[:20], errors=table.errors[:20])
-  with pytest.raises(ValueError, match=r"config.sampling.levels asks for noise levels from 0.003 to 3, the prior's"):
+  with pytest.raises(
+    ValueError, match=r"config.sampling.levels asks for noise levels from 0.003 to 3, the prior's"
+  ):
     build.sampler(config, stats, network, short)
 
 
@@ -177,15 +215,19 @@ def test_a_field_that_ran_away_does_not_move_its_block():
   """The mean that spreads are about is that of the members that are there."""
   x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 1)), jnp.float32)
   broken = x.at[2].set(jnp.nan)
-  got, want = draws.rescale(broken, 4, 0.5), draws.rescale(x, 4, 0.5)
+  got, want = conditional_sampler.rescale(broken, 4, 0.5), conditional_sampler.rescale(x, 4, 0.5)
   assert np.isnan(got[2]).all()
   np.testing.assert_array_equal(got[4:], want[4:])
   kept = x[jnp.asarray([0, 1, 3])]
-  np.testing.assert_allclose(got[jnp.asarray([0, 1, 3])], draws.rescale(kept, 3, 0.5), atol=1e-6)  # float32
+  np.testing.assert_allclose(
+    got[jnp.asarray([0, 1, 3])], conditional_sampler.rescale(kept, 3, 0.5), atol=1e-6
+  )  # float32
 
 
 def test_auto_is_no_noise_until_conditions_bring_it():
-  """The bytes of observation_noise=0 without draws.Soft; numbers and words that are the same have one identity."""
+  """The bytes of observation_noise=0 without draws.Soft; numbers and words that are the same have
+  one identity.
+  """
   auto, none = _config(), _config(**{"sampling.observation_noise": "0"})
   assert auto.sampling.observation_noise == "auto"
   assert stages.observation_noise(auto) is None

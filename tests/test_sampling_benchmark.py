@@ -1,4 +1,6 @@
-"""The benchmark of samplers: held-out fields with and without a data set, the sweep of Eq. 7, ratios, costs."""
+"""The benchmark of samplers: held-out fields with and without a data set, the sweep of Eq. 7,
+ratios, costs.
+"""
 
 import json
 import math
@@ -12,9 +14,8 @@ import pytest
 
 from configs import ks
 from downscaling import build, context, jobs
-from downscaling.common import mesh as meshes
-from downscaling.common import supervision
-from downscaling.datasets import builders
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import supervision
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -50,9 +51,11 @@ def test_fields_are_the_same_with_and_without_a_data_set(bench, tmp_path):
     assert read.shape == (count, 192, 1)
     np.testing.assert_array_equal(read, simulated)
   assert not (tmp_path / "bare").exists()  # nothing is written for it
-  rows = builders.balanced(12, 4, 5)
+  rows = simulated.balanced(12, 4, 5)
   dataset = build.dataset(made.config, made.workdir, "hfhr")
-  assert list(builders.load(dataset, "test", index=rows)["trajectory"]) == list(1_500_000_000 + rows // 4)
+  assert list(simulated.load(dataset, "test", index=rows)["trajectory"]) == list(
+    1_500_000_000 + rows // 4
+  )
 
 
 def test_a_data_set_of_another_config_is_refused(bench, tmp_path):
@@ -64,7 +67,9 @@ def test_a_data_set_of_another_config_is_refused(bench, tmp_path):
 
 
 def parabola(best, runaway=math.inf):
-  """Member RMSE with its least at one α, CRPS with its least at half of it; members run away from `runaway` on."""
+  """Member RMSE with its least at one α, CRPS with its least at half of it; members run away from
+  `runaway` on.
+  """
 
   def measure(overrides):
     alpha = overrides["guidance.alpha"]
@@ -82,9 +87,12 @@ ALPHAS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 def test_the_sweep_finds_the_best_strength(bench, best):
   rival = bench["rival"]
   one = rival.fit(rival.Variant("em", {"plain": {}}, ALPHAS), parabola(best))
-  # ALPHAS lie within factors of 1.5; two halvings leave 1.5 ** .25, and the nearest is at half of it at most.
+  # ALPHAS lie within factors of 1.5; two halvings leave 1.5 ** .25, and the nearest is at half of
+  # it at most.
   assert abs(math.log(one.by_error[1] / best)) <= math.log(1.5) / 8
-  assert one.by_crps[1] == min(one.tried["plain"], key=lambda alpha: abs(math.log(2 * alpha / best)))
+  assert one.by_crps[1] == min(
+    one.tried["plain"], key=lambda alpha: abs(math.log(2 * alpha / best))
+  )
 
 
 def test_the_sweep_goes_on_while_the_largest_is_best(bench):
@@ -99,7 +107,9 @@ def test_the_sweep_chooses_among_settings_and_refines_the_best_alone(bench):
 
   def measure(overrides):
     found = parabola(4.0)(overrides)
-    return found if overrides["solver.eta"] == 1 else {key: 2 * value for key, value in found.items()}
+    return (
+      found if overrides["solver.eta"] == 1 else {key: 2 * value for key, value in found.items()}
+    )
 
   variant = rival.Variant("sde", {"η1": {"solver.eta": 1}, "η10": {"solver.eta": 10}}, ALPHAS)
   one = rival.fit(variant, measure)
@@ -121,14 +131,32 @@ def test_no_strength_is_tried_beyond_the_first_that_runs_away(bench):
     rival.fit(rival.Variant("sde", {"plain": {}}, ALPHAS), parabola(5.2, runaway=1))
 
 
-ROW = {"calls": 100.0, "ms": 10.0, "wall": 10.0, "member": 0.2, "mean": 0.1, "crps": 0.04, "energy": 0.05}
-ROW |= {"melre": 0.1, "cov": 1.0, "s/e": 1.1, "in50": 0.5, "in90": 0.7, "ideal50": 0.5, "ideal90": 0.78, "χ²": 2.0}
+ROW = {
+  "calls": 100.0,
+  "ms": 10.0,
+  "wall": 10.0,
+  "member": 0.2,
+  "mean": 0.1,
+  "crps": 0.04,
+  "energy": 0.05,
+}
+ROW |= {
+  "melre": 0.1,
+  "cov": 1.0,
+  "s/e": 1.1,
+  "in50": 0.5,
+  "in90": 0.7,
+  "ideal50": 0.5,
+  "ideal90": 0.78,
+  "χ²": 2.0,
+}
 
 
 def test_ratios_are_to_the_best_of_each_column_and_say_where_we_are_worse(bench):
   rival = bench["rival"]
   rows = {
-    "default": ROW | {"member": 0.05, "crps": 0.01, "ms": 2.0, "wall": 1.0, "s/e": 0.8, "cov": 1.01},
+    "default": ROW
+    | {"member": 0.05, "crps": 0.01, "ms": 2.0, "wall": 1.0, "s/e": 0.8, "cov": 1.01},
     "eq7 best em 256": ROW | {"calls": 500.0, "ms": 80.0, "wall": 40.0},
     "eq7 best sde 32": ROW | {"member": 0.1, "crps": 0.08, "wall": 2.0, "χ²": 0.4, "in50": 0.6},
     "eq7 best sde 16": {"calls": 1.0, "ms": 1.0, "wall": 1.0, "runaways": 4},
@@ -166,7 +194,10 @@ def test_a_choice_by_crps_is_drawn_where_it_matters(bench):
 
 @pytest.fixture(scope="module")
 def untrained(bench):
-  """A Bench on random parameters, without a work folder. An untrained network's last layer is 0, and D linear."""
+  """A Bench on random parameters, without a work folder.
+
+  An untrained network's last layer is 0, and D linear.
+  """
   config = ks.get_config("smoke")
   made = object.__new__(bench["bench"].Bench)
   made.mesh, made.seed, made.config, made._programs = meshes.make(), 0, config, {}
@@ -181,14 +212,18 @@ def untrained(bench):
 
 
 def test_a_gradient_counts_as_what_it_costs(bench, untrained):
-  """By two counts of one kind of FLOPs: a gradient with respect to x of a convolution is another convolution."""
+  """By two counts of one kind of FLOPs: a gradient with respect to x of a convolution is another
+  convolution.
+  """
   cases = bench["cases"].CASES
   steps = untrained.config.sampling.levels.steps
   # The gain's products of 24 values are there as well: below a hundredth of a network's.
   assert untrained.calls({}) == pytest.approx(steps + 1, rel=0.01)
   assert untrained.calls(cases["measured heun 16"]) == pytest.approx(33, rel=0.01)
   one = untrained.calls(cases["eq7 α1 em 256"]) / 257
-  assert one == pytest.approx(2, rel=0.05)  # measured 1.98: the first layer's input and embeddings need less
+  assert one == pytest.approx(
+    2, rel=0.05
+  )  # measured 1.98: the first layer's input and embeddings need less
   assert untrained.calls(cases["eq7 α4 sde 32"]) == pytest.approx(33 * one, rel=1e-6)
 
 
@@ -205,7 +240,9 @@ def test_cases_take_turns_on_the_same_noise_and_share_a_program(bench, untrained
   assert np.abs(found["α1"].fields - found["α4"].fields).max() > 1e-3
   # .5 over the share of one eighth is 4; in float32, through 3 steps.
   np.testing.assert_allclose(found["library"].fields, found["α4"].fields, rtol=1e-4, atol=1e-4)
-  np.testing.assert_allclose(found["α1"].fields[:, :, ::8], at.y[:, None, :, 0].repeat(2, 1), atol=1e-5)
+  np.testing.assert_allclose(
+    found["α1"].fields[:, :, ::8], at.y[:, None, :, 0].repeat(2, 1), atol=1e-5
+  )
   first = bench["bench"].Conditions("test", truth[:4], truth[:4, ::8])
   # Four conditions make a smaller block, compiled otherwise: to rounding.
   again = untrained.draw({"α1": cases["α1"]}, first, members=2)["α1"]
@@ -215,7 +252,9 @@ def test_cases_take_turns_on_the_same_noise_and_share_a_program(bench, untrained
 
 
 def test_runaways_are_counted_and_have_no_scores(bench, untrained):
-  at = bench["bench"].Conditions("test", np.ones((3, 192, 1), np.float32), np.ones((3, 24, 1), np.float32))
+  at = bench["bench"].Conditions(
+    "test", np.ones((3, 192, 1), np.float32), np.ones((3, 24, 1), np.float32)
+  )
   fields = np.ones((3, 2, 192), np.float32)
   fields[1, 0, 5] = fields[2, 1, :] = np.nan
   assert untrained.score(fields, at) == {"runaways": 2}
@@ -241,7 +280,11 @@ def test_cases_and_a_varied_key_on_the_smoke_prior(finished, execute, tmp_path):
   assert rows["solver.noise=1.0"]["member"] == rows["default"]["member"]
   assert rows["solver.noise=1.1"]["member"] != rows["default"]["member"]
   assert all(v > 0 for row in rows.values() for v in row["spectrum"].values())
-  assert all(math.isfinite(row[k]) for row in rows.values() for k in ("ms", "wall", "member", "crps", "melre", "cov"))
+  assert all(
+    math.isfinite(row[k])
+    for row in rows.values()
+    for k in ("ms", "wall", "member", "crps", "melre", "cov")
+  )
   assert {*found["baselines"]} == {"climatology", "interpolation"}
   assert rows["default"]["κ"] > 0
   assert done.stdout.count("default over") == 1
@@ -257,12 +300,16 @@ def test_the_rival_without_a_data_set_and_on_read_only_folders(finished, execute
   (bare / "data" / "statistics.npz").write_bytes((workdir / "data" / "statistics.npz").read_bytes())
   os.symlink(workdir / "train", bare / "train")
   config = ROOT / "configs" / "ks.py"
-  argv = script(f"--workdir={bare}", f"--config={config}:smoke", "--set", "data.shard=16", f"--out={tmp_path}")
+  argv = script(
+    f"--workdir={bare}", f"--config={config}:smoke", "--set", "data.shard=16", f"--out={tmp_path}"
+  )
   done = execute([*argv, "--conditions=4", "--members=2", "--sweep=4,2"])
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "sampling.json").read_text())
   assert {"em 256", "sde 32", "sde 16"} == set(found["sweep"])
-  assert {"default", "eq7 best em 256", "eq7 best sde 32", "eq7 library em 256"} < set(found["rows"])
+  assert {"default", "eq7 best em 256", "eq7 best sde 32", "eq7 library em 256"} < set(
+    found["rows"]
+  )
   assert "the best of each" in found["ratios"]
   assert done.stdout.count("(aim") == 4
   assert [p.name for p in (bare / "data").iterdir()] == ["statistics.npz"]

@@ -1,4 +1,6 @@
-"""Series in time, as a config asks for them: identities, refusals, and the whole pipeline on little data."""
+"""Series in time, as a config asks for them: identities, refusals, and the whole pipeline on little
+data.
+"""
 
 import json
 import pathlib
@@ -9,9 +11,9 @@ import pytest
 import xarray
 
 from downscaling import build, context, jobs, series, stages
-from downscaling.common import mesh as meshes
-from downscaling.common import runs, supervision
-from downscaling.datasets import statistics
+from downscaling.fields import statistics
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import stage_folder, supervision
 from downscaling.sampling import ensemble
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,21 +44,30 @@ def config(variant="series", **changes):
 
 @pytest.mark.parametrize("stage", stages.IDENTITY)
 def test_single_frames_leave_no_trace_in_an_identity(stage):
-  """Work folders that are older than series stay valid: the hash is that of a config without the new keys."""
+  """Work folders that are older than series stay valid: the hash is that of a config without the
+  new keys.
+  """
   c = config("quick")
   older = c.copy_and_resolve_references().unlock()
   del older.grid.frames, older.sampling.series
-  blocks = {key: runs.plain(older[key]) for key in stages.IDENTITY[stage]}
+  blocks = {key: stage_folder.plain(older[key]) for key in stages.IDENTITY[stage]}
   found = stages.identity(c, stage)
   unseen = ("factor", "operator") if stage == "train" else ()
   assert found["grid"] == {k: v for k, v in blocks["grid"].items() if k not in unseen}
   assert found.get("debias", {}).keys() <= blocks.get("debias", {}).keys()
   if "sampling" in blocks:
-    assert found["sampling"].keys() == blocks["sampling"].keys() - {"conditions", "members", "sets", "max_failed"}
+    assert found["sampling"].keys() == blocks["sampling"].keys() - {
+      "conditions",
+      "members",
+      "sets",
+      "max_failed",
+    }
 
 
 def test_first_conditions_are_of_many_trajectories():
-  """2048 held-out rows of 64 trajectories, 32 of each: 96 conditions meet nearly all, far apart in time."""
+  """2048 held-out rows of 64 trajectories, 32 of each: 96 conditions meet nearly all, far apart in
+  time.
+  """
   c = config("quick", **{"debias.held_out": 2048, "data.lflr.test": 64})
   order = series.condition_rows(c)
   np.testing.assert_array_equal(np.sort(order), np.arange(2048))
@@ -69,21 +80,27 @@ def test_first_conditions_are_of_many_trajectories():
 
 @pytest.mark.parametrize("changes", [{"debias.held_out": 64, "data.lflr.test": 64}, TINY])
 def test_where_conditions_keep_the_order_of_the_rows(changes):
-  """One row a trajectory, and series, are spread out as they lie; identities of older work folders stay."""
+  """One row a trajectory, and series, are spread out as they lie; identities of older work folders
+  stay.
+  """
   c = config("series" if changes is TINY else "quick", **changes)
   assert series.condition_rows(c) is None
   assert "order" not in stages.identity(c, "samples")["sampling"]
 
 
 def test_what_depends_on_series_and_what_does_not():
-  """The data are the same snapshots; held-out rows of debiasing depend on L alone; the prior on F alone."""
+  """The data are the same snapshots; held-out rows of debiasing depend on L alone; the prior on F
+  alone.
+  """
   base = config(**TINY)
   other = {
     "frames": config(**TINY | {"grid.frames": 2, "sampling.series.overlap": 0}),
     "overlap": config(**TINY | {"sampling.series.overlap": 3}),
     "length": config(**TINY | {"sampling.series.frames": 4}),
   }
-  changed = {name: {s for s in stages.IDENTITY if _hash(base, s) != _hash(c, s)} for name, c in other.items()}
+  changed = {
+    name: {s for s in stages.IDENTITY if _hash(base, s) != _hash(c, s)} for name, c in other.items()
+  }
   assert changed == {
     "frames": {"train", "samples", "report"},
     "overlap": {"samples", "report"},
@@ -92,7 +109,7 @@ def test_what_depends_on_series_and_what_does_not():
 
 
 def _hash(c, stage):
-  return runs.config_hash(stages.identity(c, stage))
+  return stage_folder.config_hash(stages.identity(c, stage))
 
 
 # ---------------------------------------------------------------- the door
@@ -101,14 +118,23 @@ def _hash(c, stage):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"grid.frames": 7, "sampling.series.frames": 7}, r"config.grid.frames=7.*--config.grid.frames=6 or fewer"),
+    (
+      {"grid.frames": 7, "sampling.series.frames": 7},
+      r"config.grid.frames=7.*--config.grid.frames=6 or fewer",
+    ),
     ({"grid.frames": 0}, "at least one window of at least one frame"),
-    ({"sampling.series.frames": 8}, r"config.sampling.series.frames=8, but a trajectory has .*snapshots=6"),
+    (
+      {"sampling.series.frames": 8},
+      r"config.sampling.series.frames=8, but a trajectory has .*snapshots=6",
+    ),
     ({"sampling.series.frames": 5}, r"--config.sampling.series.frames=4 or 6\."),
     ({"sampling.series.frames": 3}, r"--config.sampling.series.frames=4 or more"),
     ({"sampling.series.overlap": 4}, r"need 0 to 3.*--config.sampling.series.overlap=3"),
     ({"sampling.conditions": 9}, r"asks for 54 hfhr test frames in series of 6: 48.*hfhr.test=9"),
-    ({"sampling.conditions": 7}, r"held_out=40 fields.*conditions=6 or fewer, or --config.debias.held_out=42"),
+    (
+      {"sampling.conditions": 7},
+      r"held_out=40 fields.*conditions=6 or fewer, or --config.debias.held_out=42",
+    ),
     ({"evaluate.reference": 49}, r"evaluate.reference asks for 49 hfhr reference snapshots"),
     ({"train.batch": 52, "grid.frames": 6, "data.hfhr.train": 11}, r"has 11 windows of 6 frames"),
   ],
@@ -119,10 +145,16 @@ def test_the_door(changes, words):
 
 
 def test_what_attributes_say():
-  assert series.comment(config("quick")).startswith("Members are independent in time: the prior knows single fields")
-  assert "6 frames were drawn together, by windows of 4 frames with 2 in common" in series.comment(config(**TINY))
+  assert series.comment(config("quick")).startswith(
+    "Members are independent in time: the prior knows single fields"
+  )
+  assert "6 frames were drawn together, by windows of 4 frames with 2 in common" in series.comment(
+    config(**TINY)
+  )
   alone = config(**TINY | {"grid.frames": 1, "sampling.series.overlap": 0})
-  assert series.comment(alone).startswith("Frames of a member are independent in time, but for their conditions")
+  assert series.comment(alone).startswith(
+    "Frames of a member are independent in time, but for their conditions"
+  )
 
 
 # ---------------------------------------------------------------- the sampler
@@ -135,15 +167,21 @@ def test_series_of_both_equations_meet_their_conditions(name, guidance):
   exec((ROOT / "configs" / f"{name}.py").read_text(), scope)
   c = scope["get_config"]("smoke")
   small = {"sampling.levels.steps": 2, "sampling.guidance.name": guidance, "sampling.unit": (2, 2)}
-  c.update_from_flattened_dict(small | {"grid.frames": 2, "sampling.series": {"frames": 4, "overlap": 1}})
+  c.update_from_flattened_dict(
+    small | {"grid.frames": 2, "sampling.series": {"frames": 4, "overlap": 1}}
+  )
   space, op = build.space(c), build.operator(c)
   ones = np.ones(1, np.float32)
   stats = statistics.Statistics(0 * ones, 2 * ones, np.ones((*space, 1), np.float32))
   network = build.denoising_network(c, stats)
-  params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, *space, 2), np.float32), ones)["params"]
+  params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, *space, 2), np.float32), ones)[
+    "params"
+  ]
   y = jax.random.normal(jax.random.key(1), (2, 4, *op.coarse, 1))
   keys = jax.random.split(jax.random.key(2), 2)
-  fields, misfit = jax.jit(build.sampler(c, stats, network, build.stand_in_table(c)))(keys, y, params)
+  fields, misfit = jax.jit(build.sampler(c, stats, network, build.stand_in_table(c)))(
+    keys, y, params
+  )
   assert fields.shape == (2, 4, *space, 1)
   assert misfit.shape == (2,)
   np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)  # float32, fields of size 2
@@ -156,7 +194,11 @@ def test_series_of_both_equations_meet_their_conditions(name, guidance):
 def run(tmp_path_factory):
   """A whole pipeline in this process."""
   ctx = context.Context(
-    config(**TINY), tmp_path_factory.mktemp("series") / "run", meshes.make(), supervision.Stop(), "test"
+    config(**TINY),
+    tmp_path_factory.mktemp("series") / "run",
+    meshes.make(),
+    supervision.Stop(),
+    "test",
   )
   build.check(ctx.config, ctx.mesh)
   jobs.run("pipeline", ctx)
@@ -165,7 +207,9 @@ def run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_pipeline_end_to_end(run):
-  """Stores with an axis of time, conditions that are stretches in order of time, a report that knows both."""
+  """Stores with an axis of time, conditions that are stretches in order of time, a report that
+  knows both.
+  """
   for name, source in build.sources(run.config).items():
     with xarray.open_zarr(run.folder("samples") / f"{name}.zarr") as data:
       assert data["sample"].dims == ("condition", "member", "time", "x")
@@ -176,7 +220,9 @@ def test_the_pipeline_end_to_end(run):
       if source:
         assert data["condition_field"].dims == ("condition", "time", "x_coarse")
         seen, field = data["sample"].values[..., ::16], data["condition_field"].values
-        np.testing.assert_allclose(seen, np.broadcast_to(field[:, None], seen.shape), atol=1e-4)  # float32, of size 3
+        np.testing.assert_allclose(
+          seen, np.broadcast_to(field[:, None], seen.shape), atol=1e-4
+        )  # float32, of size 3
   true = context.true_rows(run, 4)
   assert true.shape == (4, 6, 192, 1)
   # A field keeps its shape from one frame to the next, as frames of different trajectories do not.
@@ -185,7 +231,9 @@ def test_the_pipeline_end_to_end(run):
   stored = ensemble.read(run.folder("samples") / "true+diffusion.zarr")["condition_field"]
   np.testing.assert_array_equal(stored, true[:, :, ::16, 0])
   metrics = json.loads((run.folder("report") / "metrics.json").read_text())
-  assert {"gaussian+diffusion", "gaussian+diffusion, members exchanged", "floor"} <= {*metrics["series"]}
+  assert {"gaussian+diffusion", "gaussian+diffusion, members exchanged", "floor"} <= {
+    *metrics["series"]
+  }
   assert metrics["series"]["floor"]["increment"] == pytest.approx(1, abs=0.5)  # 8 series of chaos
   assert metrics["sizes"]["samples.gaussian+diffusion"] == [24, 2, 192]  # frames are rows
   assert (run.folder("report") / "hovmoeller_true_diffusion.png").exists()
@@ -197,9 +245,11 @@ def test_members_do_not_depend_on_devices(run):
   c, stats = run.config, context.stage_statistics(run)
   network = build.denoising_network(c, stats)
   prior = run.stage("train")
-  params = jobs.training.load_prior(prior.path, runs.config_hash(prior.identity), network, (192,), 4, run.mesh)
+  params = jobs.train_loop.load_prior(
+    prior.path, stage_folder.config_hash(prior.identity), network, (192,), 4, run.mesh
+  )
   params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
-  table = jobs.errors.load(prior.path, runs.config_hash(prior.identity))
+  table = jobs.error_table.load(prior.path, stage_folder.config_hash(prior.identity))
   unit = ensemble.Unit(0, 4, 0, 2)
   y = context.conditions_of(run, "true")
   layout = ensemble.layout_of(
@@ -208,7 +258,11 @@ def test_members_do_not_depend_on_devices(run):
   )  # fmt: skip
   with jax.default_device(jax.devices()[0]):
     ids, members, fields = ensemble.block(layout, unit, np.arange(4), y)
-    drawn, _ = jax.jit(build.sampler(c, stats, network, table))(ensemble.keys(c.seed, ids, members), fields, params)
+    drawn, _ = jax.jit(build.sampler(c, stats, network, table))(
+      ensemble.keys(c.seed, ids, members), fields, params
+    )
   with xarray.open_zarr(run.folder("samples") / "true+diffusion.zarr") as data:
     stored = data["sample"].values
-  np.testing.assert_allclose(np.asarray(drawn)[..., 0].reshape(stored.shape), stored, atol=1e-3)  # of size 3
+  np.testing.assert_allclose(
+    np.asarray(drawn)[..., 0].reshape(stored.shape), stored, atol=1e-3
+  )  # of size 3

@@ -1,14 +1,16 @@
-"""The observation noise of a map: its rows, its program, stored, read back, handed on; or why there is none."""
+"""The observation noise of a map: its rows, its program, stored, read back, handed on; or why there
+is none.
+"""
 
 import jax
 import numpy as np
 import pytest
 
 from downscaling import build, soft_conditions
-from downscaling.common import mesh as meshes
-from downscaling.common import runs, supervision
 from downscaling.context import Context
-from downscaling.sampling import draws, ensemble, observation
+from downscaling.runtime import files, supervision
+from downscaling.runtime import mesh as meshes
+from downscaling.sampling import conditional_sampler, ensemble, observation_noise
 from tests.test_sampler import _config, _parts
 
 SET = "equivariant+diffusion"
@@ -23,7 +25,9 @@ class Shifted:
 
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
-  """(context, sampler, parameters, statistics) of the smoke config with 16 made-up calibration rows, and its map."""
+  """(context, sampler, parameters, statistics) of the smoke config with 16 made-up calibration
+  rows, and its map.
+  """
   config = _config(**{"sampling.conditions": 4})
   stats, network, params = _parts(config)
   rows = np.random.default_rng(0).normal(size=(16, 1, 24, 1)).astype(np.float32)
@@ -37,22 +41,33 @@ def test_a_fit_is_made_once_said_and_handed_on(setting, tmp_path, capsys, monkey
   ctx, sampler, params, stats = setting
   monkeypatch.setattr(soft_conditions, "LEAST", 5)  # three units of two conditions
   first = soft_conditions.fits(ctx, tmp_path, sampler, params, stats)
-  assert set(first) == {SET, "entropic+diffusion", "gaussian+diffusion"} & set(build.sources(ctx.config))
+  assert set(first) == {SET, "entropic+diffusion", "gaussian+diffusion"} & set(
+    build.sources(ctx.config)
+  )
   said = capsys.readouterr().err
-  assert f"{SET}: observation noise {first[SET].std:g} of the data's standard deviation, χ²/d′" in said
-  record = runs.read_json(tmp_path / soft_conditions.FILE)[SET]
+  assert (
+    f"{SET}: observation noise {first[SET].std:g} of the data's standard deviation, χ²/d′" in said
+  )
+  record = files.read_json(tmp_path / soft_conditions.FILE)[SET]
   assert record["map"] == "equivariant"
   assert record["rows"] == "lflr calibration, 6 conditions of 4 members"
-  np.testing.assert_allclose(record["std_in_data_units"], 2 * first[SET].std)  # the data's standard deviation is 2
+  np.testing.assert_allclose(
+    record["std_in_data_units"], 2 * first[SET].std
+  )  # the data's standard deviation is 2
   before = (tmp_path / soft_conditions.FILE).read_bytes()
   monkeypatch.setattr(soft_conditions, "_fit", lambda *_: pytest.fail("fitted again"))
   assert soft_conditions.fits(ctx, tmp_path, sampler, params, stats) == first
   assert (tmp_path / soft_conditions.FILE).read_bytes() == before
-  assert soft_conditions.attributes(first[SET], stats)["observation_noise_chi_squared"] == first[SET].chi2
+  assert (
+    soft_conditions.attributes(first[SET], stats)["observation_noise_chi_squared"]
+    == first[SET].chi2
+  )
 
 
 def test_the_fit_sees_the_maps_fields_and_the_samplers_own_misfits(setting, monkeypatch):
-  """χ² and corr of the first evaluation, s = 0, are those of the rows behind the map, drawn by keys of their own."""
+  """χ² and corr of the first evaluation, s = 0, are those of the rows behind the map, drawn by keys
+  of their own.
+  """
   ctx, sampler, params, _ = setting
   monkeypatch.setattr(soft_conditions, "LEAST", 4)
   found = soft_conditions._fit(ctx, "equivariant", sampler, params, 1)
@@ -60,16 +75,18 @@ def test_the_fit_sees_the_maps_fields_and_the_samplers_own_misfits(setting, monk
   assert y.mean() == pytest.approx(1, abs=0.5)
   ids, members = (soft_conditions.FIRST_ID + np.arange(4)).repeat(4), np.tile(np.arange(4), 4)
   keys = ensemble.keys(ctx.config.seed, ids.astype(np.uint32), members.astype(np.uint32))
-  _, misfit = jax.jit(sampler)(keys, y.repeat(4, 0), draws.Soft(params, np.zeros((1, 1), np.float32)))
+  _, misfit = jax.jit(sampler)(
+    keys, y.repeat(4, 0), conditional_sampler.Soft(params, np.zeros((1, 1), np.float32))
+  )
   assert found.exact[0] == pytest.approx(float(misfit.mean()), rel=1e-3)  # other programs: float32
   assert found.exact[1] == pytest.approx(1, abs=1e-6)  # an exact constraint
 
 
 def test_what_the_sampler_is_handed(setting):
   _, _, params, _ = setting
-  fit = observation.Fit(0.05, 1.0, 0.999, (9.0, 1.0), ((0.0, 9.0, 1.0), (0.05, 1.0, 0.999)))
+  fit = observation_noise.Fit(0.05, 1.0, 0.999, (9.0, 1.0), ((0.0, 9.0, 1.0), (0.05, 1.0, 0.999)))
   assert soft_conditions.weights(params, None, 1) is params
-  exact = observation.Fit(0.0, 1.0, 1.0, (1.0, 1.0), ((0.0, 1.0, 1.0),))
+  exact = observation_noise.Fit(0.0, 1.0, 1.0, (1.0, 1.0), ((0.0, 1.0, 1.0),))
   assert soft_conditions.weights(params, exact, 1) is params  # the very program of true conditions
   soft = soft_conditions.weights(params, fit, 2)
   assert soft.params is params
@@ -81,11 +98,16 @@ def test_what_the_sampler_is_handed(setting):
   [
     ({"observation_noise": "0.1"}, ""),
     ({"sets": ("true+diffusion", "raw+diffusion")}, ""),
-    ({"guidance.name": "paper", "guidance.final": "overwrite"}, "observation noise 0, as guidance 'paper' knows none"),
+    (
+      {"guidance.name": "paper", "guidance.final": "overwrite"},
+      "observation noise 0, as guidance 'paper' knows none",
+    ),
   ],
 )
 def test_where_there_is_none(setting, tmp_path, capsys, changes, words):
-  """A number holds for all sets; true and raw conditions are no map's; and Eq. 7 knows no noise, which is said."""
+  """A number holds for all sets; true and raw conditions are no map's; and Eq. 7 knows no noise,
+  which is said.
+  """
   ctx, sampler, params, stats = setting
   ctx.config.update_from_flattened_dict({f"sampling.{k}": v for k, v in changes.items()})
   assert soft_conditions.fits(ctx, tmp_path, sampler, params, stats) == {}

@@ -1,8 +1,8 @@
 """The `generate` job: trajectory ids -> snapshots -> array_record shards, resumable shard by shard.
 
-A shard is the unit of work: a run of consecutive trajectories, computed in one call over the devices of one process,
-written by that process to a temporary file and renamed. A shard whose file is there is never computed again; its bytes
-are the same whichever process wrote it.
+A shard is the unit of work: a run of consecutive trajectories, computed in one call over the
+devices of one process, written by that process to a temporary file and renamed. A shard whose file
+is there is never computed again; its bytes are the same whichever process wrote it.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from downscaling.common import mesh as meshes
-from downscaling.common import runs
-from downscaling.datasets import builders
+from downscaling.datasets import simulated
+from downscaling.runtime import files, progress, supervision
+from downscaling.runtime import mesh as meshes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Plan:
 
   builder: a FieldsBuilder. trajectories: {split: how many}. shard: trajectories a shard.
   times: [S] times of the snapshots, in units of the equation.
-  rollout: ids [T], sharded over the mesh -> fields [T, S, *space, C], sharded likewise; compiled by the equation.
-  check: (fields, ids, times) raises FloatingPointError, naming trajectory and time, where a field is no solution.
+  rollout: ids [T], sharded over the mesh -> fields [T, S, *space, C], sharded likewise; compiled by
+    the equation.
+  check: (fields, ids, times) raises FloatingPointError, naming trajectory and time, where a field
+    is no solution.
   """
 
-  builder: builders.FieldsBuilder
+  builder: simulated.FieldsBuilder
   trajectories: dict[str, int]
   shard: int
   times: np.ndarray
@@ -43,7 +45,7 @@ class Plan:
     out = []
     for split, count in self.trajectories.items():
       number = -(-count // self.shard)
-      first = builders.FIRST_TRAJECTORY[split]
+      first = simulated.FIRST_TRAJECTORY[split]
       template = self.template(split)
       for i in range(number):
         ids = np.arange(i * self.shard, min((i + 1) * self.shard, count)) + first
@@ -53,7 +55,10 @@ class Plan:
 
   def template(self, split: str) -> tfds.core.ShardedFileTemplate:
     return tfds.core.ShardedFileTemplate(
-      data_dir=self.builder.data_path, dataset_name=self.builder.name, split=split, filetype_suffix="array_record"
+      data_dir=self.builder.data_path,
+      dataset_name=self.builder.name,
+      split=split,
+      filetype_suffix="array_record",
     )
 
 
@@ -64,26 +69,32 @@ def generate(
   process: int = 0,
   agree: Callable[[Any], list] = lambda value: [value],
 ) -> int:
-  """Makes what is missing of one data set; returns the number of trajectories computed now, by all processes.
+  """Makes what is missing of one data set; returns the number of trajectories computed now, by all
+  processes.
 
-  The missing shards are dealt out to the processes, each of which computes and writes its own on its own devices;
-  computation of a shard overlaps the writing of the one before. The float64 simulation needs jax.enable_x64 around the
-  call; examples are stored in float32.
+  The missing shards are dealt out to the processes, each of which computes and writes its own on
+  its own devices; computation of a shard overlaps the writing of the one before. The float64
+  simulation needs jax.enable_x64 around the call; examples are stored in float32.
 
   Args:
     mesh: of this process's devices alone (mesh.local). stop: polled as often on every process.
     process: number of this one. agree: value -> the values of all processes (processes.gather).
-  Raises: FloatingPointError for a blow-up; runs.Interrupted once `stop()` is true, every begun shard being whole.
+  Raises: FloatingPointError for a blow-up; supervision.Interrupted once `stop()` is true, every
+    begun shard being whole.
   """
   shards = plan.shards()
   plan.builder.data_path.mkdir(parents=True, exist_ok=True)
-  there = agree([s[3].exists() for s in shards])  # as process 0 sees them, so that all deal out the same
+  there = agree(
+    [s[3].exists() for s in shards]
+  )  # as process 0 sees them, so that all deal out the same
   missing = [s for s, exists in zip(shards, there[0], strict=True) if not exists]
   mine, rounds = missing[process :: len(there)], -(-len(missing) // len(there))
   name = f"generate {plan.builder.name}/{plan.builder.builder_config.name}"
   total, todo = (sum(len(s[2]) for s in group) for group in (shards, missing))
-  width = -(-plan.shard // mesh.size) * mesh.size  # one compilation: every shard is padded to the same width
-  with runs.Progress(name, total, "trajectories", done=total - todo) as bar:
+  width = (
+    -(-plan.shard // mesh.size) * mesh.size
+  )  # one compilation: every shard is padded to the same width
+  with progress.Progress(name, total, "trajectories", done=total - todo) as bar:
     pending = None
     for turn in range(rounds + 1):
       shard = mine[turn] if turn < len(mine) else None
@@ -92,11 +103,13 @@ def generate(
         padded = np.concatenate([ids, np.full(width - len(ids), ids[0])])
         computed = plan.rollout(jax.device_put(padded, meshes.rows(mesh)))
       if pending is not None:
-        with runs.full_disk_in_words(plan.builder.data_dir, "its finished shards are whole"):
+        with files.full_disk_in_words(plan.builder.data_dir, "its finished shards are whole"):
           _write(plan, pending[0], np.asarray(pending[1]))
         bar.advance(sum(len(s[2]) for s in missing[(turn - 1) * len(there) : turn * len(there)]))
       if turn and stop() and turn < rounds:
-        raise runs.Interrupted(f"{name} stopped with {bar.done} of {total} trajectories on disk")
+        raise supervision.Interrupted(
+          f"{name} stopped with {bar.done} of {total} trajectories on disk"
+        )
       pending = None if shard is None else (shard, computed)
   agree("written")
   if process == 0 and (missing or not plan.builder.info.initialized):
@@ -125,9 +138,13 @@ def _write(plan: Plan, shard, fields: np.ndarray) -> None:
 
 
 def _serialize(features: tfds.features.FeaturesDict, example: dict) -> bytes:
-  """One record. Fields in order of their names: protocol buffers else put them in an order of the process's own."""
+  """One record. Fields in order of their names: protocol buffers else put them in an order of the
+  process's own.
+  """
   serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-  return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+  return serializer.get_tf_example(features.encode_example(example)).SerializeToString(
+    deterministic=True
+  )
 
 
 def _records(path: pathlib.Path) -> int:
@@ -142,7 +159,9 @@ def _records(path: pathlib.Path) -> int:
 
 
 def _finalise(plan: Plan, shards) -> None:
-  """Counts the records of every shard and writes dataset_info.json: only then the data set counts as made."""
+  """Counts the records of every shard and writes dataset_info.json: only then the data set counts
+  as made.
+  """
   splits = []
   for split in plan.trajectories:
     lengths, size = [], 0
@@ -151,12 +170,14 @@ def _finalise(plan: Plan, shards) -> None:
       size += path.stat().st_size
       if lengths[-1] != len(ids) * len(plan.times):
         raise ValueError(
-          f"{path} has {lengths[-1]} records, {len(ids) * len(plan.times)} are needed: it is damaged. Move it away and "
-          "run the same command; only that shard is made again."
+          f"{path} has {lengths[-1]} records, {len(ids) * len(plan.times)} are needed: it is "
+          "damaged. Move it away and run the same command; only that shard is made again."
         )
     if lengths:
       splits.append(
-        tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size, filename_template=plan.template(split))
+        tfds.core.SplitInfo(
+          name=split, shard_lengths=lengths, num_bytes=size, filename_template=plan.template(split)
+        )
       )
   plan.builder.info.set_splits(tfds.core.splits.SplitDict(splits))
   plan.builder.info.write_to_directory(plan.builder.data_dir)

@@ -1,8 +1,9 @@
 """Is a map fit to be used? Checks of the rows before a fit, and of each map after it.
 
-Every check leaves a finding: {"level": "ok" | "warning" | "error", "check", "map" (or None), "value", "limit",
-"message"}. The debias job stores all of them in diagnostics.json under "health", prints each warning as one line, and
-refuses to finish on an error. A fault of a map that samples are not drawn behind is a warning at most.
+Every check leaves a finding: {"level": "ok" | "warning" | "error", "check", "map" (or None),
+"value", "limit", "message"}. The debias job stores all of them in diagnostics.json under "health",
+prints each warning as one line, and refuses to finish on an error. A fault of a map that samples
+are not drawn behind is a warning at most.
 """
 
 import math
@@ -10,21 +11,33 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from downscaling.debias import groups
-from downscaling.debias.equivariant import blocks
+from downscaling.debias import bias_symmetry
+from downscaling.debias.equivariant.equivariant_map import blocks
 
 Finding = dict
 STRAY = 30.0  # robust standard deviations of a value from which it is named
 ROWS_PER_POINT = 10.0  # rows, each with all its images under the group, for every point of the grid
-POOLED, PINNED = (0.8, 1.25), 0.2  # amplitude ratio of all points together; of one point, 1 ± so much beyond sampling
-LOST = 0.5  # of the amplitude, or of the variance by averaging: a map that loses more carries little information
+POOLED, PINNED = (
+  (0.8, 1.25),
+  0.2,
+)  # amplitude ratio of all points together; of one point, 1 ± so much beyond sampling
+# of the amplitude, or of the variance by averaging: a map that loses more carries little
+# information
+LOST = 0.5
 SHRUNK = 0.1  # of the variance may be lost by averaging over targets
 LOOK_UP = 1.05  # effective targets below it: each row is replaced by its nearest target
 SPREAD_OUT = 0.1  # of all targets in one row's average
 SHOWN = 8  # places named in a message
 
 
-def finding(check: str, value: float, limit: float, bad: str = "", level: str = "warning", name: str | None = None):
+def finding(
+  check: str,
+  value: float,
+  limit: float,
+  bad: str = "",
+  level: str = "warning",
+  name: str | None = None,
+):
   """One finding; `bad` is what is wrong and what to do, "" if all is well."""
   return {
     "level": level if bad else "ok",
@@ -45,11 +58,14 @@ def refuse(findings: Sequence[Finding]) -> None:
 # ---------------------------------------------------------------- before the fit
 
 
-def of_rows(clouds: Mapping[str, np.ndarray], fitted: Sequence[str], outlier: float) -> list[Finding]:
-  """Outlying values and constant points of clouds [S, *space, C]; values of `fitted` clouds beyond outlier are errors.
+def of_rows(
+  clouds: Mapping[str, np.ndarray], fitted: Sequence[str], outlier: float
+) -> list[Finding]:
+  """Outlying values and constant points of clouds [S, *space, C]; values of `fitted` clouds beyond
+  outlier are errors.
 
-  A value is measured from its point's median, in units of the standard deviation that the central 90 % of the point's
-  values have if they are normal: outliers do not move that.
+  A value is measured from its point's median, in units of the standard deviation that the central
+  90 % of the point's values have if they are normal: outliers do not move that.
   """
   found = []
   for name, rows in clouds.items():
@@ -61,12 +77,14 @@ def of_rows(clouds: Mapping[str, np.ndarray], fitted: Sequence[str], outlier: fl
 
 
 def _outliers(name: str, rows: np.ndarray, outlier: float) -> Finding:
-  middle, width = groups.middle_and_width(rows)
+  middle, width = bias_symmetry.middle_and_width(rows)
   typical = float(np.sqrt((width**2).mean()))
   width = np.where(width > 0, width, typical)
   if not typical > 0:
     return finding(f"outliers in {name}", 0.0, STRAY)
-  worst = np.concatenate([(np.abs(block - middle) / width).max(axis=1) for _, block in blocks(rows)])
+  worst = np.concatenate(
+    [(np.abs(block - middle) / width).max(axis=1) for _, block in blocks(rows)]
+  )
   most = float(worst.max())
   limit = min(STRAY, outlier)
   stray = np.flatnonzero(worst > limit)
@@ -75,9 +93,10 @@ def _outliers(name: str, rows: np.ndarray, outlier: float) -> Finding:
   level = "error" if most > outlier else "warning"
   stray = stray[np.argsort(-worst[stray], kind="stable")]
   say = (
-    f"{len(stray)} of {len(rows)} {name} rows hold values beyond {limit:g} robust standard deviations (rows "
-    f"{_places(stray)}; the largest is {_value(rows, stray[0], middle, width):.4g}, at {most:.3g}): is it a fill value "
-    "or a unit? Drop or mend those rows"
+    f"{len(stray)} of {len(rows)} {name} rows hold values beyond {limit:g} robust standard "
+    f"deviations (rows {_places(stray)}; the largest is "
+    f"{_value(rows, stray[0], middle, width):.4g}, at {most:.3g}): is it a fill value or a unit? "
+    "Drop or mend those rows"
   )
   if level == "error":
     say += f", or allow them by --config.debias.outlier={2 * most:.1g}."
@@ -98,8 +117,9 @@ def _constant(name: str, rows: np.ndarray) -> Finding:
   if not len(still):
     return finding(f"constant points in {name}", 0, 0)
   say = (
-    f"{len(still)} of {rows.shape[1]} points have one value in all {name} rows (points {_places(still)}): no map can "
-    "give them a spread, and they enter every average over symmetries. Leave those points out, or mend them."
+    f"{len(still)} of {rows.shape[1]} points have one value in all {name} rows (points "
+    f"{_places(still)}): no map can give them a spread, and they enter every average over "
+    "symmetries. Leave those points out, or mend them."
   )
   return finding(f"constant points in {name}", len(still), 0, say)
 
@@ -110,27 +130,33 @@ def of_size(rows: int, points: int, elements: int) -> Finding:
   if value >= ROWS_PER_POINT:
     return finding("rows for each point", value, ROWS_PER_POINT)
   say = (
-    f"{rows} rows with {elements} images each for {points} points: fewer than {ROWS_PER_POINT:g} a point, so "
-    "covariances are noisy and in-sample rows flatter. Raise config.debias.points, simulate more, or coarsen more."
+    f"{rows} rows with {elements} images each for {points} points: fewer than {ROWS_PER_POINT:g} a "
+    "point, so covariances are noisy and in-sample rows flatter. Raise config.debias.points, "
+    "simulate more, or coarsen more."
   )
   return finding("rows for each point", value, ROWS_PER_POINT, say)
 
 
-def of_group(verdicts: Sequence[groups.Verdict], used: str) -> list[Finding]:
-  """What the test said of the groups that it looked at, the largest first; used: the one that maps are fitted with.
+def of_group(verdicts: Sequence[bias_symmetry.Verdict], used: str) -> list[Finding]:
+  """What the test said of the groups that it looked at, the largest first; used: the one that maps
+  are fitted with.
 
   All groups that the bias breaks are told in one finding.
   """
   broken = [each for each in verdicts if not each.passes]
-  found = [finding(f"symmetry of the bias: {each.name}", each.worst, each.limit) for each in verdicts if each.passes]
+  found = [
+    finding(f"symmetry of the bias: {each.name}", each.worst, each.limit)
+    for each in verdicts
+    if each.passes
+  ]
   if not broken:
     return found
   first, *others = broken
   where = "over all points" if first.point is None else f"at point {first.point}"
   say = (
-    f"the bias breaks the symmetry of the group {first.name!r} ({first.elements} elements): the difference in "
-    f"{first.statistic} {where} is {first.size:+.2g} from what the group allows, {first.worst:.1f} standard errors "
-    f"where sampling allows {first.limit:.1f}"
+    f"the bias breaks the symmetry of the group {first.name!r} ({first.elements} elements): the "
+    f"difference in {first.statistic} {where} is {first.size:+.2g} from what the group allows, "
+    f"{first.worst:.1f} standard errors where sampling allows {first.limit:.1f}"
   )
   if others:
     say += " (" + ", ".join(f"{each.name!r}: {each.worst:.1f}" for each in others) + ")"
@@ -155,8 +181,8 @@ def of_map(
   """Amplitude of a map's fields, and what averaging over targets has cost a barycentric one.
 
   Args:
-    facts: of the fit (maps.fit). held_out, in_sample: mapped rows, [S, *space, C]. target: true rows. chosen: are
-      samples drawn behind this map? Only then is a fault an error.
+    facts: of the fit (maps.fit). held_out, in_sample: mapped rows, [S, *space, C]. target: true
+      rows. chosen: are samples drawn behind this map? Only then is a fault an error.
   """
   worst = "error" if chosen else "warning"
   found = [*_amplitude(name, held_out, target, worst)]
@@ -170,7 +196,9 @@ def of_map(
 
 
 def _amplitude(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) -> list[Finding]:
-  ours, true = (np.asarray(rows.reshape(len(rows), -1), np.float64).std(axis=0) for rows in (mapped, target))
+  ours, true = (
+    np.asarray(rows.reshape(len(rows), -1), np.float64).std(axis=0) for rows in (mapped, target)
+  )
   if not true.any():
     return []
   pooled = math.sqrt(float((ours**2).sum() / (true**2).sum()))
@@ -178,38 +206,44 @@ def _amplitude(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) ->
   say, level = "", "warning"
   if not low <= pooled <= high:
     say = (
-      f"map {name} gives fields {pooled:.2f} times the amplitude of the true ones (standard deviation of anomalies): "
-      f"{low:g} to {high:g} is healthy. Lower config.debias.epsilon if it is an entropic map; else look for outliers, "
-      "or for held-out rows that are not of the law of the fit."
+      f"map {name} gives fields {pooled:.2f} times the amplitude of the true ones (standard "
+      f"deviation of anomalies): {low:g} to {high:g} is healthy. Lower config.debias.epsilon if it "
+      "is an entropic map; else look for outliers, or for held-out rows that are not of the law "
+      "of the fit."
     )
     level = worst if pooled < LOST else "warning"
   found = [finding("amplitude ratio", pooled, low if pooled < 1 else high, say, level, name)]
   alive = true > 0
   ratio = ours[alive] / true[alive]
-  # Of a standard deviation; twice as wide, as rows of one trajectory are alike and tails are not normal.
+  # Of a standard deviation; twice as wide, as rows of one trajectory are alike and tails are not
+  # normal.
   error = 2 * math.sqrt(0.5 / len(mapped) + 0.5 / len(target))
   allowed = PINNED + 4 * error
   place = int(np.argmax(np.abs(ratio - 1)))
   say = ""
   if abs(ratio[place] - 1) > allowed:
     say = (
-      f"map {name} gives point {int(np.flatnonzero(alive)[place])} {ratio[place]:.2f} times the true amplitude "
-      f"(1 ± {allowed:.2f} is healthy): does the bias differ from place to place? Set --config.debias.group=auto, or "
-      "look at that point's raw data."
+      f"map {name} gives point {int(np.flatnonzero(alive)[place])} {ratio[place]:.2f} times the "
+      f"true amplitude (1 ± {allowed:.2f} is healthy): does the bias differ from place to place? "
+      "Set --config.debias.group=auto, or look at that point's raw data."
     )
   return [*found, finding("amplitude ratio at a point", ratio[place], 1 + math.copysign(allowed, ratio[place] - 1), say,
                           "warning", name)]  # fmt: skip
 
 
 def _shrinkage(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) -> Finding:
-  ours, true = (float(rows.reshape(len(rows), -1).var(axis=0, dtype=np.float64).sum()) for rows in (mapped, target))
+  ours, true = (
+    float(rows.reshape(len(rows), -1).var(axis=0, dtype=np.float64).sum())
+    for rows in (mapped, target)
+  )
   lost = 1 - ours / true if true > 0 else 0.0
   say, level = "", "warning"
   if lost > LOST:
     level = worst
     say = (
-      f"map {name} has lost {lost:.0%} of the variance by averaging over targets: config.debias.epsilon is too large "
-      "for its output to carry information. Set --config.debias.epsilon=0.001 or so, in another --workdir."
+      f"map {name} has lost {lost:.0%} of the variance by averaging over targets: "
+      "config.debias.epsilon is too large for its output to carry information. Set "
+      "--config.debias.epsilon=0.001 or so, in another --workdir."
     )
   elif lost > SHRUNK:
     say = (
@@ -223,15 +257,16 @@ def _effective(name: str, median: float, targets: int, chosen: bool) -> Finding:
   check = "effective targets"
   if median > (most := SPREAD_OUT * targets):
     say = (
-      f"map {name} averages over {median:.0f} of {targets} targets (median row): more than {SPREAD_OUT:.0%}, so "
-      "outputs are much alike. Lower config.debias.epsilon."
+      f"map {name} averages over {median:.0f} of {targets} targets (median row): more than "
+      f"{SPREAD_OUT:.0%}, so outputs are much alike. Lower config.debias.epsilon."
     )
     return finding(check, median, most, say, name=name)
   say = ""
   if chosen and median < LOOK_UP:
     say = (
-      f"map {name} is a look-up of the nearest target ({median:.2f} effective targets in the median): little of the "
-      "input's own weather is kept. Use the map 'equivariant', or raise config.debias.epsilon."
+      f"map {name} is a look-up of the nearest target ({median:.2f} effective targets in the "
+      "median): little of the input's own weather is kept. Use the map 'equivariant', or raise "
+      "config.debias.epsilon."
     )
   return finding(check, median, LOOK_UP, say, name=name)
 
@@ -241,8 +276,9 @@ def _dropped(name: str, facts: Mapping) -> Finding:
   say = ""
   if not kept:
     say = (
-      f"map {name} is the identity: no step of its recipe brings rows outside the fit nearer to the truth. Is there a "
-      "bias at all, and are there enough rows? --config.debias.select=False takes all steps."
+      f"map {name} is the identity: no step of its recipe brings rows outside the fit nearer to "
+      "the truth. Is there a bias at all, and are there enough rows? --config.debias.select=False "
+      "takes all steps."
     )
   return finding("steps that were not taken", len(facts["dropped"]), len(kept), say, name=name)
 

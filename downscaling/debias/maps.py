@@ -1,11 +1,14 @@
-"""The debiasing maps by name: how each is fitted, what is said of the fit, and how any of them is loaded.
+"""The debiasing maps by name: how each is fitted, what is said of the fit, and how any of them is
+loaded.
 
 | name | map | keeps the input's weather |
 |---|---|---|
 | entropic | the paper's: entropic optimal transport, out of sample | hardly, at small ε |
 | symmetric | the same between orbits under the equation's group: equivariant | somewhat |
-| rescaled | entropic, then spectral gains fitted on rows outside its fit: against barycentric shrinkage | hardly |
-| minibatch | entropic, its potential fitted on a stream of batches: for more rows than a full solve takes | hardly |
+| rescaled | entropic, then spectral gains fitted on rows outside its fit: against barycentric
+shrinkage | hardly |
+| minibatch | entropic, its potential fitted on a stream of batches: for more rows than a full solve
+takes | hardly |
 | gaussian | optimal transport between group-averaged Gaussians | nearly all |
 | equivariant | steps by config.debias.recipe (recipes.py) | nearly all |
 """
@@ -20,10 +23,13 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from downscaling.common import checkpoints as checkpoints_lib
-from downscaling.common import mesh as meshes
-from downscaling.common import runs, symmetry
-from downscaling.debias import equivariant, groups, minibatch, recipes, selection, sinkhorn, storage, transport
+from downscaling.debias import bias_symmetry, map_files
+from downscaling.debias.entropic import entropic_map, minibatch, sinkhorn
+from downscaling.debias.equivariant import equivariant_map, recipes, step_selection
+from downscaling.fields import symmetry
+from downscaling.runtime import checkpoints as checkpoints_lib
+from downscaling.runtime import files, progress
+from downscaling.runtime import mesh as meshes
 
 SPARE = 8  # one row of so many is kept out of a fit that needs rows of its own
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -48,22 +54,27 @@ class Chain:
     """The maps as FOLDER/0, FOLDER/1, ..., then map.json."""
     for i, each in enumerate(self.maps):
       each.save(pathlib.Path(folder) / str(i))
-    storage.save(folder, self.kind, {"length": len(self.maps)}, {})
+    map_files.save(folder, self.kind, {"length": len(self.maps)}, {})
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> "Chain":
-    record, _ = storage.load(folder, cls.kind)
+    record, _ = map_files.load(folder, cls.kind)
     return cls(tuple(load(pathlib.Path(folder) / str(i)) for i in range(int(record["length"]))))
 
 
 def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
   """The map in a folder, of whatever kind: [S, *space, C] -> the same shape.
 
-  Raises: FileNotFoundError if there is none; ValueError if it is damaged or of a kind that this version does not know.
+  Raises: FileNotFoundError if there is none; ValueError if it is damaged or of a kind that this
+    version does not know.
   """
-  kinds = {each.kind: each for each in (transport.EntropicMap, equivariant.EquivariantMap, Chain)}
-  if (kind := storage.kind_of(folder)) not in kinds:
-    raise ValueError(f"{folder}/map.json holds a map of kind {kind!r}, this version reads {sorted(kinds)}.")
+  kinds = {
+    each.kind: each for each in (entropic_map.EntropicMap, equivariant_map.EquivariantMap, Chain)
+  }
+  if (kind := map_files.kind_of(folder)) not in kinds:
+    raise ValueError(
+      f"{folder}/map.json holds a map of kind {kind!r}, this version reads {sorted(kinds)}."
+    )
   return kinds[kind].load(folder)
 
 
@@ -71,18 +82,19 @@ def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
 class Setting:
   """What all fits of a job share.
 
-  group: of the equation on the coarse grid; for `fit`, the one that maps commute with. subgroup: which part of it they
-  may use, "auto" for the largest that the bias respects (groups.py). towards: what noisy covariances are drawn towards,
-  see recipes.fit. select: are steps of the recipe taken only if rows outside the fit gain (selection.py)? outlier:
-  robust standard deviations of a value beyond which rows are refused.
+  group: of the equation on the coarse grid; for `fit`, the one that maps commute with. subgroup:
+  which part of it they may use, "auto" for the largest that the bias respects (groups.py). towards:
+  what noisy covariances are drawn towards, see recipes.fit. select: are steps of the recipe taken
+  only if rows outside the fit gain (selection.py)? outlier: robust standard deviations of a value
+  beyond which rows are refused.
 
-  quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn:
-  keywords of sinkhorn.fit. minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash:
-  of the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints.
+  quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn: keywords of sinkhorn.fit.
+  minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash: of
+  the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints.
   """
 
   group: symmetry.Group
-  subgroup: str = groups.AUTO
+  subgroup: str = bias_symmetry.AUTO
   towards: str | None = None
   select: bool = True
   outlier: float = 100.0
@@ -104,35 +116,53 @@ def fit(name: str, folder: pathlib.Path, source: np.ndarray, target: np.ndarray,
     folder: of this map; a fit that can go on leaves its checkpoints there.
     source, target: [S, *space, C] float32, whole on every process.
   Returns: (map, facts about the fit as plain values); of the facts, process 0 has all.
-  Raises: ValueError for an unknown name; what the fits raise; runs.Interrupted.
+  Raises: ValueError for an unknown name; what the fits raise; supervision.Interrupted.
   """
   if name not in FITS:
-    raise ValueError(f"config.debias.maps has {name!r}, which is unknown; use some of {sorted(FITS)}.")
+    raise ValueError(
+      f"config.debias.maps has {name!r}, which is unknown; use some of {sorted(FITS)}."
+    )
   return FITS[name](folder, source, target, setting)
 
 
 def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | None = None):
   x, y = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (source, target))
-  saver = checkpoints_lib.Checkpoints(folder / "checkpoints", setting.config_hash, agree=setting.agree)
+  saver = checkpoints_lib.Checkpoints(
+    folder / "checkpoints", setting.config_hash, agree=setting.agree
+  )
   try:
-    with runs.Progress(folder.name, setting.sinkhorn.get("max_iterations", 2000), "iterations at most") as bar:
+    with progress.Progress(
+      folder.name, setting.sinkhorn.get("max_iterations", 2000), "iterations at most"
+    ) as bar:
       advance = lambda count, eps, error: bar.advance(count, error=error, epsilon=eps)
-      shared = {"mesh": setting.mesh, "stop": setting.stop, "agree": setting.agree, "progress": advance}
+      shared = {
+        "mesh": setting.mesh,
+        "stop": setting.stop,
+        "agree": setting.agree,
+        "progress": advance,
+      }
       result = sinkhorn.fit(x, y, checkpoints=saver, group=group, **shared, **setting.sinkhorn)
   finally:
     saver.close()
   if not result.converged and meshes.is_main():
-    runs.say(
+    progress.say(
       f"debias: {folder.name} not converged after {sinkhorn.last_check(result.history)}; wanted "
-      f"{result.threshold:g} at ε = {result.epsilon:.3g}: raise --config.debias.max_iterations or epsilon."
+      f"{result.threshold:g} at ε = {result.epsilon:.3g}: raise --config.debias.max_iterations or "
+      "epsilon."
     )
-  reach = transport.reach_of(x, y, group)
-  made = transport.EntropicMap(y, result.g, result.epsilon, source.shape[1:], group, reach)
-  return made, plan(result, made, source) if meshes.is_main() else {}  # a pass over all pairs, for the file alone
+  reach = entropic_map.reach_of(x, y, group)
+  made = entropic_map.EntropicMap(y, result.g, result.epsilon, source.shape[1:], group, reach)
+  return made, plan(
+    result, made, source
+  ) if meshes.is_main() else {}  # a pass over all pairs, for the file alone
 
 
-def plan(result: sinkhorn.Fit, made: transport.EntropicMap, source: np.ndarray) -> dict[str, Any]:
-  """What the plan looks like; Σ P log P = −entropy and ⟨P, C⟩ = ⟨f⟩ + ⟨g⟩ + ε·entropy, with marginals as converged."""
+def plan(
+  result: sinkhorn.Fit, made: entropic_map.EntropicMap, source: np.ndarray
+) -> dict[str, Any]:
+  """What the plan looks like; Σ P log P = −entropy and ⟨P, C⟩ = ⟨f⟩ + ⟨g⟩ + ε·entropy, with
+  marginals as converged.
+  """
   effective = np.asarray(made.effective_targets(source), np.float64)
   entropy = math.log(len(source)) + float(np.log(effective).mean())
   duals = sum(float(np.asarray(p).mean(dtype=np.float64)) for p in (result.f, result.g))
@@ -172,7 +202,7 @@ def _minibatch(folder, source, target, setting: Setting):
     saver = checkpoints_lib.Checkpoints(folder / "checkpoints", setting.config_hash)
     steps = max(1, round(passes * ((len(x) - spare) // batch)))
     try:
-      with runs.Progress(folder.name, steps, "steps") as bar:
+      with progress.Progress(folder.name, steps, "steps") as bar:
         result = minibatch.fit(
           minibatch.shuffled(x[:-spare], batch, setting.seed),
           y,
@@ -185,19 +215,23 @@ def _minibatch(folder, source, target, setting: Setting):
         )
     finally:
       saver.close()
-    reach = transport.reach_of(x[:-spare], y)
-    made = transport.EntropicMap(y, np.asarray(result.g), result.epsilon, source.shape[1:], reach=reach)
+    reach = entropic_map.reach_of(x[:-spare], y)
+    made = entropic_map.EntropicMap(
+      y, np.asarray(result.g), result.epsilon, source.shape[1:], reach=reach
+    )
     facts = {key: getattr(result, key) for key in ("epsilon", "mean_cost", "history", "rows")}
     made.save(folder)
-    runs.write_json(folder / "facts.json", facts)
+    files.write_json(folder / "facts.json", facts)
   setting.agree("minibatch")
-  return load(folder), runs.read_json(folder / "facts.json")
+  return load(folder), files.read_json(folder / "facts.json")
 
 
 def _recipe(folder, source, target, setting: Setting, recipe: str | tuple):
   count, mine = jax.process_count(), jax.process_index()
   notes: list[dict] = []
-  with runs.Progress(folder.name, len(recipes.letters(recipe, setting.quadratic)), "steps") as bar:
+  with progress.Progress(
+    folder.name, len(recipes.letters(recipe, setting.quadratic)), "steps"
+  ) as bar:
     made = recipes.fit(
       source[mine::count],
       target[mine::count],
@@ -213,7 +247,12 @@ def _recipe(folder, source, target, setting: Setting, recipe: str | tuple):
 
 def _shared(setting: Setting) -> dict[str, Any]:
   """What a fit by recipe and the trial of its steps have in common."""
-  return {"group": setting.group, "quadratic": setting.quadratic, "towards": setting.towards, "seed": setting.seed}
+  return {
+    "group": setting.group,
+    "quadratic": setting.quadratic,
+    "towards": setting.towards,
+    "seed": setting.seed,
+  }
 
 
 def _gaussian(folder, source, target, setting: Setting):
@@ -225,14 +264,21 @@ def _equivariant(folder, source, target, setting: Setting):
   order = recipes.letters(setting.recipe, setting.quadratic)
   if not setting.select:
     return _recipe(folder, source, target, setting, setting.recipe)
-  with runs.Progress(f"{folder.name}: trials", len(order), "steps") as bar:
+  with progress.Progress(f"{folder.name}: trials", len(order), "steps") as bar:
     clouds = (recipes.cloud(source, "source"), recipes.cloud(target, "target"))
-    choice = selection.select(*clouds, order, stop=setting.stop, progress=bar.advance, **_shared(setting))
-  kept = setting.agree(choice.letters)[0]  # all processes have all rows; the last bit of a sum may differ
+    choice = step_selection.select(
+      *clouds, order, stop=setting.stop, progress=bar.advance, **_shared(setting)
+    )
+  kept = setting.agree(choice.letters)[
+    0
+  ]  # all processes have all rows; the last bit of a sum may differ
   if kept:
     made, facts = _recipe(folder, source, target, setting, kept)
   else:
-    made, facts = equivariant.EquivariantMap((), source.shape[1:]), {"steps": [], "shrinkage": []}
+    made, facts = (
+      equivariant_map.EquivariantMap((), source.shape[1:]),
+      {"steps": [], "shrinkage": []},
+    )
   trials = {"letters": kept, "dropped": choice.dropped, "trials": list(choice.trials)}
   return made, facts | {"recipe": setting.recipe} | trials
 

@@ -1,4 +1,5 @@
-"""D(x, σ) ≈ E[x₀ | x₀ + σ·noise = x], preconditioned around any net; x₀ has zero mean and unit variance.
+"""D(x, σ) ≈ E[x₀ | x₀ + σ·noise = x], preconditioned around any net; x₀ has zero mean and unit
+variance.
 
 Three preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4), inp = 1/√(σ²+1):
 
@@ -6,9 +7,10 @@ Three preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4), inp
   wiener    skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²), out_k = √(S_k σ²/(S_k+σ²)),
             with S the spectrum of the training data: a silent net is then the exact denoiser of a Gaussian field of
             that spectrum, and the net's output is coloured by what is left to know. A steep tail of the data is free.
-  adaptive  wiener, whose net also sees z, in which all modes that stand out of the noise have one height, and returns a
-            and b for a + b·z. b is a gain that follows the field: where it is rough the filter opens, where it is calm
-            it closes (the local Wiener filter of Lee 1980, doi:10.1109/TPAMI.1980.4766994, learnt).
+  adaptive  wiener, whose net also sees z, in which all modes that stand out of the noise have one
+            height, and returns a and b for a + b·z. b is a gain that follows the field: where it is
+            rough the filter opens, where it is calm it closes (the local Wiener filter of Lee 1980,
+            doi:10.1109/TPAMI.1980.4766994, learnt).
 """
 
 import flax.linen as nn
@@ -21,10 +23,11 @@ class Denoiser(nn.Module):
   """Attributes:
   net: module (x [B, *space, C], level [B]) -> [B, *space, C].
     adaptive: with 2·C channels in and out.
-  spectrum: None for edm; else [*space, C], E|x̂_k|²/N on the full FFT grid (datasets/statistics.py).
+  spectrum: None for edm; else [*space, C], E|x̂_k|²/N on the full FFT grid (fields/statistics.py).
   gated: adaptive instead of wiener; needs a spectrum.
-  static: None, or fields [*space, K] that the net sees beside x: net is (x, level, static) then. A net that shifts with
-    its input cannot tell where in the box it is, which matters where the law of x₀ is not the same everywhere.
+  static: None, or fields [*space, K] that the net sees beside x: net is (x, level, static) then. A
+    net that shifts with its input cannot tell where in the box it is, which matters where the law
+    of x₀ is not the same everywhere.
   """
 
   net: nn.Module
@@ -43,8 +46,8 @@ class Denoiser(nn.Module):
     """
     if sigma.shape != x.shape[:1]:
       raise ValueError(
-        f"sigma is {sigma.shape}, need {x.shape[:1]}: one noise level a sample. For a single level pass "
-        "jnp.full(x.shape[0], sigma)."
+        f"sigma is {sigma.shape}, need {x.shape[:1]}: one noise level a sample. For a single level "
+        "pass jnp.full(x.shape[0], sigma)."
       )
     s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
     level = jnp.log(sigma) / 4
@@ -68,7 +71,9 @@ class Denoiser(nn.Module):
 
 
 def half_spectrum(spectrum: np.ndarray) -> np.ndarray:
-  """[*space, C] on the full FFT grid -> the half grid of rfftn, with a floor that keeps float32 ratios finite."""
+  """[*space, C] on the full FFT grid -> the half grid of rfftn, with a floor that keeps float32
+  ratios finite.
+  """
   n = spectrum.shape[-2]
   half = spectrum[..., : n // 2 + 1, :]
   return np.maximum(half, 1e-14 * spectrum.max())

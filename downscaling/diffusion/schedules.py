@@ -1,9 +1,11 @@
-"""Noise schedules: σ(t), its inverse and the scale s(t), and the noise levels to train on and to sample along.
+"""Noise schedules: σ(t), its inverse and the scale s(t), and the noise levels to train on and to
+sample along.
 
     x_t = s_t (x₀ + σ_t ε),  t in [0, 1],  σ growing from about 0
 
-Variance preserving: s = σ_d / √(σ_d² + σ²), so that x_t keeps the variance σ_d² of the data; exploding: s = 1
-(Wan et al. 2023, arXiv:2305.15618; Karras et al. 2022, arXiv:2206.00364, Table 1). σ carries the unit of the data.
+Variance preserving: s = σ_d / √(σ_d² + σ²), so that x_t keeps the variance σ_d² of the data;
+exploding: s = 1 (Wan et al. 2023, arXiv:2305.15618; Karras et al. 2022, arXiv:2206.00364, Table 1).
+σ carries the unit of the data.
 """
 
 import dataclasses
@@ -38,10 +40,13 @@ class Schedule:
 
   def __post_init__(self):
     if self.data_std is not None and not self.data_std > 0:
-      raise ValueError(f"schedule {self.name}: data_std={self.data_std} must be > 0; it is 1 for normalised data.")
+      raise ValueError(
+        f"schedule {self.name}: data_std={self.data_std} must be > 0; it is 1 for normalised data."
+      )
     if not 0 < self.sigma_min < self.sigma_max:
       raise ValueError(
-        f"schedule {self.name}: sigma_min={self.sigma_min:g} must lie above 0 and below sigma_max={self.sigma_max:g}."
+        f"schedule {self.name}: sigma_min={self.sigma_min:g} must lie above 0 and below "
+        f"sigma_max={self.sigma_max:g}."
       )
 
   def sigma(self, t: jax.Array) -> jax.Array:
@@ -49,7 +54,10 @@ class Schedule:
     return jnp.maximum(self.curve(jnp.asarray(t)), self.sigma_min)
 
   def inverse(self, sigma: jax.Array) -> jax.Array:
-    """t(σ), any shape, of 0 <= σ <= sigma_max; NaN beyond, as no t has such a σ. See check_levels."""
+    """t(σ), any shape, of 0 <= σ <= sigma_max; NaN beyond, as no t has such a σ.
+
+    See check_levels.
+    """
     sigma = jnp.asarray(sigma)
     inside = (sigma >= 0) & (sigma <= self.sigma_max * (1 + ROUNDING))
     return jnp.where(inside, self.curve_inverse(jnp.clip(sigma, 0.0, self.sigma_max)), jnp.nan)
@@ -67,8 +75,8 @@ class Schedule:
       return
     raise ValueError(
       f"{key} from {low:g} to {high:g}, but the schedule {self.name} knows {self.sigma_min:g} to "
-      f"{self.sigma_max:g}: the prior was trained on those alone. Sample within them, or train with "
-      "a wider config.schedule."
+      f"{self.sigma_max:g}: the prior was trained on those alone. Sample within them, or train "
+      "with a wider config.schedule."
     )
 
   def scale(self, t: jax.Array) -> jax.Array:
@@ -90,16 +98,22 @@ class Schedule:
 def vp_linear(
   beta_min: float = 0.1, beta_max: float = 20.0, data_std: float = 1.0, sigma_min: float = 1e-3
 ) -> Schedule:
-  """Variance preserving with linear β: σ = σ_d √(exp(½(β_max − β_min)t² + β_min t) − 1); σ_max ≈ 152 by default.
+  """Variance preserving with linear β: σ = σ_d √(exp(½(β_max − β_min)t² + β_min t) − 1); σ_max ≈
+  152 by default.
 
   Song et al. 2021, arXiv:2011.13456, eq. 33; the schedule of the paper's KS experiment.
   """
   if not 0 < beta_min < beta_max:
-    raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: need 0 < beta_min < beta_max, or σ(t) has no inverse.")
+    raise ValueError(
+      f"beta_min={beta_min}, beta_max={beta_max}: need 0 < beta_min < beta_max, or σ(t) has no "
+      "inverse."
+    )
   slope = beta_max - beta_min
 
   def inverse(sigma):
-    area = jnp.log1p((sigma / data_std) ** 2)  # ∫β; the root is written so that small σ loses no digits
+    area = jnp.log1p(
+      (sigma / data_std) ** 2
+    )  # ∫β; the root is written so that small σ loses no digits
     return 2 * area / (beta_min + jnp.sqrt(beta_min**2 + 2 * slope * area))
 
   return Schedule(
@@ -120,7 +134,9 @@ def tangent(
   sigma_min: float = 1e-3,
   preserving: bool = True,
 ) -> Schedule:
-  """σ = σ_max (tan θ − tan θ₀)/(tan θ₁ − tan θ₀), θ going evenly from `start` to `end` (radians, within ±π/2)."""
+  """σ = σ_max (tan θ − tan θ₀)/(tan θ₁ − tan θ₀), θ going evenly from `start` to `end` (radians,
+  within ±π/2).
+  """
   if not -math.pi / 2 < start < end < math.pi / 2:
     raise ValueError(f"tangent schedule from {start} to {end}: need -π/2 < start < end < π/2.")
   low, height = math.tan(start), math.tan(end) - math.tan(start)
@@ -128,7 +144,9 @@ def tangent(
 
   # tan differences by their product form: the plain ones lose three digits at small σ in float32.
   def curve(t):
-    return sigma_max * jnp.sin(t * width) / (jnp.cos(start + t * width) * (math.cos(start) * height))
+    return (
+      sigma_max * jnp.sin(t * width) / (jnp.cos(start + t * width) * (math.cos(start) * height))
+    )
 
   def inverse(sigma):
     v = sigma * (height / sigma_max)
@@ -162,7 +180,11 @@ def power(
 
 
 def exponential(
-  sigma_max: float = 100.0, rate: float = 8.0, data_std: float = 1.0, sigma_min: float = 1e-3, preserving: bool = True
+  sigma_max: float = 100.0,
+  rate: float = 8.0,
+  data_std: float = 1.0,
+  sigma_min: float = 1e-3,
+  preserving: bool = True,
 ) -> Schedule:
   """σ = σ_max (e^{rate·t} − 1)/(e^{rate} − 1): even in ln σ once rate·t is large, and 0 at t = 0."""
   if not rate > 0:
@@ -179,12 +201,22 @@ def exponential(
 
 
 def edm(sigma_max: float = 80.0, sigma_min: float = 2e-3) -> Schedule:
-  """Variance exploding with σ the time itself, in units of σ_max: σ = σ_max t, s = 1 (Karras et al. 2022)."""
-  return Schedule("edm", lambda t: sigma_max * t, lambda sigma: sigma / sigma_max, sigma_min, sigma_max, None)
+  """Variance exploding with σ the time itself, in units of σ_max: σ = σ_max t, s = 1 (Karras et al.
+  2022).
+  """
+  return Schedule(
+    "edm", lambda t: sigma_max * t, lambda sigma: sigma / sigma_max, sigma_min, sigma_max, None
+  )
 
 
 def training_sigmas(
-  key: jax.Array, batch: int, schedule: Schedule, kind: str = "uniform_time", *, mean: float = -1.2, std: float = 1.2
+  key: jax.Array,
+  batch: int,
+  schedule: Schedule,
+  kind: str = "uniform_time",
+  *,
+  mean: float = -1.2,
+  std: float = 1.2,
 ) -> jax.Array:
   """Noise levels to train on, [batch], within [sigma_min, sigma_max].
 
@@ -206,23 +238,28 @@ def training_sigmas(
     tiny = jnp.finfo(u.dtype).eps
     sigma = jnp.exp(mean + std * jax.scipy.special.ndtri(jnp.clip(u, tiny, 1 - tiny)))
   else:
-    raise ValueError(f"training noise {kind!r} is unknown; use uniform_time, log_uniform or log_normal.")
+    raise ValueError(
+      f"training noise {kind!r} is unknown; use uniform_time, log_uniform or log_normal."
+    )
   return jnp.clip(sigma, low, high)
 
 
-def levels(name: str, steps: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> np.ndarray:
+def levels(
+  name: str, steps: int, sigma_max: float, sigma_min: float, rho: float = 7.0
+) -> np.ndarray:
   """Noise levels to sample along, descending from sigma_max to sigma_min, [steps + 1] float32.
 
     exponential   σ_k = σ_max (σ_min/σ_max)^{k/steps}           (the paper's)
     edm           σ_k = (σ_max^{1/ρ} + k/steps (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ   (Karras et al. 2022, eq. 5)
 
-  A third kind goes by the prior and the operator: sampling.gain.levels.
+  A third kind goes by the prior and the operator: sampling.gaussian_gain.levels.
 
   Raises: ValueError for another name, steps < 1, or levels that do not descend.
   """
   if steps < 1 or not 0 < sigma_min < sigma_max:
     raise ValueError(
-      f"{steps} steps from sigma {sigma_max:g} to {sigma_min:g}: need steps >= 1 and sigma_max > sigma_min > 0."
+      f"{steps} steps from sigma {sigma_max:g} to {sigma_min:g}: need steps >= 1 and sigma_max > "
+      "sigma_min > 0."
     )
   share = np.linspace(0.0, 1.0, steps + 1)
   if name == "exponential":
@@ -231,5 +268,8 @@ def levels(name: str, steps: int, sigma_max: float, sigma_min: float, rho: float
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     grid = (high + share * (low - high)) ** rho
   else:
-    raise ValueError(f"noise levels {name!r} are unknown; use exponential or edm, or guided for conditional samples.")
+    raise ValueError(
+      f"noise levels {name!r} are unknown; use exponential or edm, or guided for conditional "
+      "samples."
+    )
   return grid.astype(np.float32)

@@ -1,8 +1,10 @@
-"""U-Net for fields in one or two dimensions, periodic or not: one implementation, the rank comes with the input.
+"""U-Net for fields in one or two dimensions, periodic or not: one implementation, the rank comes
+with the input.
 
-Stem (optionally space-to-depth), then per level a strided patch embedding and residual blocks with FiLM from the noise
-level; self-attention at the coarsest level; the way back up adds blocks on (upsampled, skip). Layout after Wan et al.
-2023 (arXiv:2305.15618), appendix, as public re-implementations give it. Equivariant to shifts by a whole patch when
+Stem (optionally space-to-depth), then per level a strided patch embedding and residual blocks with
+FiLM from the noise level; self-attention at the coarsest level; the way back up adds blocks on
+(upsampled, skip). Layout after Wan et al. 2023 (arXiv:2305.15618), appendix, as public
+re-implementations give it. Equivariant to shifts by a whole patch when
 periodic: no positional encoding, since the equations here know no preferred point.
 """
 
@@ -14,34 +16,44 @@ import jax
 import jax.numpy as jnp
 
 
-def convolve(x: jax.Array, kernel: jax.Array, periodic: bool = True, method: str = "auto") -> jax.Array:
+def convolve(
+  x: jax.Array, kernel: jax.Array, periodic: bool = True, method: str = "auto"
+) -> jax.Array:
   """Convolution with unit stride and the output the size of the input.
 
   Args:
     x: [B, *space, C]. kernel: [*odd sizes, C, C'].
     periodic: wrap around; else zeros beyond the edge.
-    method: "lax" calls the backend's convolution, "im2col" gathers neighbours and does one matmul; "auto" is lax. What
-      runs inside a loop on CPU should ask for im2col, as build.sampler does.
+    method: "lax" calls the backend's convolution, "im2col" gathers neighbours and does one matmul;
+      "auto" is lax. What runs inside a loop on CPU should ask for im2col, as build.sampler does.
   Returns: [B, *space, C'].
 
   Measured, time of lax over im2col in CPU seconds, two cores of an AMD EPYC, jax 0.10.2, with
-  `python benchmarks/convolution.py --rounds=11`: a training step .85 in 1-D and .79 in 2-D; a guided call (with its
-  vjp) inside the samplers' lax.scan 2.2 in 1-D and 4.3 in 2-D, as XLA's CPU convolution is slow within a loop.
+  `python benchmarks/convolution.py --rounds=11`: a training step .85 in 1-D and .79 in 2-D; a
+  guided call (with its vjp) inside the samplers' lax.scan 2.2 in 1-D and 4.3 in 2-D, as XLA's CPU
+  convolution is slow within a loop.
   """
   rank = x.ndim - 2
   if kernel.ndim != rank + 2 or any(k % 2 == 0 for k in kernel.shape[:rank]):
-    raise ValueError(f"kernel {kernel.shape} for a field {x.shape}: need {rank} odd sizes, then [in, out] channels.")
+    raise ValueError(
+      f"kernel {kernel.shape} for a field {x.shape}: need {rank} odd sizes, then [in, out] "
+      "channels."
+    )
   halo = [(0, 0), *[(k // 2, k // 2) for k in kernel.shape[:rank]], (0, 0)]
   padded = jnp.pad(x, halo, mode="wrap" if periodic else "constant")
   if method in ("lax", "auto"):
     layout = ("NWC", "WIO", "NWC") if rank == 1 else ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(padded, kernel, (1,) * rank, "VALID", dimension_numbers=layout)
+    return jax.lax.conv_general_dilated(
+      padded, kernel, (1,) * rank, "VALID", dimension_numbers=layout
+    )
   if method != "im2col":
     raise ValueError(f"config.model.convolution={method!r} is unknown; use auto, im2col or lax.")
   columns = padded
   for axis, size in enumerate(kernel.shape[:rank], start=1):
     n = x.shape[axis]
-    columns = jnp.concatenate([jax.lax.slice_in_dim(columns, i, i + n, axis=axis) for i in range(size)], axis=-1)
+    columns = jnp.concatenate(
+      [jax.lax.slice_in_dim(columns, i, i + n, axis=axis) for i in range(size)], axis=-1
+    )
   # The last axis was gathered slowest-first: (k_last, ..., k_first, C).
   order = (*reversed(range(rank)), rank, rank + 1)
   return columns @ kernel.transpose(order).reshape(-1, kernel.shape[-1])
@@ -78,7 +90,11 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x):
     shape = (*(self.size,) * (x.ndim - 2), x.shape[-1], self.features)
-    init = nn.initializers.variance_scaling(self.scale, "fan_in", "normal") if self.scale else nn.initializers.zeros
+    init = (
+      nn.initializers.variance_scaling(self.scale, "fan_in", "normal")
+      if self.scale
+      else nn.initializers.zeros
+    )
     kernel = self.param("kernel", init, shape).astype(self.dtype)
     bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
     y = convolve(x.astype(self.dtype), kernel, self.periodic, self.method)
@@ -91,7 +107,9 @@ def _norm(x, dtype):
 
 
 class ResidualBlock(nn.Module):
-  """Norm, swish, convolution, twice; FiLM from the noise embedding between; the skip is projected if widths differ."""
+  """Norm, swish, convolution, twice; FiLM from the noise embedding between; the skip is projected
+  if widths differ.
+  """
 
   features: int
   periodic: bool
@@ -120,12 +138,15 @@ class Attention(nn.Module):
   def __call__(self, x):
     tokens = _norm(x, self.dtype).reshape(x.shape[0], -1, x.shape[-1])
     heads = math.gcd(self.heads, x.shape[-1])
-    y = nn.MultiHeadDotProductAttention(heads, dtype=self.dtype, out_kernel_init=nn.initializers.zeros)(tokens)
+    y = nn.MultiHeadDotProductAttention(
+      heads, dtype=self.dtype, out_kernel_init=nn.initializers.zeros
+    )(tokens)
     return x + y.reshape(x.shape)
 
 
 class UNet(nn.Module):
-  """F(x, c[, static]): [B, *space, C], one number a sample and fields [*space, K] that are always known -> as x.
+  """F(x, c[, static]): [B, *space, C], one number a sample and fields [*space, K] that are always
+  known -> as x.
 
   Attributes:
     channels: width of each level; level l has the grid divided by stem · Π strides[: l + 1].
@@ -137,8 +158,9 @@ class UNet(nn.Module):
     periodic: wrap around every axis, or zeros beyond the edge.
     convolution: see convolve().
     dtype: of the computation; parameters stay float32.
-    remat: on so many of the finest levels, where activations are largest, residual blocks keep only their input for the
-      backward pass and compute the rest again: less memory, about a third more work there. Same parameters.
+    remat: on so many of the finest levels, where activations are largest, residual blocks keep only
+      their input for the backward pass and compute the rest again: less memory, about a third more
+      work there. Same parameters.
   """
 
   channels: tuple[int, ...] = (32, 64, 128)
@@ -156,13 +178,14 @@ class UNet(nn.Module):
     """Raises ValueError if the grid cannot be coarsened so often."""
     if len(self.channels) != len(self.strides):
       raise ValueError(
-        f"config.model: {len(self.channels)} channels and {len(self.strides)} strides: one of each a level."
+        f"config.model: {len(self.channels)} channels and {len(self.strides)} strides: one of each "
+        "a level."
       )
     total = self.stem * math.prod(self.strides)
     if bad := [n for n in space if n % total]:
       raise ValueError(
-        f"a grid of {bad[0]} points cannot be coarsened {total} times (stem {self.stem} × strides {self.strides}): "
-        "choose config.model.strides whose product divides it."
+        f"a grid of {bad[0]} points cannot be coarsened {total} times (stem {self.stem} × strides "
+        f"{self.strides}): choose config.model.strides whose product divides it."
       )
 
   @nn.compact
@@ -173,7 +196,9 @@ class UNet(nn.Module):
     embedding = self._embed(level)
     out_channels = x.shape[-1] * self.stem ** (x.ndim - 2)
     if static is not None:
-      x = jnp.concatenate([x, jnp.broadcast_to(jnp.asarray(static, x.dtype), (len(x), *static.shape))], axis=-1)
+      x = jnp.concatenate(
+        [x, jnp.broadcast_to(jnp.asarray(static, x.dtype), (len(x), *static.shape))], axis=-1
+      )
 
     made = itertools.count()
 

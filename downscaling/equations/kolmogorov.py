@@ -1,15 +1,17 @@
-"""Kolmogorov flow, turbulence forced on the plane: a fine spectral solver and a biased coarse finite-volume one.
+"""Kolmogorov flow, turbulence forced on the plane: a fine spectral solver and a biased coarse
+finite-volume one.
 
     u_t + (u·∇)u = −∇p + ν Δu − μ u + χ (sin qy, 0),   ∇·u = 0,   (x, y) in [0, 2π)² periodic
     ω_t + u·∇ω = ν Δω − μ ω − χ q cos qy,              ω = v_x − u_y
 
-with ν = 1e-3, μ = 0.1, q = 4, χ = 1 after Kochkov et al. 2021 (arXiv:2102.01010), as Wan et al. 2023 (arXiv:2305.15618)
-are said to have it. Fields are vorticity ω [n, n] with rows y and columns x: ω[j, i] at (x, y) = (i, j)·2π/n, without
-the right end; the fine grid's points and the coarse solver's cell corners are the same places. `rollout` batches them.
+with ν = 1e-3, μ = 0.1, q = 4, χ = 1 after Kochkov et al. 2021 (arXiv:2102.01010), as Wan et al.
+2023 (arXiv:2305.15618) are said to have it. Fields are vorticity ω [n, n] with rows y and columns
+x: ω[j, i] at (x, y) = (i, j)·2π/n, without the right end; the fine grid's points and the coarse
+solver's cell corners are the same places. `rollout` batches them.
 
-Both solvers work in float32 by default, whatever `jax.enable_x64` says: a shell's enstrophy is 6 at the forcing and
-.014 at k = 40, so rounding (1e-13) stays ten decades below it, and chaos forgets both. dtype="float64" checks that (it
-needs enable_x64).
+Both solvers work in float32 by default, whatever `jax.enable_x64` says: a shell's enstrophy is 6 at
+the forcing and .014 at k = 40, so rounding (1e-13) stays ten decades below it, and chaos forgets
+both. dtype="float64" checks that (it needs enable_x64).
 """
 
 import dataclasses
@@ -20,20 +22,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common import symmetry
-from downscaling.equations.flow_symmetry import check_glide, group, move
+from downscaling.equations.kolmogorov_symmetry import check_glide, group, move
 from downscaling.equations.ks import van_leer
+from downscaling.fields import symmetry
 
 RANK, SYMBOL, LENGTH = 2, "ω", 2 * math.pi
-SPEED, PEAK, WAVES, GRID = 3.0, 4, 8, 32  # of the initial field; its speed is measured on GRID² points
+SPEED, PEAK, WAVES, GRID = (
+  3.0,
+  4,
+  8,
+  32,
+)  # of the initial field; its speed is measured on GRID² points
 FASTEST = 5.7  # |u| of the flow with the default constants; 128², 320 snapshots
 
 
 def initial_vorticity(key: jax.Array, points: int, dtype: str = "float32") -> jax.Array:
-  """A Gaussian field of waves |k| ≤ 8, ω̂ ~ (k/4)² exp(−k²/32), scaled to a largest velocity of 3 on 32² points.
+  """A Gaussian field of waves |k| ≤ 8, ω̂ ~ (k/4)² exp(−k²/32), scaled to a largest velocity of 3
+  on 32² points.
 
-  The largest of |u| and |v|, that is. A function of the key alone, read off on any grid of at least 32² points. Mean
-  vorticity and velocity are zero.
+  The largest of |u| and |v|, that is. A function of the key alone, read off on any grid of at least
+  32² points. Mean vorticity and velocity are zero.
 
   Returns: ω [points, points].
   """
@@ -44,7 +52,8 @@ def initial_vorticity(key: jax.Array, points: int, dtype: str = "float32") -> ja
   to_u, to_v = _velocity(GRID, dtype)
   hat = jnp.fft.rfft2(jax.random.normal(key, (GRID, GRID), dtype))
   u, v, w = (jnp.fft.irfft2(m * hat, s=(GRID, GRID)) for m in (to_u * shape, to_v * shape, shape))
-  # Components, not the length: the bits of a root depend on what XLA fuses it with, and so on the size of the batch.
+  # Components, not the length: the bits of a root depend on what XLA fuses it with, and so on the
+  # size of the batch.
   return _resample(w * (SPEED / jnp.maximum(jnp.max(jnp.abs(u)), jnp.max(jnp.abs(v)))), points)
 
 
@@ -54,7 +63,9 @@ def _waves(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _velocity(n: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-  """Multipliers of ω̂ that give û and v̂: with ψ̂ = ω̂/k², u = ψ_y and v = −ψ_x; the mean flow is zero."""
+  """Multipliers of ω̂ that give û and v̂: with ψ̂ = ω̂/k², u = ψ_y and v = −ψ_x; the mean flow is
+  zero.
+  """
   ky, kx = _waves(n)
   k2 = kx**2 + ky**2
   k2[0, 0] = np.inf
@@ -63,7 +74,9 @@ def _velocity(n: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _resample(field: jax.Array, points: int) -> jax.Array:
-  """[n, n] -> [points, points] through Fourier space: waves both grids have are kept, Nyquist's are not."""
+  """[n, n] -> [points, points] through Fourier space: waves both grids have are kept, Nyquist's are
+  not.
+  """
   n = field.shape[-1]
   if n == points:
     return field
@@ -78,37 +91,48 @@ def _resample(field: jax.Array, points: int) -> jax.Array:
 # ---------------------------------------------------------------- checks at the door
 
 
-def _check(name: str, points: int, wave: int, dt: float, stable: float, dtype: str, constants: tuple) -> None:
+def _check(
+  name: str, points: int, wave: int, dt: float, stable: float, dtype: str, constants: tuple
+) -> None:
   if points < GRID or points % 2 or min(constants) < 0 or wave < 1:
     raise ValueError(
-      f"config.{name}: {points} points, forcing wavenumber {wave}, (viscosity, drag, forcing) {constants}: need "
-      f"an even number >= {GRID} of points, a wavenumber >= 1, and constants >= 0."
+      f"config.{name}: {points} points, forcing wavenumber {wave}, (viscosity, drag, forcing) "
+      f"{constants}: need an even number >= {GRID} of points, a wavenumber >= 1, and constants >= "
+      "0."
     )
   if dtype not in ("float32", "float64"):
     raise ValueError(f"config.{name}.dtype={dtype!r} is unknown; known: 'float32', 'float64'.")
   if not 0 < dt <= stable:
     decade = 10.0 ** math.floor(math.log10(stable / 1.1))
-    fits = max(m * decade for m in (1.0, 1.25, 2.0, 2.5, 4.0, 5.0, 8.0) if m * decade <= stable / 1.1)
+    fits = max(
+      m * decade for m in (1.0, 1.25, 2.0, 2.5, 4.0, 5.0, 8.0) if m * decade <= stable / 1.1
+    )
     raise ValueError(
-      f"config.{name}.dt={dt} is not stable on {points}² points: the flow's speed comes to {FASTEST}, so dt must be "
-      f"> 0 and at most {stable:.3g}. Set --config.{name}.dt={fits:g}, or less."
+      f"config.{name}.dt={dt} is not stable on {points}² points: the flow's speed comes to "
+      f"{FASTEST}, so dt must be > 0 and at most {stable:.3g}. Set --config.{name}.dt={fits:g}, or "
+      "less."
     )
 
 
 def _largest_rms(flow) -> float:
   """Ω = √⟨ω²⟩ that no solution exceeds: dΩ/dt ≤ −(ν + μ)Ω + χq/√2, so Ω ≤ max(Ω(0), χq/√2(ν + μ)).
 
-  Advection leaves enstrophy alone, the lowest wave is 1, and `initial_vorticity` has waves |k| ≤ 8 with |u|, |v| ≤ 3 on
-  points that tell them apart: Ω(0) ≤ 8 · 3√2. A theorem for the equation and, but for its steps, for `Fine`; not for
-  `Coarse`. 24 trajectories to t = 30 of each (64²; 32², 64², heun): 7.9 at the start, at most 6.8 after.
+  Advection leaves enstrophy alone, the lowest wave is 1, and `initial_vorticity` has waves |k| ≤ 8
+  with |u|, |v| ≤ 3 on points that tell them apart: Ω(0) ≤ 8 · 3√2. A theorem for the equation and,
+  but for its steps, for `Fine`; not for `Coarse`. 24 trajectories to t = 30 of each (64²; 32², 64²,
+  heun): 7.9 at the start, at most 6.8 after.
   """
   rate, push = flow.viscosity + flow.drag, flow.forcing * flow.wave / math.sqrt(2)
-  return max(WAVES * SPEED * math.sqrt(2), push / rate if rate else math.inf * push if push else 0.0)
+  return max(
+    WAVES * SPEED * math.sqrt(2), push / rate if rate else math.inf * push if push else 0.0
+  )
 
 
 def _need(dtype: str) -> None:
   if dtype == "float64" and not jax.config.jax_enable_x64:
-    raise ValueError('dtype="float64", but jax is in float32 here: call within `with jax.enable_x64(True):`.')
+    raise ValueError(
+      'dtype="float64", but jax is in float32 here: call within `with jax.enable_x64(True):`.'
+    )
 
 
 # ---------------------------------------------------------------- fine
@@ -116,15 +140,16 @@ def _need(dtype: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Fine:
-  """Pseudo-spectral vorticity, 2/3 dealiasing; Runge–Kutta of order 4 in time, drag and viscosity exact (Lawson 1967).
+  """Pseudo-spectral vorticity, 2/3 dealiasing; Runge–Kutta of order 4 in time, drag and viscosity
+  exact (Lawson 1967).
 
-  Advection is (∂yy − ∂xx)(uv) + ∂xy(u² − v²), four transforms (Basdevant 1983) where u·∇ω takes five. exponax's
-  KolmogorovFlowVorticity integrates the same equation for −ω (its velocity has the other sign) with x and y exchanged;
-  the tests compare the two.
+  Advection is (∂yy − ∂xx)(uv) + ∂xy(u² − v²), four transforms (Basdevant 1983) where u·∇ω takes
+  five. exponax's KolmogorovFlowVorticity integrates the same equation for −ω (its velocity has the
+  other sign) with x and y exchanged; the tests compare the two.
 
-  points: N, even; waves above (N − 1)/3 stay empty. dt: in time units, at most 1.6/N: of 16 trajectories on 64² all
-  lived at 1.6/N and 1.9/N, 6 at 2.6/N; of 4 on 128² all at 1.6/N, 2 at 2/N. viscosity ν, drag μ, forcing χ, wave q:
-  see above. dtype: of state and arithmetic.
+  points: N, even; waves above (N − 1)/3 stay empty. dt: in time units, at most 1.6/N: of 16
+  trajectories on 64² all lived at 1.6/N and 1.9/N, 6 at 2.6/N; of 4 on 128² all at 1.6/N, 2 at 2/N.
+  viscosity ν, drag μ, forcing χ, wave q: see above. dtype: of state and arithmetic.
   State: ω [N, N].
   """
 
@@ -191,7 +216,8 @@ class Fine:
     return move(vorticity, element, self.wave)
 
   def static(self) -> dict[str, np.ndarray]:
-    """What is known of the box, on the output's grid, of unit rms: forcing, its vorticity −cos qy, [points, points].
+    """What is known of the box, on the output's grid, of unit rms: forcing, its vorticity −cos qy,
+    [points, points].
 
     Every symmetry of the equation leaves it as it is, so augmentation does too.
     """
@@ -202,13 +228,16 @@ class Fine:
   def _tendency(self, keep, decay):
     """w -> dt/6 · (ω̂_t of advection and forcing at ω̂ = decay·w), [N, N/2 + 1].
 
-    Constants are multiplied here: XLA merges two that follow each other, but not in a batch, so that bits would vary.
+    Constants are multiplied here: XLA merges two that follow each other, but not in a batch, so
+    that bits would vary.
     """
     n, unit = self.points, self.dt / 6
     ky, kx = _waves(n)
     to_u, to_v = (m * decay.astype(self.dtype) for m in _velocity(n, self.dtype))
     of_uv, of_squares = ((unit * keep * m).astype(self.dtype) for m in (kx**2 - ky**2, -kx * ky))
-    force = np.where((kx == 0) & (np.abs(ky) == self.wave), -unit * self.forcing * self.wave * n**2 / 2, 0.0)
+    force = np.where(
+      (kx == 0) & (np.abs(ky) == self.wave), -unit * self.forcing * self.wave * n**2 / 2, 0.0
+    )
     force = force.astype(self.dtype)
 
     def tendency(w):
@@ -223,18 +252,21 @@ class Fine:
 
 @dataclasses.dataclass(frozen=True)
 class Coarse:
-  """Finite volume on few staggered cells, van Leer's limiter, pressure projection; biased, which is its purpose.
+  """Finite volume on few staggered cells, van Leer's limiter, pressure projection; biased, which is
+  its purpose.
 
-  Velocity sits on faces, u[j, i] at (i, j + ½)h and v[j, i] at (i + ½, j)h, h = 2π/cells; pressure in cell centres;
-  vorticity on corners (i, j)h. Each component is carried by fluxes speed · (upwind value, limited slope), the speed the
-  mean of two faces; viscosity, drag and forcing are explicit. The pressure solves the five-point Poisson equation by
-  FFT, so the discrete divergence is zero to rounding. Momentum changes by drag alone. The scheme commutes with `group`.
+  Velocity sits on faces, u[j, i] at (i, j + ½)h and v[j, i] at (i + ½, j)h, h = 2π/cells; pressure
+  in cell centres; vorticity on corners (i, j)h. Each component is carried by fluxes speed · (upwind
+  value, limited slope), the speed the mean of two faces; viscosity, drag and forcing are explicit.
+  The pressure solves the five-point Poisson equation by FFT, so the discrete divergence is zero to
+  rounding. Momentum changes by drag alone. The scheme commutes with `group`.
 
-  integrator: "euler", order 1, slopes cut by (1 − |u|dt/h) as Lax and Wendroff's (the convention of jax-cfd's
-  `advect_van_leer`), or "heun", order 2 (SSP), slopes whole.
+  integrator: "euler", order 1, slopes cut by (1 − |u|dt/h) as Lax and Wendroff's (the convention of
+  jax-cfd's `advect_van_leer`), or "heun", order 2 (SSP), slopes whole.
 
-  The bias on 32² points against `Fine` at 128², every 4th point; covariances averaged over `group` (symcov), spectra
-  over shells 1 ... 16; 96 trajectories × 6 snapshots 6 apart from t = 40, the reference 32 × 10, 3 apart:
+  The bias on 32² points against `Fine` at 128², every 4th point; covariances averaged over `group`
+  (symcov), spectra over shells 1 ... 16; 96 trajectories × 6 snapshots 6 apart from t = 40, the
+  reference 32 × 10, 3 apart:
 
       cells, integrator, dt            symcov   MELRu   MELRw
       the paper's LFLR (covRMSE)       .458     1.254   .196
@@ -245,9 +277,10 @@ class Coarse:
       64² euler .01                    .225     .722    .319
       64² heun .01                     .135     .609    .226
 
-  cells: n, a multiple of 2·wave. points: of the output: every (cells/points)-th corner, no averaging, as C′ has none;
-  or, where that is no whole number (48 to 32), the waves below points/2. dt: at most what carries the fastest flow over
-  one cell (32²: .034); all of 32 trajectories on 32² lived to t = 40 at twice that. The others as in `Fine`.
+  cells: n, a multiple of 2·wave. points: of the output: every (cells/points)-th corner, no
+  averaging, as C′ has none; or, where that is no whole number (48 to 32), the waves below points/2.
+  dt: at most what carries the fastest flow over one cell (32²: .034); all of 32 trajectories on 32²
+  lived to t = 40 at twice that. The others as in `Fine`.
   State: (u, v) [2, n, n].
   Raises: ValueError for a dt beyond stability, an unknown integrator, or more points than cells.
   """
@@ -270,12 +303,14 @@ class Coarse:
     constants = (self.viscosity, self.drag, self.forcing)
     _check("coarse", self.cells, self.wave, self.dt, stable, self.dtype, constants)
     if self.integrator not in ("euler", "heun"):
-      raise ValueError(f"config.coarse.integrator={self.integrator!r} is unknown; known: 'euler', 'heun'.")
+      raise ValueError(
+        f"config.coarse.integrator={self.integrator!r} is unknown; known: 'euler', 'heun'."
+      )
     check_glide(self.cells, self.wave, "config.coarse.cells")
     if not 2 <= self.points <= self.cells or self.points % 2:
       raise ValueError(
-        f"{self.cells}² cells cannot give {self.points}² points: need an even number of points, no more than cells. "
-        f"Set --config.coarse.cells={max(self.points, GRID)}."
+        f"{self.cells}² cells cannot give {self.points}² points: need an even number of points, no "
+        f"more than cells. Set --config.coarse.cells={max(self.points, GRID)}."
       )
 
   @property
@@ -349,17 +384,23 @@ class Coarse:
   def _poisson(self, source: jax.Array) -> jax.Array:
     """The solution of mean zero of Δ_h p = source − mean, Δ_h the five-point Laplacian; [n, n]."""
     ky, kx = _waves(self.cells)
-    symbol = (2 / self.h) ** 2 * (np.sin(np.pi * kx / self.cells) ** 2 + np.sin(np.pi * ky / self.cells) ** 2)
+    symbol = (2 / self.h) ** 2 * (
+      np.sin(np.pi * kx / self.cells) ** 2 + np.sin(np.pi * ky / self.cells) ** 2
+    )
     symbol[0, 0] = np.inf
     hat = jnp.fft.rfft2(source) * (-1 / symbol).astype(self.dtype)
     return jnp.fft.irfft2(hat, s=source.shape)
 
   def _advect(self, q, other, along, across):
-    """−∇·(q u) on the faces of component q, whose own axis is `along`; `other` is the other component."""
+    """−∇·(q u) on the faces of component q, whose own axis is `along`; `other` is the other
+    component.
+    """
     speed = (q + jnp.roll(q, -1, along)) / 2
     crossing = jnp.roll(other + jnp.roll(other, 1, along), -1, across) / 2
     out = self._flux(q, speed, along), self._flux(q, crossing, across)
-    return sum(jnp.roll(f, 1, axis) - f for f, axis in zip(out, (along, across), strict=True)) / self.h
+    return (
+      sum(jnp.roll(f, 1, axis) - f for f, axis in zip(out, (along, across), strict=True)) / self.h
+    )
 
   def _flux(self, q, speed, axis):
     """Flux of q over the faces after q's places along `axis`, where the speed is given."""

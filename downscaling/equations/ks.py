@@ -2,12 +2,13 @@
 
     u_t + ½ (u²)_x + u_xx + u_xxxx = 0,   x in [0, L) periodic,   L = 64
 
-Chaotic: the second derivative feeds waves 1 ... 10 (k < 1, L = 64), the flux passes their energy on, the fourth
-derivative takes it out. The mean is conserved, and zero by the initial condition. Snapshots follow Wan et al. 2023
-(arXiv:2305.15618): burn-in 25, spacing 12.5; the fine world on 192 points, the coarse one kept on 24.
+Chaotic: the second derivative feeds waves 1 ... 10 (k < 1, L = 64), the flux passes their energy
+on, the fourth derivative takes it out. The mean is conserved, and zero by the initial condition.
+Snapshots follow Wan et al. 2023 (arXiv:2305.15618): burn-in 25, spacing 12.5; the fine world on 192
+points, the coarse one kept on 24.
 
-Both solvers work in float64, the caller's `with jax.enable_x64(True)`: the energy falls fourteen decades to k = 60.
-States are u [N] at x_i = i·L/N, without the right end; `rollout` batches them.
+Both solvers work in float64, the caller's `with jax.enable_x64(True)`: the energy falls fourteen
+decades to k = 60. States are u [N] at x_i = i·L/N, without the right end; `rollout` batches them.
 """
 
 import dataclasses
@@ -18,18 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.common import symmetry
+from downscaling.fields import symmetry
 
 RANK, SYMBOL = 1, "u"
 TERMS, WAVES = 30, (1, 2, 3)  # of the initial condition
-# √⟨u²⟩ that no snapshot exceeds: rigorous for the initial condition (terms of at most ½, all in phase); afterwards
-# measured, as proven bounds are larger by orders: 512 trajectories each to t = 95 of Fine and of Coarse with every flux
-# had at most 2.4 at t = 0 and 2.1 after.
+# √⟨u²⟩ that no snapshot exceeds: rigorous for the initial condition (terms of at most ½, all in
+# phase); afterwards measured, as proven bounds are larger by orders: 512 trajectories each to t =
+# 95 of Fine and of Coarse with every flux had at most 2.4 at t = 0 and 2.1 after.
 BOUND = TERMS / 2 / math.sqrt(2)
 
 
 def initial_condition(key: jax.Array, x: jax.Array, length: float) -> jax.Array:
-  """u₀(x) = Σ_{j=1..30} a_j sin(ω_j x + φ_j): a ~ U[−½, ½], ω in {2, 4, 6}π/L, φ ~ U[0, 2π], all independent.
+  """u₀(x) = Σ_{j=1..30} a_j sin(ω_j x + φ_j): a ~ U[−½, ½], ω in {2, 4, 6}π/L, φ ~ U[0, 2π], all
+  independent.
 
   A function of the key alone, to be read off on any grid.
 
@@ -41,22 +43,29 @@ def initial_condition(key: jax.Array, x: jax.Array, length: float) -> jax.Array:
   a = jax.random.uniform(draw[0], (TERMS,), x.dtype, -0.5, 0.5)
   k = 2 * math.pi / length * jax.random.choice(draw[1], jnp.asarray(WAVES, x.dtype), (TERMS,))
   phase = jax.random.uniform(draw[2], (TERMS,), x.dtype, 0.0, 2 * math.pi)
-  # One term after the other: the order of a reduction, and so the last bit, would vary with the size of the batch.
+  # One term after the other: the order of a reduction, and so the last bit, would vary with the
+  # size of the batch.
   add = lambda u, term: (u + term[0] * jnp.sin(term[1] * x + term[2]), None)
   return jax.lax.scan(add, x * (0 * a[0]), (a, k, phase))[0]
 
 
 def group(points: int = 24) -> symmetry.Group:
-  """The equation's symmetries that a grid of `points` keeps: all shifts, and (x, u) -> (−x, −u) after each; 2·points.
+  """The equation's symmetries that a grid of `points` keeps: all shifts, and (x, u) -> (−x, −u)
+  after each; 2·points.
 
-  Element s < points is (g·u)_i = u_{i+s}; element points + s is (g·u)_i = −u_{s−i}. The identity comes first.
+  Element s < points is (g·u)_i = u_{i+s}; element points + s is (g·u)_i = −u_{s−i}. The identity
+  comes first.
   """
   i, s = np.arange(points)[None], np.arange(points)[:, None]
-  return symmetry.Group(np.concatenate([(i + s) % points, (s - i) % points]), np.repeat([1.0, -1.0], points))
+  return symmetry.Group(
+    np.concatenate([(i + s) % points, (s - i) % points]), np.repeat([1.0, -1.0], points)
+  )
 
 
 def move(u: jax.Array, element: int | jax.Array) -> jax.Array:
-  """g·u for one element of `group`, by index, without its table; u is [..., points], the element may be traced."""
+  """g·u for one element of `group`, by index, without its table; u is [..., points], the element
+  may be traced.
+  """
   points = u.shape[-1]
   way = 1 - 2 * (element // points)
   return way * jnp.take(u, (way * jnp.arange(points) + element) % points, axis=-1)
@@ -72,7 +81,10 @@ def _need_float64() -> None:
 
 def _check_grid(points: int, length: float, dt: float) -> None:
   if points < 8 or points % 2 or length <= 0 or dt <= 0:
-    raise ValueError(f"{points} points, length {length}, dt {dt}: need an even number >= 8 of points, and both > 0.")
+    raise ValueError(
+      f"{points} points, length {length}, dt {dt}: need an even number >= 8 of points, and both > "
+      "0."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +97,9 @@ class Fine:
       relative error after t = 4     1.2e-3   1.6e-4   2.0e-5   1.1e-6   1.0e-7   1.4e-11
       max |Δ ln E(k)|, k ≤ 32        2.5e-2   3.3e-3   8.7e-4   1.1e-4   1.1e-5   1.4e-9
 
-  Chaos doubles any error in about 8 time units, so no dt follows a trajectory far; statistics are what counts, and a
-  spectrum within .001 is 1/15 of the sampling noise of 8192 snapshots. (The paper's dt is said to be 1/400.)
+  Chaos doubles any error in about 8 time units, so no dt follows a trajectory far; statistics are
+  what counts, and a spectrum within .001 is 1/15 of the sampling noise of 8192 snapshots. (The
+  paper's dt is said to be 1/400.)
 
   points: N, even; waves from N/3 on stay empty. length: L. dt: in time units of the equation.
   """
@@ -120,7 +133,14 @@ class Fine:
     import exponax  # here: it brings matplotlib, and most jobs simulate nothing
 
     stepper = exponax.stepper.KuramotoSivashinskyConservative(
-      1, self.length, self.points, self.dt, single_channel=True, conservative=True, dealiasing_fraction=2 / 3, order=4
+      1,
+      self.length,
+      self.points,
+      self.dt,
+      single_channel=True,
+      conservative=True,
+      dealiasing_fraction=2 / 3,
+      order=4,
     )
     waves = jnp.fft.rfft(u)[None]
     waves, _ = jax.lax.scan(lambda w, _: (stepper.step_fourier(w), None), waves, length=steps)
@@ -144,13 +164,17 @@ class Fine:
 
 
 def van_leer(back: jax.Array, ahead: jax.Array) -> jax.Array:
-  """Van Leer's limited slope: the harmonic mean of two differences of one sign, 0 at an extremum (van Leer 1974)."""
+  """Van Leer's limited slope: the harmonic mean of two differences of one sign, 0 at an extremum
+  (van Leer 1974).
+  """
   same = back * ahead > 0
   return jnp.where(same, 2 * back * ahead / jnp.where(same, back + ahead, 1.0), 0.0)
 
 
 def _faces(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Left and right states at the faces by piecewise linear reconstruction (MUSCL), second order where smooth."""
+  """Left and right states at the faces by piecewise linear reconstruction (MUSCL), second order
+  where smooth.
+  """
   ahead = jnp.roll(u, -1) - u
   half = van_leer(jnp.roll(ahead, 1), ahead) / 2
   return u + half, jnp.roll(u - half, -1)
@@ -169,14 +193,18 @@ def rusanov(u: jax.Array) -> jax.Array:
 
 
 def half(u: jax.Array) -> jax.Array:
-  """½ · (mean of the neighbours as velocity) · (u from upwind, van Leer-limited): u advected by itself, halved."""
+  """½ · (mean of the neighbours as velocity) · (u from upwind, van Leer-limited): u advected by
+  itself, halved.
+  """
   left, right = _faces(u)
   speed = (u + jnp.roll(u, -1)) / 2
   return speed * jnp.where(speed > 0, left, right) / 2
 
 
 def central(u: jax.Array) -> jax.Array:
-  """f(mean u): no limiter and no dissipation, for comparison; on 48 cells 1 trajectory in 700 blew up by t = 62.5."""
+  """f(mean u): no limiter and no dissipation, for comparison; on 48 cells 1 trajectory in 700 blew
+  up by t = 62.5.
+  """
   return (u + jnp.roll(u, -1)) ** 2 / 8
 
 
@@ -185,17 +213,19 @@ FLUXES = {flux.__name__: flux for flux in (godunov, rusanov, half, central)}
 
 @dataclasses.dataclass(frozen=True)
 class Coarse:
-  """Finite volume on few cells, with van Leer's limiter; its statistics are wrong, which is its purpose.
+  """Finite volume on few cells, with van Leer's limiter; its statistics are wrong, which is its
+  purpose.
 
       du_i/dt = −(F_{i+½} − F_{i−½})/h − (δ² + δ⁴) u_i,   δ²: three-point second difference
 
-  F is a flux of FLUXES, explicit in time. The linear part is implicit: circulant, λ(k) = m − m² with
-  m = (4/h²) sin²(kh/2), solved by FFT. Integrators: "euler" (IMEX Euler, order 1) and "ars222" (Ascher, Ruuth and
-  Spiteri 1997, order 2, L-stable). Second order in space on smooth fields; conserves the mean to rounding; commutes
-  with `group`.
+  F is a flux of FLUXES, explicit in time. The linear part is implicit: circulant, λ(k) = m − m²
+  with m = (4/h²) sin²(kh/2), solved by FFT. Integrators: "euler" (IMEX Euler, order 1) and "ars222"
+  (Ascher, Ruuth and Spiteri 1997, order 2, L-stable). Second order in space on smooth fields;
+  conserves the mean to rounding; commutes with `group`.
 
-  The bias, on 24 points against strided `Fine`: 2048 trajectories × 4 snapshots a side (ids 0 ... 2047, seed 0), the
-  paper's metrics; Δ² = Σ (ln value/paper)²; s: CPU seconds; printed by `python benchmarks/ks_coarse.py`:
+  The bias, on 24 points against strided `Fine`: 2048 trajectories × 4 snapshots a side (ids 0 ...
+  2047, seed 0), the paper's metrics; Δ² = Σ (ln value/paper)²; s: CPU seconds; printed by `python
+  benchmarks/ks_coarse.py`:
 
       scheme, cells, integrator, dt    covRMSE   MELRu   MELRw   KLD sum   Δ²      s
       the paper's LFLR                 .343      .201    .144    1.464
@@ -209,14 +239,16 @@ class Coarse:
       half 48 euler .02                .161      .142    .130    .258      3.71    1.6
       godunov 48 euler .1              .590      .691    .823    14.07     9.98    0.4
 
-  With --seed=1 and --seed=2 the best are level: Δ² .63 and .63 for the default, .60 and .56 for rusanov 120, .67 and
-  .61 for central 72. The default is the cheapest of them.
-  A scheme that conserves the mean can hardly have all four figures: MELRw .144 puts energies 15 % off, but a KLD of
-  .061 a point puts standard deviations 25 % off (KL ≈ (ln ratio)² for Gaussians), so energies 50 %. Energy at k = 0,
-  which MELR leaves out, would reconcile the two: the mean of the paper's coarse solver may have drifted [inferred].
+  With --seed=1 and --seed=2 the best are level: Δ² .63 and .63 for the default, .60 and .56 for
+  rusanov 120, .67 and .61 for central 72. The default is the cheapest of them. A scheme that
+  conserves the mean can hardly have all four figures: MELRw .144 puts energies 15 % off, but a KLD
+  of .061 a point puts standard deviations 25 % off (KL ≈ (ln ratio)² for Gaussians), so energies 50
+  %. Energy at k = 0, which MELR leaves out, would reconcile the two: the mean of the paper's coarse
+  solver may have drifted [inferred].
 
-  scheme: a key of FLUXES. cells: n, even, a multiple of points. dt: in time units. The flux is explicit and |u| comes
-  to 3.3, so the limiter's bound |u| dt ≤ h/2 asks for dt ≤ .1 on 96 cells (two times 2048 trajectories ran to t = 512).
+  scheme: a key of FLUXES. cells: n, even, a multiple of points. dt: in time units. The flux is
+  explicit and |u| comes to 3.3, so the limiter's bound |u| dt ≤ h/2 asks for dt ≤ .1 on 96 cells
+  (two times 2048 trajectories ran to t = 512).
   length: L. points: of the output, every (cells/points)-th cell. integrator: "euler" or "ars222".
   Raises: ValueError for an unknown scheme or integrator, or cells that do not stride to points.
   """
@@ -236,12 +268,14 @@ class Coarse:
     if self.scheme not in FLUXES:
       raise ValueError(f"config.coarse.scheme={self.scheme!r} is unknown; known: {sorted(FLUXES)}.")
     if self.integrator not in ("euler", "ars222"):
-      raise ValueError(f"config.coarse.integrator={self.integrator!r} is unknown; known: 'ars222', 'euler'.")
+      raise ValueError(
+        f"config.coarse.integrator={self.integrator!r} is unknown; known: 'ars222', 'euler'."
+      )
     if self.points < 1 or self.cells % self.points:
       near = max(round(self.cells / max(self.points, 1)), 1) * max(self.points, 1)
       raise ValueError(
-        f"{self.cells} cells cannot be strided to {self.points} points: points are cells, evenly spaced. "
-        f"Set --config.coarse.cells={near}."
+        f"{self.cells} cells cannot be strided to {self.points} points: points are cells, evenly "
+        f"spaced. Set --config.coarse.cells={near}."
       )
 
   @property
@@ -283,7 +317,8 @@ class Coarse:
 
   def _solve(self, v: jax.Array, dt: float) -> jax.Array:
     """(1 − dt λ)⁻¹ v."""
-    # A product: XLA rounds a complex division differently from one program to the next, a sharded one for instance.
+    # A product: XLA rounds a complex division differently from one program to the next, a sharded
+    # one for instance.
     return jnp.fft.irfft(jnp.fft.rfft(v) * jnp.asarray(1 / (1 - dt * self.symbol())), n=self.cells)
 
   def _euler(self, u):
@@ -296,4 +331,6 @@ class Coarse:
     known = u + dt * g * first
     middle = self._solve(known, dt * g)
     linear = (middle - known) / (dt * g)  # λ·middle, without another transform
-    return self._solve(u + dt * (d * first + (1 - d) * self.tendency(middle) + (1 - g) * linear), dt * g)
+    return self._solve(
+      u + dt * (d * first + (1 - d) * self.tendency(middle) + (1 - g) * linear), dt * g
+    )

@@ -1,32 +1,39 @@
-"""Selection among the members of one condition: those whose unguided misfit is implausible make room for the others.
+"""Selection among the members of one condition: those whose unguided misfit is implausible make
+room for the others.
 
-Before the constraint is put in, D(x, σ) of a member in the wrong mode misses y′ by more than its error allows:
+Before the constraint is put in, D(x, σ) of a member in the wrong mode misses y′ by more than its
+error allows:
 
     χ² = rᵀA⁻¹r,  r = y′ − C′D(x, σ),   log w −= strength · max(χ²/s − dead_zone·d′, 0),   s = max(1, min χ²/d′)
 
-for d′ ≤ 24 values of a coarse field; for more see below. When the effective size 1/Σw² of a condition's members falls
-to ENOUGH of them, they are drawn anew in proportion to w (systematically) and all w are equal again; the noise of the
-step then parts the copies. The dead zone spares members that are merely as uncertain as they should be. A Gaussian
-field, for which χ² has mean d′ and standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much
-open, states differ in how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence ZONE.
+for d′ ≤ 24 values of a coarse field; for more see below. When the effective size 1/Σw² of a
+condition's members falls to ENOUGH of them, they are drawn anew in proportion to w (systematically)
+and all w are equal again; the noise of the step then parts the copies. The dead zone spares members
+that are merely as uncertain as they should be. A Gaussian field, for which χ² has mean d′ and
+standard deviation √(2d′), is left alone at 1.6 (d′ = 24); but where y′ leaves much open, states
+differ in how well D knows them, and 1.6 drains a right ensemble of those that it knows less: hence
+ZONE.
 
-s is the misfit of a condition's best member. Where y′ lies outside what the prior knows, as debiased fields do a
-little, all members miss it, and without s they would become copies of one: docs/method.md has how much.
+s is the misfit of a condition's best member. Where y′ lies outside what the prior knows, as
+debiased fields do a little, all members miss it, and without s they would become copies of one:
+docs/method.md has how much.
 
-With more coarse values χ²/d′ of right members crowds about 1, with standard deviation √(2/d′). What was measured at
-d′ = 24 is carried over in that unit, z = (χ²/d′ − 1)/√(2/d′): at any d′ > 24 too, log w falls by .87 for a unit of z
-beyond z = 6.9 (strength 1/8, dead zone 3), as
+With more coarse values χ²/d′ of right members crowds about 1, with standard deviation √(2/d′). What
+was measured at d′ = 24 is carried over in that unit, z = (χ²/d′ − 1)/√(2/d′): at any d′ > 24 too,
+log w falls by .87 for a unit of z beyond z = 6.9 (strength 1/8, dead zone 3), as
 
     dead_zone(d′) = 1 + (dead_zone − 1) √(24/d′),   strength(d′) = strength √(24/d′)
 
-Taken as they stand at 32² = 1024 values, 3 and 1/8 would pass a member that is off by 45 standard deviations, and take
-5.7 from log w for each one beyond, at every step: no network's A is right to so many nats.
+Taken as they stand at 32² = 1024 values, 3 and 1/8 would pass a member that is off by 45 standard
+deviations, and take 5.7 from log w for each one beyond, at every step: no network's A is right to
+so many nats.
 
-A member without a score, as its D is not finite, weighs nothing from then on; the others are weighed as if it were
-not there. Where no member of a condition has a score, nothing is selected among them.
+A member without a score, as its D is not finite, weighs nothing from then on; the others are
+weighed as if it were not there. Where no member of a condition has a score, nothing is selected
+among them.
 
-Members of a condition now depend on each other, so a block of members is the unit that can be drawn again; the block
-draws its selection from the key of its first member, folded with the step.
+Members of a condition now depend on each other, so a block of members is the unit that can be drawn
+again; the block draws its selection from the key of its first member, folded with the step.
 """
 
 import dataclasses
@@ -36,18 +43,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from downscaling.common import randomness
+from downscaling.runtime import random_keys
 
-REFERENCE = 24  # coarse values, of KS, that strength and dead_zone are stated for; fewer are treated alike
-ENOUGH = 0.75  # at ½, up to half of the members may weigh nothing to the end: error, CRPS and spread were worse on KS
-ZONE = 3.0  # dead zone in units of d′, measured on KS: smaller ones take members that are right (docs/method.md)
+REFERENCE = (
+  24  # coarse values, of KS, that strength and dead_zone are stated for; fewer are treated alike
+)
+# at ½, up to half of the members may weigh nothing to the end: error, CRPS and spread were worse on
+# KS
+ENOUGH = 0.75
+# dead zone in units of d′, measured on KS: smaller ones take members that are right
+# (docs/method.md)
+ZONE = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Resampling:
-  """members: M of a condition, adjacent rows of a batch. strength > 0; dead_zone >= 1, in units of d′: for d′ ≤ 24.
+  """members: M of a condition, adjacent rows of a batch. strength > 0; dead_zone >= 1, in units of
+  d′: for d′ ≤ 24.
 
-  below: the noise level under which members are weighed; above it D is vague, and what is selected there is luck.
+  below: the noise level under which members are weighed; above it D is vague, and what is selected
+    there is luck.
 
   Raises: ValueError for values that select nothing or everything.
   """
@@ -59,21 +74,28 @@ class Resampling:
 
   def __post_init__(self):
     if self.members < 2:
-      raise ValueError(f"resampling among {self.members} member: need 2 or more a unit (sampling.unit), or strength 0.")
+      raise ValueError(
+        f"resampling among {self.members} member: need 2 or more a unit (sampling.unit), or "
+        "strength 0."
+      )
     if not (self.strength > 0 and self.dead_zone >= 1 and self.below > 0):
       raise ValueError(
-        f"resampling with strength={self.strength:g}, dead_zone={self.dead_zone:g}, below={self.below:g}: need "
-        f"strength > 0 (about 1/8), below > 0 and dead_zone >= 1 (about {ZONE:g}): less drains the spread of a right "
-        "ensemble."
+        f"resampling with strength={self.strength:g}, dead_zone={self.dead_zone:g}, "
+        f"below={self.below:g}: need strength > 0 (about 1/8), below > 0 and dead_zone >= 1 (about "
+        f"{ZONE:g}): less drains the spread of a right ensemble."
       )
 
   def start(self, rows: int) -> jax.Array:
     """Log weights [B/M, M] of equal members. Raises ValueError unless M divides the rows."""
     if rows % self.members:
-      raise ValueError(f"{rows} rows are no whole conditions of {self.members} members: make the batch a multiple.")
+      raise ValueError(
+        f"{rows} rows are no whole conditions of {self.members} members: make the batch a multiple."
+      )
     return jnp.zeros((rows // self.members, self.members), jnp.float32)
 
-  def weigh(self, log_weights: jax.Array, score: jax.Array, values: int, sigma: jax.Array | float) -> jax.Array:
+  def weigh(
+    self, log_weights: jax.Array, score: jax.Array, values: int, sigma: jax.Array | float
+  ) -> jax.Array:
     """Log weights after a step at level sigma, []. score: χ²/d′ [B]; values: d′."""
     score = score.reshape(log_weights.shape).astype(jnp.float32)
     known = jnp.isfinite(score)
@@ -86,7 +108,9 @@ class Resampling:
     heaviest = log_weights.max(axis=1, keepdims=True)
     return jnp.where(jnp.isfinite(heaviest), log_weights - heaviest, 0)
 
-  def select(self, keys: jax.Array, step: jax.Array, log_weights: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
+  def select(
+    self, keys: jax.Array, step: jax.Array, log_weights: jax.Array, rows: Any
+  ) -> tuple[jax.Array, Any]:
     """(log weights, rows) after selection where it is due.
 
     Args:
@@ -95,12 +119,14 @@ class Resampling:
     """
 
     def place_of(key):
-      stream = jax.random.fold_in(key, randomness.stream("selection"))
+      stream = jax.random.fold_in(key, random_keys.stream("selection"))
       return jax.random.uniform(jax.random.fold_in(stream, step))
 
     place = jax.vmap(place_of)(keys[:: self.members])
     share = jax.nn.softmax(log_weights, axis=1)
-    due = 1 / (share**2).sum(axis=1) < ENOUGH * self.members + 1e-3  # a quarter of them gone, to rounding, is due
+    due = (
+      1 / (share**2).sum(axis=1) < ENOUGH * self.members + 1e-3
+    )  # a quarter of them gone, to rounding, is due
     stay = jnp.arange(self.members)
     chosen = jnp.where(due[:, None], jax.vmap(_systematic)(share, place), stay[None])
 
@@ -108,11 +134,15 @@ class Resampling:
       split = x.reshape(*log_weights.shape, *x.shape[1:])
       return jax.vmap(lambda block, index: block[index])(split, chosen).reshape(x.shape)
 
-    return jnp.where(due[:, None], jnp.zeros_like(log_weights), log_weights), jax.tree.map(pick, rows)
+    return jnp.where(due[:, None], jnp.zeros_like(log_weights), log_weights), jax.tree.map(
+      pick, rows
+    )
 
 
 def _systematic(share: jax.Array, place: jax.Array) -> jax.Array:
-  """Indices [M]: member i is drawn ⌊M share_i⌋ or ⌈M share_i⌉ times; place in [0, 1) shifts the comb."""
+  """Indices [M]: member i is drawn ⌊M share_i⌋ or ⌈M share_i⌉ times; place in [0, 1) shifts the
+  comb.
+  """
   members = share.shape[0]
   comb = (jnp.arange(members) + place) / members
   return jnp.minimum(jnp.searchsorted(jnp.cumsum(share), comb, side="right"), members - 1)

@@ -1,10 +1,12 @@
-"""Periodic cubic interpolation: through the points, fourth order, the same on either axis, refusals."""
+"""Periodic cubic interpolation: through the points, fourth order, the same on either axis,
+refusals.
+"""
 
 import numpy as np
 import pytest
 
 from downscaling.baselines import interpolation
-from downscaling.common.operators import BlockMean, Dense, Strided
+from downscaling.fields.operators import BlockMean, Dense, Strided
 
 
 @pytest.mark.parametrize("fine", [(48,), (24, 48)])
@@ -14,7 +16,8 @@ def test_passes_through_the_observed_points(fine):
   x = interpolation.cubic(y, op, block=2)
   assert x.shape == (3, *fine, 2)
   assert x.dtype == np.float32
-  # Float64 inside, so one float32 rounding at most. Points half a cell off, or axes swapped, miss by O(1).
+  # Float64 inside, so one float32 rounding at most. Points half a cell off, or axes swapped, miss
+  # by O(1).
   np.testing.assert_allclose(np.asarray(op.apply(x)), y, rtol=0, atol=5e-7)
 
 
@@ -25,7 +28,9 @@ def wave(points: int) -> np.ndarray:
 
 @pytest.mark.parametrize("make", [Strided.on, BlockMean.on])
 def test_fourth_order(make):
-  """Halving the coarse spacing divides the error by 16; values at block centres stand in for the means."""
+  """Halving the coarse spacing divides the error by 16; values at block centres stand in for the
+  means.
+  """
   errors = []
   for n in (32, 64, 128):
     op = make((8 * n,), 8)
@@ -51,7 +56,9 @@ def test_shifting_the_input_shifts_the_output():
   op = Strided.on((40,), 5)
   y = np.random.default_rng(1).normal(size=(1, 8, 1))
   np.testing.assert_allclose(
-    interpolation.cubic(np.roll(y, 3, 1), op), np.roll(interpolation.cubic(y, op), 15, 1), atol=1e-12
+    interpolation.cubic(np.roll(y, 3, 1), op),
+    np.roll(interpolation.cubic(y, op), 15, 1),
+    atol=1e-12,
   )
 
 

@@ -1,11 +1,14 @@
-"""A bias that breaks the symmetry, and one that keeps it, from end to end: the group, and how good the map then is."""
+"""A bias that breaks the symmetry, and one that keeps it, from end to end: the group, and how good
+the map then is.
+"""
 
 import numpy as np
 import pytest
 
-from downscaling.debias import job, maps, moments
+from downscaling.debias import fit, maps
+from downscaling.debias.equivariant import moments
 from downscaling.equations import ks
-from downscaling.evaluation import distances
+from downscaling.metrics import distances
 
 N, ROWS, HELD, REFERENCE = 12, 4000, 1500, 6000
 TURN = 2 * np.pi * np.arange(N) / N
@@ -18,7 +21,9 @@ BIASES = {
 
 
 def fields(seed, size, slope=1.0):
-  """Stationary red fields with third moments, alike under shifts and (x, u) -> (−x, −u); [size, N, 1]."""
+  """Stationary red fields with third moments, alike under shifts and (x, u) -> (−x, −u); [size, N,
+  1].
+  """
   y = np.random.default_rng(seed).normal(size=(size, N))
   y = moments.fields(moments.waves(y) * (1.0 + moments.shells((N,))) ** -slope, (N,))
   y = y / y.std()
@@ -29,12 +34,13 @@ def fields(seed, size, slope=1.0):
 def debiased(folder, bias, **given):
   """(report, T y of held-out rows)."""
   biased = [
-    bias(fields(seed, size, 1.3)[..., 0])[..., None].astype(np.float32) for seed, size in ((0, ROWS), (2, HELD))
+    bias(fields(seed, size, 1.3)[..., 0])[..., None].astype(np.float32)
+    for seed, size in ((0, ROWS), (2, HELD))
   ]
   given = {"towards": "stationary"} | given
   setting = maps.Setting(ks.group(N), quadratic="ks", recipe="GMQM", **given)
   how = {"space": (N,), "maps": ("equivariant",), "chosen": "equivariant", "setting": setting}
-  report = job.debias(folder, biased[0], fields(1, ROWS), biased[1], **how)
+  report = fit.debias(folder, biased[0], fields(1, ROWS), biased[1], **how)
   return report, maps.load(folder / "equivariant")(biased[1])[..., 0]
 
 
@@ -53,8 +59,9 @@ def test_auto_finds_the_group_and_the_map_reaches_the_floor(name, floor, tmp_pat
   bias, group = BIASES[name]
   report, mapped = debiased(tmp_path, bias)
   assert report["group"]["name"] == group
-  # The issue's bound. Measured .81 to 1.01, as the floor's draws spread by a fifth. The breaking one with the full
-  # group is at 6.6, with the trivial one and covariances that are not shrunk at 1.42.
+  # The issue's bound. Measured .81 to 1.01, as the floor's draws spread by a fifth. The breaking
+  # one with the full group is at 6.6, with the trivial one and covariances that are not shrunk at
+  # 1.42.
   assert error(mapped) <= 1.15 * floor
 
 
@@ -62,4 +69,6 @@ def test_the_full_group_cannot_mend_what_breaks_it(floor, tmp_path, capfd):
   report, mapped = debiased(tmp_path, BIASES["breaking"][0], subgroup="full")
   assert error(mapped) > 2 * floor
   assert "the bias breaks the symmetry of the group 'full'" in capfd.readouterr().err
-  assert {"warning"} == {e["level"] for e in report["health"] if e["check"] == "symmetry of the bias: full"}
+  assert {"warning"} == {
+    e["level"] for e in report["health"] if e["check"] == "symmetry of the bias: full"
+  }

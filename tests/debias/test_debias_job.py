@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import xarray
 
-from downscaling.common import runs, symmetry
-from downscaling.debias import job, maps
+from downscaling.debias import fit, maps
 from downscaling.equations import ks
+from downscaling.fields import symmetry
+from downscaling.runtime import files, supervision
 
 
 def rows(n, seed, scale, space=(6,)):
@@ -29,12 +30,17 @@ def setting(group=None, stop=lambda: False, **sinkhorn):
   options = {"epsilon": 0.05, "check_every": 5} | sinkhorn
   batches = {"batch": 30, "passes": 20.0}
   return maps.Setting(
-    group or ks.group(6), sinkhorn=options, minibatch=batches, recipe="GQ", config_hash="hash", stop=stop
+    group or ks.group(6),
+    sinkhorn=options,
+    minibatch=batches,
+    recipe="GQ",
+    config_hash="hash",
+    stop=stop,
   )
 
 
 def debias(folder, held=HELD, *, names=("entropic",), chosen=None, given=None, **kwargs):
-  return job.debias(
+  return fit.debias(
     folder,
     SOURCE,
     TARGET,
@@ -48,8 +54,10 @@ def debias(folder, held=HELD, *, names=("entropic",), chosen=None, given=None, *
 
 
 def test_writes_the_maps_the_rows_and_the_diagnostics(tmp_path):
-  report = debias(tmp_path, names=EVERY, chosen="equivariant", evaluators={"spread": spread}, in_sample=PICKED)
-  assert runs.read_json(tmp_path / "diagnostics.json") == report
+  report = debias(
+    tmp_path, names=EVERY, chosen="equivariant", evaluators={"spread": spread}, in_sample=PICKED
+  )
+  assert files.read_json(tmp_path / "diagnostics.json") == report
   assert report["map"] == "equivariant"
   assert report["maps"]["entropic"]["converged"] is True
   facts = report["maps"]["equivariant"]
@@ -68,8 +76,8 @@ def test_writes_the_maps_the_rows_and_the_diagnostics(tmp_path):
         np.testing.assert_array_equal(data[kind].values, maps.load(tmp_path / kind)(source)[..., 0])
   for kind in EVERY:
     found = report["held_out"][kind]["spread"]
-    # every map must widen 1 to 1.6; the barycentric mean at this ε takes some of it back, the gains of rescaled add
-    # what noise of 15 spare rows leaves
+    # every map must widen 1 to 1.6; the barycentric mean at this ε takes some of it back, the gains
+    # of rescaled add what noise of 15 spare rows leaves
     assert 1.1 < found["mapped"] / found["source"] < 1.8, kind
     assert 0.75 < found["kept"] <= 1, kind
   # a Gaussian map of independent points only scales; a quantile table of 780 values adds its noise
@@ -96,13 +104,15 @@ def test_a_stopped_job_goes_on_to_the_same_map(tmp_path):
   names = ("gaussian", "entropic")
   debias(tmp_path / "whole", names=names)
   asked = iter([False] * 4)
-  with pytest.raises(runs.Interrupted, match="stopped after 15 iterations"):
+  with pytest.raises(supervision.Interrupted, match="stopped after 15 iterations"):
     debias(tmp_path / "cut", names=names, given=setting(stop=lambda: next(asked, True)))
   assert not (tmp_path / "cut" / "diagnostics.json").exists()
   first = (tmp_path / "cut" / "gaussian" / "arrays.npz").stat()
   for _ in range(2):  # the second run finds the fits done and writes over its own stores
     debias(tmp_path / "cut", names=names)
-  assert (tmp_path / "cut" / "gaussian" / "arrays.npz").stat().st_mtime_ns == first.st_mtime_ns  # not fitted again
+  assert (
+    tmp_path / "cut" / "gaussian" / "arrays.npz"
+  ).stat().st_mtime_ns == first.st_mtime_ns  # not fitted again
   whole, cut = (maps.load(tmp_path / name / "entropic") for name in ("whole", "cut"))
   np.testing.assert_array_equal(cut.g, whole.g)
 
@@ -115,9 +125,20 @@ def test_a_map_without_its_record_is_fitted_again(tmp_path):
 
 
 def test_two_dimensions_and_channels(tmp_path):
-  source, target, held = (np.concatenate([rows(n, s, 1.0, (4, 3))] * 2, -1) for n, s in ((40, 0), (50, 1), (11, 2)))
+  source, target, held = (
+    np.concatenate([rows(n, s, 1.0, (4, 3))] * 2, -1) for n, s in ((40, 0), (50, 1), (11, 2))
+  )
   given = setting(symmetry.trivial(24), epsilon=0.01)
-  job.debias(tmp_path, source, target, held, space=(4, 3), maps=("entropic",), chosen="entropic", setting=given)
+  fit.debias(
+    tmp_path,
+    source,
+    target,
+    held,
+    space=(4, 3),
+    maps=("entropic",),
+    chosen="entropic",
+    setting=given,
+  )
   with xarray.open_zarr(tmp_path / "held_out.zarr", consolidated=False) as data:
     assert dict(data["entropic"].sizes) == {"row": 11, "y": 4, "x": 3, "channel": 2}
 
@@ -125,16 +146,22 @@ def test_two_dimensions_and_channels(tmp_path):
 def test_not_converged_is_said(tmp_path, capfd):
   report = debias(tmp_path, given=setting(max_iterations=5))
   assert report["maps"]["entropic"]["converged"] is False
-  assert "debias: entropic not converged after 5 iterations, marginal error" in capfd.readouterr().err
+  assert (
+    "debias: entropic not converged after 5 iterations, marginal error" in capfd.readouterr().err
+  )
 
 
 def test_rescaled_gains_come_from_rows_outside_the_fit(tmp_path):
-  """A barycentric map shrinks; the gains, fitted on the 15 spare rows, must give the held-out ones the target's 1.6."""
+  """A barycentric map shrinks; the gains, fitted on the 15 spare rows, must give the held-out ones
+  the target's 1.6.
+  """
   given = setting(epsilon=0.3)  # a large ε, so that there is much to cure
   # behind a map that has lost so much nothing is drawn: the job would refuse
   debias(tmp_path, names=("gaussian", "entropic", "rescaled"), given=given)
-  assert runs.read_json(tmp_path / "rescaled" / "facts.json")["spare_rows"] == 15
-  spreads = {name: maps.load(tmp_path / name)(HELD).std() / TARGET.std() for name in ("entropic", "rescaled")}
+  assert files.read_json(tmp_path / "rescaled" / "facts.json")["spare_rows"] == 15
+  spreads = {
+    name: maps.load(tmp_path / name)(HELD).std() / TARGET.std() for name in ("entropic", "rescaled")
+  }
   assert spreads["entropic"] < 0.8
   assert spreads["rescaled"] == pytest.approx(1, abs=0.25)  # 15 rows for each of 4 gains
 
@@ -142,7 +169,9 @@ def test_rescaled_gains_come_from_rows_outside_the_fit(tmp_path):
 def test_rows_outside_the_fit_are_counted_and_said(tmp_path, capfd):
   far = HELD.copy()
   far[:5] *= 20
-  every_step = dataclasses.replace(setting(), select=False)  # Q, which these rows do not need, has a range
+  every_step = dataclasses.replace(
+    setting(), select=False
+  )  # Q, which these rows do not need, has a range
   report = debias(tmp_path, far, names=("entropic", "equivariant"), given=every_step)
   said = capfd.readouterr().err
   for name in ("entropic", "equivariant"):
@@ -156,9 +185,14 @@ def test_wrong_arrays_are_refused_before_the_fit(tmp_path):
     debias(tmp_path, HELD[:, :5])
   held = HELD.copy()
   held[7] = np.nan
-  with pytest.raises(ValueError, match=r"held-out rows hold NaN or infinities in 1 of 50 rows \(7\)"):
+  with pytest.raises(
+    ValueError, match=r"held-out rows hold NaN or infinities in 1 of 50 rows \(7\)"
+  ):
     debias(tmp_path, held)
-  with pytest.raises(ValueError, match=r"config.debias.map='rescaled' is not among config.debias.maps=\('entropic',\)"):
+  with pytest.raises(
+    ValueError,
+    match=r"config.debias.map='rescaled' is not among config.debias.maps=\('entropic',\)",
+  ):
     debias(tmp_path, chosen="rescaled")
   with pytest.raises(ValueError, match=r"config.debias.maps has 'sinkhorn', which is unknown"):
     debias(tmp_path, names=("sinkhorn",))
@@ -167,8 +201,8 @@ def test_wrong_arrays_are_refused_before_the_fit(tmp_path):
 
 def test_a_map_of_an_unknown_kind(tmp_path):
   debias(tmp_path, names=("gaussian",))
-  record = runs.read_json(tmp_path / "gaussian" / "map.json")
-  runs.write_json(tmp_path / "gaussian" / "map.json", record | {"kind": "linear"})
+  record = files.read_json(tmp_path / "gaussian" / "map.json")
+  files.write_json(tmp_path / "gaussian" / "map.json", record | {"kind": "linear"})
   with pytest.raises(ValueError, match="holds a map of kind 'linear', this version reads"):
     maps.load(tmp_path / "gaussian")
   with pytest.raises(FileNotFoundError, match="run `downscaling debias` first"):

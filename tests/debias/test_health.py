@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from downscaling.common import runs, symmetry
-from downscaling.debias import health, job, maps
+from downscaling.debias import fit, health, maps
 from downscaling.equations import ks
+from downscaling.fields import symmetry
+from downscaling.runtime import files
 
 SPACE = (6,)
 
@@ -16,10 +17,19 @@ def rows(n, seed, scale=1.0):
 
 def debias(folder, source, target, *, names=("gaussian",), calibration=None, **given):
   setting = maps.Setting(
-    ks.group(6), sinkhorn={"epsilon": given.pop("epsilon", 0.01), "check_every": 10}, recipe="G", **given
+    ks.group(6),
+    sinkhorn={"epsilon": given.pop("epsilon", 0.01), "check_every": 10},
+    recipe="G",
+    **given,
   )
-  how = {"space": SPACE, "maps": names, "chosen": names[0], "setting": setting, "calibration": calibration}
-  return job.debias(folder, source, target, rows(60, 9), **how)
+  how = {
+    "space": SPACE,
+    "maps": names,
+    "chosen": names[0],
+    "setting": setting,
+    "calibration": calibration,
+  }
+  return fit.debias(folder, source, target, rows(60, 9), **how)
 
 
 def levels(report):
@@ -30,14 +40,16 @@ def test_healthy_rows_give_no_warning(tmp_path, capfd):
   report = debias(tmp_path, rows(200, 0), rows(200, 1, 1.3))
   assert set(levels(report).values()) == {"ok"}
   assert "warning" not in capfd.readouterr().err
-  assert runs.read_json(tmp_path / "diagnostics.json")["health"] == report["health"]
+  assert files.read_json(tmp_path / "diagnostics.json")["health"] == report["health"]
   assert report["group"] == {"name": "full", "elements": 12}
 
 
 def test_one_row_of_ten_thousand_is_refused_before_anything_is_written(tmp_path):
   source = rows(200, 0)
   source[17] = 1e4
-  with pytest.raises(ValueError, match=r"1 of 200 source rows hold values beyond .* \(rows 17; the largest is 1e\+04"):
+  with pytest.raises(
+    ValueError, match=r"1 of 200 source rows hold values beyond .* \(rows 17; the largest is 1e\+04"
+  ):
     debias(tmp_path, source, rows(200, 1), names=("entropic",))
   assert list(tmp_path.iterdir()) == []
   # the way out that the message names
@@ -50,7 +62,9 @@ def test_a_stray_row_is_named(tmp_path, capfd):
   target[3, 2] = 50.0
   report = debias(tmp_path, rows(200, 0), target)
   assert levels(report)["outliers in target"] == "warning"
-  assert "debias: warning: 1 of 200 target rows hold values beyond 30 robust" in capfd.readouterr().err
+  assert (
+    "debias: warning: 1 of 200 target rows hold values beyond 30 robust" in capfd.readouterr().err
+  )
 
 
 def test_a_constant_column_is_named(tmp_path, capfd):
@@ -63,10 +77,14 @@ def test_a_constant_column_is_named(tmp_path, capfd):
 
 @pytest.mark.parametrize("epsilon", [1.0, 100.0])
 def test_an_epsilon_without_information_is_an_error_of_the_chosen_map(tmp_path, epsilon):
-  with pytest.raises(ValueError, match=r"map entropic has lost \d+% of the variance .*epsilon is too large"):
+  with pytest.raises(
+    ValueError, match=r"map entropic has lost \d+% of the variance .*epsilon is too large"
+  ):
     debias(tmp_path, rows(200, 0), rows(200, 1), names=("entropic",), epsilon=epsilon)
-  found = runs.read_json(tmp_path / "diagnostics.json")["health"]
-  assert {"amplitude ratio", "shrinkage of the barycentric map"} <= {e["check"] for e in found if e["level"] == "error"}
+  found = files.read_json(tmp_path / "diagnostics.json")["health"]
+  assert {"amplitude ratio", "shrinkage of the barycentric map"} <= {
+    e["check"] for e in found if e["level"] == "error"
+  }
 
 
 def test_of_a_map_that_is_only_shown_it_is_a_warning(tmp_path, capfd):
@@ -81,7 +99,10 @@ def test_a_broken_symmetry_is_said_on_one_line(tmp_path, capfd):
   assert report["group"] == {"name": "trivial", "elements": 1}
   lines = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
   assert len(lines) == 1
-  assert "the bias breaks the symmetry of the group 'full' (12 elements): the difference in mean at point 2" in lines[0]
+  assert (
+    "the bias breaks the symmetry of the group 'full' (12 elements): the difference in mean at "
+    "point 2" in lines[0]
+  )
   assert "maps are fitted with the group 'trivial'" in lines[0]
   forced = debias(tmp_path / "forced", source, rows(400, 1), subgroup="full")
   assert forced["group"]["name"] == "full"
@@ -100,7 +121,9 @@ def test_calibration_rows_are_mapped_too(tmp_path):
   debias(tmp_path, rows(200, 0), rows(200, 1, 1.3), calibration=calibration)
   with xarray.open_zarr(tmp_path / "calibration.zarr", consolidated=False) as data:
     np.testing.assert_array_equal(data["lflr"].values, calibration[..., 0])
-    np.testing.assert_array_equal(data["gaussian"].values, maps.load(tmp_path / "gaussian")(calibration)[..., 0])
+    np.testing.assert_array_equal(
+      data["gaussian"].values, maps.load(tmp_path / "gaussian")(calibration)[..., 0]
+    )
 
 
 def test_a_recipe_of_which_nothing_helps_is_the_identity(tmp_path, capfd):
@@ -114,7 +137,7 @@ def test_a_recipe_of_which_nothing_helps_is_the_identity(tmp_path, capfd):
 
 def test_groups_without_symmetry_are_not_tested(tmp_path):
   setting = maps.Setting(symmetry.trivial(6))
-  report = job.debias(
+  report = fit.debias(
     tmp_path,
     rows(100, 0),
     rows(100, 1),

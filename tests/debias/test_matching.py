@@ -1,20 +1,24 @@
-"""Statistics matched by the least displacement: closed form, Newton's convergence, symmetry, what is refused."""
+"""Statistics matched by the least displacement: closed form, Newton's convergence, symmetry, what
+is refused.
+"""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from downscaling.common import symmetry
-from downscaling.debias import matching, moments, recipes
+from downscaling.debias.equivariant import matching, moments, recipes
 from downscaling.equations import kolmogorov, ks
-from downscaling.evaluation import higher_order
+from downscaling.fields import symmetry
+from downscaling.metrics import higher_order
 
 GRIDS = {"ks": (ks.group(12), (12,)), "kolmogorov": (kolmogorov.group(8), (8, 8))}
 
 
 def fields(space, seed, *, size=600, bend=0.0):
-  """Red random fields [size, *space, 1]; with bend, moved along the quadratic term, which gives them third moments."""
+  """Red random fields [size, *space, 1]; with bend, moved along the quadratic term, which gives
+  them third moments.
+  """
   y = np.random.default_rng(seed).normal(size=(size, *space))
   y = moments.fields(moments.waves(y) * (1.0 + moments.shells(space)) ** -1.5, space)
   y = y / y.std()
@@ -38,14 +42,17 @@ def test_matching_converges_like_newton(name):
   for count in range(4):
     mapped = dataclasses.replace(found, steps=found.steps[: 1 + count])(source)
     left.append(np.abs(values(mapped, name) - values(target, name))[kept].max() / scale)
-  # measured .26, .028, 3e-5 (1-D: RIDGE) and .16, 1.2e-3, 1.3e-5 (2-D); a gradient step of fixed length leaves half
+  # measured .26, .028, 3e-5 (1-D: RIDGE) and .16, 1.2e-3, 1.3e-5 (2-D); a gradient step of fixed
+  # length leaves half
   assert left[1] < 0.7 * left[0]
   assert left[2] < 0.2 * left[1]
   assert left[3] < 0.05 * left[2]
 
 
 def test_one_statistic_moves_by_the_least_displacement():
-  """φ = energy of one wave alone: the step is 2λ times that wave, λ = gap / 4E, and no other wave moves."""
+  """φ = energy of one wave alone: the step is 2λ times that wave, λ = gap / 4E, and no other wave
+  moves.
+  """
   space, name = (12,), None
   y = fields(space, 0)[..., 0]
   now, goal = matching.Sums.of(y, name), matching.Sums.of(1.05 * y, name)
@@ -54,14 +61,17 @@ def test_one_statistic_moves_by_the_least_displacement():
   moved = matching.Matching(step, np.zeros(space), np.inf, name)(y)
   before, after = np.fft.rfft(y), np.fft.rfft(moved)
   np.testing.assert_allclose(np.delete(after, 2, 1), np.delete(before, 2, 1), atol=1e-12)
-  # gap of .1025 of the energy by a factor 1 + s of the wave, to first order in s: s = .05125, but for RIDGE, 1e-6
+  # gap of .1025 of the energy by a factor 1 + s of the wave, to first order in s: s = .05125, but
+  # for RIDGE, 1e-6
   np.testing.assert_allclose(after[:, 2], before[:, 2] * (1 + 0.1025 / 2), rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_group_commutes(name):
   group, space = GRIDS[name]
-  found = recipes.fit(fields(space, 0), fields(space, 1, bend=0.1), group=group, recipe="GMQM", quadratic=name)
+  found = recipes.fit(
+    fields(space, 0), fields(space, 1, bend=0.1), group=group, recipe="GMQM", quadratic=name
+  )
   y = fields(space, 2, size=5)
   flat = found(y).reshape(5, -1)
   for element in range(0, len(group), 5):
@@ -73,17 +83,23 @@ def test_the_group_commutes(name):
 
 
 def test_statistics_that_the_group_flips_are_left_out():
-  """x → −x, u → −u turns the sign of Re ŷŷŷ*: its mean is 0 and there is nothing to match; without it, there is."""
+  """x → −x, u → −u turns the sign of Re ŷŷŷ*: its mean is 0 and there is nothing to match; without
+  it, there is.
+  """
   space = (12,)
   shifts = symmetry.Group(*(part[:12] for part in ks.group(12)))
   some, both = (matching.invariant(group, space, "ks") for group in (shifts, ks.group(12)))
   triads = sum(1 for j in range(1, 5) for k in range(1, j + 1) if j + k <= 5)
-  assert len(values(fields(space, 0), "ks")) - len(some) == 1  # the transfer into Nyquist's wave, which is 0
+  assert (
+    len(values(fields(space, 0), "ks")) - len(some) == 1
+  )  # the transfer into Nyquist's wave, which is 0
   assert len(some) - len(both) == triads
 
 
 def test_what_is_matched_holds_out_of_sample():
-  """Third moments of new rows: nearer by far than covariance alone brings them, with the rows still themselves."""
+  """Third moments of new rows: nearer by far than covariance alone brings them, with the rows still
+  themselves.
+  """
   group, space = GRIDS["ks"]
   source, target = fields(space, 0, size=4000), fields(space, 1, size=4000, bend=0.15)
   new, reference = fields(space, 2, size=4000), fields(space, 3, size=8000, bend=0.15)
@@ -93,7 +109,9 @@ def test_what_is_matched_holds_out_of_sample():
     mapped = recipes.fit(source, target, group=group, recipe=recipe, quadratic="ks")(new)
     found = higher_order.higher_order(mapped[..., 0], moments.burgers, group)
     error[recipe] = higher_order.errors(found, truth)["bispectrum"]
-  floor = higher_order.higher_order(fields(space, 4, size=4000, bend=0.15)[..., 0], moments.burgers, group)
+  floor = higher_order.higher_order(
+    fields(space, 4, size=4000, bend=0.15)[..., 0], moments.burgers, group
+  )
   assert error["G"] > 0.5  # the Gaussian map leaves third moments where they were, at 0
   assert (
     error["GM"] < 2 * higher_order.errors(floor, truth)["bispectrum"]
@@ -117,7 +135,11 @@ def test_sums_of_two_processes_are_joined():
   """Each with the same rows: every sum is doubled, every mean the same. (Real processes: tests/test_distributed.py.)"""
   group, space = GRIDS["ks"]
   source, target = fields(space, 0), fields(space, 1, bend=0.1)
-  how = {"group": group, "recipe": "GAM", "quadratic": "ks"}  # a Q's table reaches further, the more values there are
+  how = {
+    "group": group,
+    "recipe": "GAM",
+    "quadratic": "ks",
+  }  # a Q's table reaches further, the more values there are
   whole = recipes.fit(source, target, **how)
   again = recipes.fit(source, target, together=lambda tree: [tree, tree], **how)
   y = fields(space, 2, size=20)

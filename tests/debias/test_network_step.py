@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from downscaling.common import symmetry
-from downscaling.debias import equivariant, moments, network_step, recipes
+from downscaling.debias.equivariant import equivariant_map, moments, network_step, recipes
 from downscaling.equations import kolmogorov, ks
+from downscaling.fields import symmetry
 
 SPACE, GROUP = (12,), ks.group(12)
 
@@ -38,7 +38,7 @@ def test_a_law_with_the_right_covariance_comes_nearer(fitted):
   """E|y| / √E y² is .80 of a Gaussian, less of bent fields; no step is told to look at it."""
   shape = lambda y: float(np.abs(y).mean() / np.sqrt((y**2).mean()))
   held, goal = fields(2, 4000), shape(fields(3, 4000, hinge=0.5))
-  straight = equivariant.EquivariantMap(fitted.steps[:1], fitted.grid)(held)
+  straight = equivariant_map.EquivariantMap(fitted.steps[:1], fitted.grid)(held)
   after = fitted(held)
   before, left = shape(straight) - goal, shape(after) - goal
   assert before > 0.05
@@ -92,7 +92,7 @@ def test_far_outside_a_row_moves_by_a_limited_share(fitted):
 def test_on_disk_and_back_and_again(fitted, tmp_path, quick):
   fitted.save(tmp_path)
   y = fields(7, 20)
-  np.testing.assert_array_equal(equivariant.EquivariantMap.load(tmp_path)(y), fitted(y))
+  np.testing.assert_array_equal(equivariant_map.EquivariantMap.load(tmp_path)(y), fitted(y))
   again = recipes.fit(fields(0), fields(1, hinge=0.5), group=GROUP, recipe="GNN")
   np.testing.assert_array_equal(again(y), fitted(y))  # the same seed, the same networks
   other = recipes.fit(fields(0), fields(1, hinge=0.5), group=GROUP, recipe="GNN", seed=1)

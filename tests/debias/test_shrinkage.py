@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from downscaling.common import symmetry
-from downscaling.debias import moments, shrinkage
+from downscaling.debias.equivariant import moments, shrinkage
+from downscaling.fields import symmetry
 
 N = 24
 
@@ -41,24 +41,32 @@ def test_stationary_is_the_mean_over_all_shifts():
   shifts = [np.roll(index, (i, j), (0, 1)).ravel() for i in range(4) for j in range(6)]
   correlation = covariance / std[:, None] / std
   mean = np.mean([correlation[np.ix_(s, s)] for s in shifts], axis=0)
-  np.testing.assert_allclose(shrinkage.stationary(covariance, space), mean * std[:, None] * std, atol=1e-12)
+  np.testing.assert_allclose(
+    shrinkage.stationary(covariance, space), mean * std[:, None] * std, atol=1e-12
+  )
 
 
 def test_gaspari_and_cohn():
   r = np.array([0.0, 1.0, 2.0, 5.0])
   np.testing.assert_allclose(shrinkage.gaspari_cohn(r), [1, 5 / 24, 0, 0], atol=1e-14)
   tapered = shrinkage.tapered(np.ones((40, 40)), (40,), 10.0)
-  assert np.linalg.eigvalsh(tapered).min() > -1e-12  # a taper is a correlation, so products with it stay PSD
+  assert (
+    np.linalg.eigvalsh(tapered).min() > -1e-12
+  )  # a taper is a correlation, so products with it stay PSD
   assert (tapered[0, 10:] == 0).all()
 
 
 @pytest.mark.parametrize("rows", [60, 400])
 def test_a_stationary_law_is_drawn_all_the_way(rows):
-  """The structure is right, so only its own noise is left: an error of .2 where the sample has .7 (60 rows)."""
+  """The structure is right, so only its own noise is left: an error of .2 where the sample has .7
+  (60 rows).
+  """
   covariance = circulant()
   found = shrinkage.shrink(*folds(covariance, rows), "stationary")
   error = lambda c: np.linalg.norm(c - covariance) / np.linalg.norm(covariance)
-  sample = shrinkage.moments.total(folds(covariance, rows)[0]).averaged(*folds(covariance, rows)[1:])[1][0]
+  sample = shrinkage.moments.total(folds(covariance, rows)[0]).averaged(
+    *folds(covariance, rows)[1:]
+  )[1][0]
   assert found.weight > 0.85
   assert error(found.covariance[0]) < 0.75 * error(sample)
 

@@ -1,4 +1,6 @@
-"""Schedules: the pairs invert each other, derivatives and limits are right, training levels fill their strata."""
+"""Schedules: the pairs invert each other, derivatives and limits are right, training levels fill
+their strata.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +22,27 @@ NAMES = [f"{s.name}-{s.data_std}" for s in ALL]
 
 @pytest.mark.parametrize("schedule", ALL, ids=NAMES)
 def test_pairs_invert_each_other(schedule):
-  sigma = jnp.asarray(np.geomspace(max(schedule.sigma_min, 1e-2), schedule.sigma_max, 50), jnp.float32)
+  sigma = jnp.asarray(
+    np.geomspace(max(schedule.sigma_min, 1e-2), schedule.sigma_max, 50), jnp.float32
+  )
   back = schedule.sigma(schedule.inverse(sigma))
-  # Float32, worst for tan at its steep ends (1e-5). Plain differences of tangents miss by 5e-2 at small σ; a missing
-  # ½ in ∫β or a missing data_std by more.
+  # Float32, worst for tan at its steep ends (1e-5). Plain differences of tangents miss by 5e-2 at
+  # small σ; a missing ½ in ∫β or a missing data_std by more.
   np.testing.assert_allclose(back, sigma, rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=NAMES)
 def test_ends(schedule):
   np.testing.assert_allclose(schedule.sigma(jnp.asarray(1.0)), schedule.sigma_max, rtol=1e-5)
-  assert float(schedule.sigma(jnp.asarray(0.0))) == pytest.approx(schedule.sigma_min)  # clipped, never 0
+  assert float(schedule.sigma(jnp.asarray(0.0))) == pytest.approx(
+    schedule.sigma_min
+  )  # clipped, never 0
 
 
 def test_vp_linear_has_the_known_largest_sigma():
-  assert schedules.vp_linear().sigma_max == pytest.approx(152.17, abs=0.01)  # √(e^10.05 − 1), paper.md section 3
+  assert schedules.vp_linear().sigma_max == pytest.approx(
+    152.17, abs=0.01
+  )  # √(e^10.05 − 1), paper.md section 3
 
 
 @pytest.mark.parametrize("schedule", ALL, ids=NAMES)
@@ -47,7 +55,9 @@ def test_scale_keeps_or_leaves_the_variance(schedule):
     np.testing.assert_allclose(var, schedule.data_std**2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [schedules.vp_linear, schedules.tangent, schedules.power, schedules.exponential])
+@pytest.mark.parametrize(
+  "make", [schedules.vp_linear, schedules.tangent, schedules.power, schedules.exponential]
+)
 def test_rates_are_the_derivatives(x64, make):
   schedule = make()
   t, d = jnp.linspace(0.1, 0.9, 9), 1e-5
@@ -65,7 +75,9 @@ def test_vp_linear_scale_decays_at_half_beta(x64):
   beta = 0.1 + t * 19.9
   sigma_rate, scale_rate = schedule.rates(t)
   np.testing.assert_allclose(scale_rate, -beta / 2, rtol=1e-9)
-  np.testing.assert_allclose(2 * schedule.scale(t) ** 2 * schedule.curve(t) ** 2 * sigma_rate, beta, rtol=1e-9)
+  np.testing.assert_allclose(
+    2 * schedule.scale(t) ** 2 * schedule.curve(t) ** 2 * sigma_rate, beta, rtol=1e-9
+  )
 
 
 @pytest.mark.parametrize("kind", ["uniform_time", "log_uniform"])
@@ -78,14 +90,17 @@ def test_training_levels_fill_every_stratum_once(kind):
     u = schedule.inverse(sigma)
   else:
     u = jnp.log(sigma / schedule.sigma_min) / np.log(schedule.sigma_max / schedule.sigma_min)
-  # Half a hundredth of a stratum for float32. Independent draws would leave about 37 % of the strata empty.
+  # Half a hundredth of a stratum for float32. Independent draws would leave about 37 % of the
+  # strata empty.
   strata = np.asarray(u) * batch
   assert (strata >= np.arange(batch) - 0.005).all()
   assert (strata <= np.arange(batch) + 1.005).all()
 
 
 def test_log_normal_levels_have_the_asked_moments():
-  sigma = schedules.training_sigmas(jax.random.key(1), 4096, schedules.edm(), "log_normal", mean=-1.0, std=0.8)
+  sigma = schedules.training_sigmas(
+    jax.random.key(1), 4096, schedules.edm(), "log_normal", mean=-1.0, std=0.8
+  )
   # Stratified: the error is far below the 0.8/√4096 = .013 of independent draws.
   assert float(jnp.log(sigma).mean()) == pytest.approx(-1.0, abs=2e-3)
   assert float(jnp.log(sigma).std()) == pytest.approx(0.8, abs=5e-3)
@@ -104,9 +119,12 @@ def test_levels():
   assert grid.shape == (257,)
   assert grid.dtype == np.float32
   np.testing.assert_allclose(grid[[0, -1]], [80.0, 1e-3], rtol=1e-6)
-  np.testing.assert_allclose(grid[1:] / grid[:-1], (1e-3 / 80) ** (1 / 256), rtol=1e-5)  # one ratio throughout
+  np.testing.assert_allclose(
+    grid[1:] / grid[:-1], (1e-3 / 80) ** (1 / 256), rtol=1e-5
+  )  # one ratio throughout
   edm = schedules.levels("edm", 18, 80.0, 0.002, rho=7)
-  # Karras et al.'s own grid of 18 levels begins 80, 57.586; theirs counts levels, ours steps: 17 steps.
+  # Karras et al.'s own grid of 18 levels begins 80, 57.586; theirs counts levels, ours steps: 17
+  # steps.
   assert schedules.levels("edm", 17, 80.0, 0.002, rho=7)[1] == pytest.approx(57.586, abs=1e-3)
   assert (np.diff(edm) < 0).all()
 
@@ -114,15 +132,24 @@ def test_levels():
 @pytest.mark.parametrize(
   ("call", "words"),
   [
-    (lambda: schedules.vp_linear().check_levels([0.1, 200.0]), "from 0.1 to 200, but the schedule vp_linear knows"),
-    (lambda: schedules.edm().check_levels([1e-3, 1.0], "sampling.levels"), "sampling.levels from 0.001 to 1, but"),
+    (
+      lambda: schedules.vp_linear().check_levels([0.1, 200.0]),
+      "from 0.1 to 200, but the schedule vp_linear knows",
+    ),
+    (
+      lambda: schedules.edm().check_levels([1e-3, 1.0], "sampling.levels"),
+      "sampling.levels from 0.001 to 1, but",
+    ),
     (lambda: schedules.levels("cosine", 4, 1.0, 0.1), "exponential or edm"),
     (lambda: schedules.levels("edm", 0, 1.0, 0.1), "steps >= 1"),
     (lambda: schedules.levels("edm", 4, 0.1, 1.0), "sigma_max > sigma_min"),
     (lambda: schedules.vp_linear(beta_min=0.0), "beta_min"),
     (lambda: schedules.edm(sigma_min=0.0), "sigma_min=0"),
     (lambda: schedules.vp_linear(data_std=0.0), "data_std"),
-    (lambda: schedules.training_sigmas(jax.random.key(0), 4, schedules.edm(), "uniform"), "log_uniform"),
+    (
+      lambda: schedules.training_sigmas(jax.random.key(0), 4, schedules.edm(), "uniform"),
+      "log_uniform",
+    ),
   ],
 )
 def test_refusals_say_what_to_type(call, words):
@@ -131,7 +158,9 @@ def test_refusals_say_what_to_type(call, words):
 
 
 def test_levels_beyond_the_schedule_are_none():
-  """What no time has: NaN under jit, where clipping gave another level's answer; the ends are within, to rounding."""
+  """What no time has: NaN under jit, where clipping gave another level's answer; the ends are
+  within, to rounding.
+  """
   schedule = schedules.vp_linear()
   ends = jnp.asarray([schedule.sigma_min, schedule.sigma_max], jnp.float32)
   assert np.isfinite(schedule.inverse(ends)).all()

@@ -10,8 +10,8 @@ from downscaling.diffusion import unet
 @pytest.mark.parametrize("periodic", [True, False])
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_two_convolutions_agree(space, periodic, size):
-  """im2col against the backend's own; sums of 25·3 products of size 1 in float32 round by 1e-5. A kernel gathered in
-  another order, or a halo on the wrong side, is off by 1."""
+  """im2col against the backend's own; sums of 25·3 products of size 1 in float32 round by 1e-5. A
+  kernel gathered in another order, or a halo on the wrong side, is off by 1."""
   x = jax.random.normal(jax.random.key(0), (2, *space, 3))
   kernel = jax.random.normal(jax.random.key(1), (*(size,) * len(space), 3, 4))
   one, two = (unet.convolve(x, kernel, periodic, method) for method in ("im2col", "lax"))
@@ -34,11 +34,15 @@ def test_space_to_depth_inverts_and_keeps_neighbours_together(space):
   assert packed.shape == (2, *(n // 2 for n in space), 3 * 2 ** len(space))
   np.testing.assert_array_equal(unet.depth_to_space(packed, 2), x)
   corner = x[0, :2, 0] if len(space) == 1 else x[0, :2, :2, 0]
-  assert set(np.asarray(corner).ravel().tolist()) <= set(np.asarray(packed[0, *(0,) * len(space)]).tolist())
+  assert set(np.asarray(corner).ravel().tolist()) <= set(
+    np.asarray(packed[0, *(0,) * len(space)]).tolist()
+  )
 
 
 def _net(**changes):
-  return unet.UNet(**{"channels": (8, 8), "strides": (2, 2), "blocks": 1, "heads": 2, "embedding": 16} | changes)
+  return unet.UNet(
+    **{"channels": (8, 8), "strides": (2, 2), "blocks": 1, "heads": 2, "embedding": 16} | changes
+  )
 
 
 def _init(net, key, x, level):
@@ -64,7 +68,9 @@ def test_shift_by_a_patch_commutes_when_periodic(space, stem):
   assert float(jnp.std(out)) > 1e-2
   patch = 2 * stem
   shifted = apply(params, jnp.roll(x, patch, axis=1), level)
-  np.testing.assert_allclose(shifted, jnp.roll(out, patch, axis=1), atol=1e-4)  # float32, a dozen layers of size 1
+  np.testing.assert_allclose(
+    shifted, jnp.roll(out, patch, axis=1), atol=1e-4
+  )  # float32, a dozen layers of size 1
   assert float(jnp.abs(shifted - out).max()) > 1e-2
 
 
@@ -88,7 +94,9 @@ def test_bfloat16_computes_and_float32_stores():
   rounded = jax.jit(net.apply)(params, x, jnp.zeros(2))
   assert rounded.dtype == jnp.float32
   error = float(jnp.abs(rounded - exact).max() / jnp.abs(exact).max())
-  assert 1e-4 < error < 0.1  # 8 bits of mantissa, a dozen layers; exactly equal would mean dtype is ignored
+  assert (
+    1e-4 < error < 0.1
+  )  # 8 bits of mantissa, a dozen layers; exactly equal would mean dtype is ignored
 
 
 def test_messages():

@@ -5,11 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling.common import mesh
 from downscaling.equations import ks, rollouts
+from downscaling.runtime import mesh
 
 L = 64.0
-SOLVERS = [ks.Fine(), ks.Coarse(), ks.Coarse("rusanov", 120, 0.05, integrator="ars222"), ks.Coarse("half", 48, 0.05)]
+SOLVERS = [
+  ks.Fine(),
+  ks.Coarse(),
+  ks.Coarse("rusanov", 120, 0.05, integrator="ars222"),
+  ks.Coarse("half", 48, 0.05),
+]
 
 
 def states(solver, count, time=50.0):
@@ -36,7 +41,9 @@ def order(solvers, steps, u, time, reference):
 
 
 def test_initial_condition_is_one_function_on_every_grid(x64):
-  """Fine and coarse read the same function: a draw that depended on the grid would differ at shared points."""
+  """Fine and coarse read the same function: a draw that depended on the grid would differ at shared
+  points.
+  """
   key, fine, coarse = jax.random.PRNGKey(3), ks.Fine(), ks.Coarse()
   on_fine = ks.initial_condition(key, jnp.asarray(fine.grid), L)
   on_coarse = ks.initial_condition(key, jnp.asarray(coarse.grid), L)
@@ -47,10 +54,13 @@ def test_initial_condition_is_one_function_on_every_grid(x64):
 def test_initial_condition_has_the_law_of_the_paper(x64):
   """Waves 1, 2, 3 alone, and variance 30 · E[a²] · E[sin²] = 30/12/2 = 1.25, a third in each wave."""
   x = jnp.asarray(ks.Fine(24).grid)
-  u = np.asarray(jax.vmap(lambda k: ks.initial_condition(k, x, L))(jax.random.split(jax.random.PRNGKey(0), 4096)))
+  u = np.asarray(
+    jax.vmap(lambda k: ks.initial_condition(k, x, L))(jax.random.split(jax.random.PRNGKey(0), 4096))
+  )
   energy = 2 * (np.abs(np.fft.rfft(u) / 24) ** 2).mean(0)
   assert energy[[0, *range(4, 13)]].max() < 1e-25  # rounding squared
-  # |û|² is nearly exponential: its mean over 4096 is good to 1/64, five of which are .08. U[0, 1] amplitudes give 4x.
+  # |û|² is nearly exponential: its mean over 4096 is good to 1/64, five of which are .08. U[0, 1]
+  # amplitudes give 4x.
   np.testing.assert_allclose(energy[1:4], 1.25 / 3, rtol=0.08)
 
 
@@ -64,7 +74,9 @@ def test_fine_growth_rate(x64, wave):
   u = 1e-9 * jnp.cos(k * s.grid)
   end = jax.jit(lambda u: s.advance(u, 40))(u)
   # The flux adds 1e-9 relative; a lost sign or a missing u_xxxx shows in the first digit.
-  np.testing.assert_allclose(end, u * np.exp((k**2 - k**4) * 40 * s.dt), atol=1e-7 * float(jnp.abs(end).max()))
+  np.testing.assert_allclose(
+    end, u * np.exp((k**2 - k**4) * 40 * s.dt), atol=1e-7 * float(jnp.abs(end).max())
+  )
 
 
 @pytest.mark.parametrize(("integrator", "growth"), [
@@ -72,7 +84,9 @@ def test_fine_growth_rate(x64, wave):
   ("ars222", lambda z: (1 + z * (2**0.5 - 1)) / (1 - z * (1 - 0.5**0.5)) ** 2),
 ])  # fmt: skip
 def test_coarse_growth_factor(x64, integrator, growth):
-  """A small wave is multiplied by the integrator's stability function at dt·λ, λ of the three-point difference."""
+  """A small wave is multiplied by the integrator's stability function at dt·λ, λ of the three-point
+  difference.
+  """
   s = ks.Coarse("central", integrator=integrator)
   for wave in (3, 7, 40):
     h, k = L / s.cells, 2 * np.pi * wave / L
@@ -87,12 +101,16 @@ def test_coarse_growth_factor(x64, integrator, growth):
 
 
 def test_fine_is_fourth_order_in_time(x64):
-  """On 48 points, where λ dt is small; the full grid's stiff tail makes it 3.0–3.8 over the steps of Fine's table."""
+  """On 48 points, where λ dt is small; the full grid's stiff tail makes it 3.0–3.8 over the steps
+  of Fine's table.
+  """
   u = states(ks.Fine(48), 4)
   steps = [1 / 16, 1 / 32, 1 / 64]
   reference = advanced(ks.Fine(48, dt=1 / 512), u, 1.0)
   # ETDRK2 gives 2, a wrong weight in one stage 1.
-  assert order([ks.Fine(48, dt=dt) for dt in steps], steps, u, 1.0, reference) == pytest.approx(4.0, abs=0.3)
+  assert order([ks.Fine(48, dt=dt) for dt in steps], steps, u, 1.0, reference) == pytest.approx(
+    4.0, abs=0.3
+  )
 
 
 @pytest.mark.parametrize(("integrator", "expected"), [("euler", 1.0), ("ars222", 2.0)])
@@ -101,21 +119,27 @@ def test_coarse_order_in_time(x64, integrator, expected):
   make = lambda dt: ks.Coarse(dt=dt, integrator=integrator)
   steps = [1 / 16, 1 / 32, 1 / 64]
   reference = advanced(ks.Coarse(dt=1 / 512, integrator="ars222"), u, 1.0)
-  # ars222 with its explicit weights (d, 1 − d) exchanged, or a stage without its linear part, falls to 1.
-  assert order([make(dt) for dt in steps], steps, u, 1.0, reference) == pytest.approx(expected, abs=0.25)
+  # ars222 with its explicit weights (d, 1 − d) exchanged, or a stage without its linear part, falls
+  # to 1.
+  assert order([make(dt) for dt in steps], steps, u, 1.0, reference) == pytest.approx(
+    expected, abs=0.25
+  )
 
 
 @pytest.mark.parametrize("drift", [2.0, -2.0])
 @pytest.mark.parametrize("scheme", sorted(ks.FLUXES))
 def test_flux_is_second_order_on_smooth_fields(x64, scheme, drift):
-  """−(½u²)_x of u = ±2 + sin(2πx/L): no sonic point; either sign, so that either side of a face is used."""
+  """−(½u²)_x of u = ±2 + sin(2πx/L): no sonic point; either sign, so that either side of a face is
+  used.
+  """
   q, cells, errors = 2 * np.pi / L, [48, 96, 192, 384], []
   for n in cells:
     s = ks.Coarse(scheme, n, 0.05)
     u = drift + jnp.sin(q * jnp.asarray(s.grid))
     exact = -u * q * jnp.cos(q * s.grid)
     errors.append(float(jnp.abs(jax.jit(s.tendency)(u) - exact).mean()))
-  # The limiter flattens the two extrema: order 2 in the mean (measured 1.9-2.0). First-order upwind shows 1.0.
+  # The limiter flattens the two extrema: order 2 in the mean (measured 1.9-2.0). First-order upwind
+  # shows 1.0.
   assert -np.polyfit(np.log(cells), np.log(errors), 1)[0] == pytest.approx(2.0, abs=0.25)
 
 
@@ -127,7 +151,8 @@ def test_coarse_tends_to_fine(x64):
   for every in (2, 1):
     s = ks.Coarse(cells=192 // every, dt=1 / 64, integrator="ars222")
     errors.append(relative(advanced(s, u[:, ::every], 1.0), end[:, ::every]))
-  # Second order halves twice as the cells halve; a wrong constant in the flux or in λ leaves an error of order 1.
+  # Second order halves twice as the cells halve; a wrong constant in the flux or in λ leaves an
+  # error of order 1.
   assert errors[1] < 0.35 * errors[0]
   assert errors[1] < 0.02
 
@@ -137,7 +162,9 @@ def test_coarse_tends_to_fine(x64):
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_mean_is_conserved(x64, solver):
-  """A non-zero mean stays to rounding over 1000 steps: u·u_x in place of ½(u²)_x drifts by 1e-3 in one."""
+  """A non-zero mean stays to rounding over 1000 steps: u·u_x in place of ½(u²)_x drifts by 1e-3 in
+  one.
+  """
   u = states(solver, 2) + 0.25
   end = advanced(solver, u, 1000 * solver.dt)
   np.testing.assert_allclose(end.mean(1), np.asarray(u).mean(1), atol=1e-12)
@@ -152,7 +179,8 @@ def test_fine_energy_balance(x64):
   ux, uxx = (np.fft.irfft(f * np.fft.rfft(u), n=192) for f in (1j * k, -(k**2)))
   one, two = advanced(s, u, s.dt), advanced(s, u, 2 * s.dt)
   rate = (-3 * energy(u) + 4 * energy(one) - energy(two)) / (2 * s.dt)
-  # One-sided second-order difference: dt² relative. A flux of another size or an aliased one misses by 1e-2.
+  # One-sided second-order difference: dt² relative. A flux of another size or an aliased one misses
+  # by 1e-2.
   np.testing.assert_allclose(rate, np.mean(ux**2, axis=1) - np.mean(uxx**2, axis=1), atol=1e-4)
 
 
@@ -165,7 +193,8 @@ def test_solvers_commute_with_the_group(x64, solver):
   assert len(g) == 2 * n
   for element in (0, 1, n // 3, n, n + 1, 2 * n - 5):
     moved = step(g.act(element, u))
-    # Rounding of the FFT. A flux upwinded to one side, or ½-cell offsets in the reflection, err by 1e-2.
+    # Rounding of the FFT. A flux upwinded to one side, or ½-cell offsets in the reflection, err by
+    # 1e-2.
     np.testing.assert_allclose(moved, g.act(element, step(u)), atol=1e-13)
 
 
@@ -186,7 +215,9 @@ def test_group():
 
 
 def burgers(scheme, u, steps, courant):
-  """Forward Euler steps of the explicit part alone; returns total variation, maximum and minimum after each."""
+  """Forward Euler steps of the explicit part alone; returns total variation, maximum and minimum
+  after each.
+  """
   s = ks.Coarse(scheme, len(u))
   dt = courant * (L / len(u)) / float(jnp.abs(u).max())
   rows = []
@@ -199,11 +230,16 @@ def burgers(scheme, u, steps, courant):
 @pytest.mark.parametrize("scheme", ["godunov", "rusanov"])
 @pytest.mark.parametrize("shape", ["steps", "noise"])
 def test_limited_fluxes_make_no_new_extrema(x64, scheme, shape):
-  """Total variation never grows, nor the range, at |u| dt/h ≤ 0.4 (the bound for this limiter is ½).
+  """Total variation never grows, nor the range, at |u| dt/h ≤ 0.4 (the bound for this limiter is
+  ½).
 
   Unlimited slopes, or a limiter fed with the wrong neighbour, overshoot at the first step.
   """
-  u = np.random.default_rng(1).normal(size=48) if shape == "noise" else np.repeat([1.0, -0.5, 2.0, -1.0], 12)
+  u = (
+    np.random.default_rng(1).normal(size=48)
+    if shape == "noise"
+    else np.repeat([1.0, -0.5, 2.0, -1.0], 12)
+  )
   u = jnp.asarray(u)
   variation, top, bottom = burgers(scheme, u, 60, 0.4)
   rounding = 1e-12
@@ -236,17 +272,23 @@ def test_shock_moves_at_its_speed(x64):
 
 @pytest.mark.parametrize("solver", [ks.Fine(24), ks.Coarse()], ids=["fine", "coarse"])
 def test_trajectories_by_id_on_any_batch_and_any_devices(x64, solver):
-  """Bit for bit: sums are written in one order and complex divisions avoided, so no program rounds differently.
+  """Bit for bit: sums are written in one order and complex divisions avoided, so no program rounds
+  differently.
 
-  A key folded with the row, a batch-shaped draw or a per-device key would differ in the first digit.
+  A key folded with the row, a batch-shaped draw or a per-device key would differ in the first
+  digit.
   """
   ids = np.array([5, 1, 900_000_007, 3, 4, 2, 0, 6])
   kwargs = dict(seed=11, burn_in=2.0, spacing=1.0, snapshots=3)
   eight = np.asarray(rollouts.rollout(solver, ids, **kwargs))
   assert eight.shape == (8, 3, 24)
   assert eight.dtype == np.float64
-  np.testing.assert_array_equal(np.asarray(rollouts.rollout(solver, ids[2:3], **kwargs)), eight[2:3])
-  np.testing.assert_array_equal(np.asarray(rollouts.rollout(solver, ids[::-1], **kwargs)), eight[::-1])
+  np.testing.assert_array_equal(
+    np.asarray(rollouts.rollout(solver, ids[2:3], **kwargs)), eight[2:3]
+  )
+  np.testing.assert_array_equal(
+    np.asarray(rollouts.rollout(solver, ids[::-1], **kwargs)), eight[::-1]
+  )
   rows = mesh.rows(mesh.make(4))
   four = rollouts.rollout(solver, jax.device_put(ids, rows), sharding=rows, **kwargs)
   assert four.sharding.is_equivalent_to(rows, four.ndim)
@@ -254,9 +296,16 @@ def test_trajectories_by_id_on_any_batch_and_any_devices(x64, solver):
 
 
 def test_devices_do_not_talk(x64):
-  """The compiled program holds no collective; left to XLA's partitioner each FFT gathers the whole batch."""
+  """The compiled program holds no collective; left to XLA's partitioner each FFT gathers the whole
+  batch.
+  """
   rows = mesh.rows(mesh.make(4))
-  text = rollouts._compiled(ks.Coarse(), 4, 2, 2, rows).lower(np.uint32(0), jnp.arange(8)).compile().as_text()
+  text = (
+    rollouts._compiled(ks.Coarse(), 4, 2, 2, rows)
+    .lower(np.uint32(0), jnp.arange(8))
+    .compile()
+    .as_text()
+  )
   for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
     assert collective not in text
 
@@ -267,12 +316,15 @@ def test_snapshots_are_the_states_at_their_times(x64):
   key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(2), solver.stream), 4)
   for j in range(3):
     u = jax.jit(lambda u, n=30 + 20 * j: solver.advance(u, n))(solver.start(key))
-    # Another program than the rollout's: rounding, grown a little. One step too many shows in the second digit.
+    # Another program than the rollout's: rounding, grown a little. One step too many shows in the
+    # second digit.
     np.testing.assert_allclose(kept[j], u[::4], atol=1e-11)
 
 
 def test_fine_and_coarse_worlds_are_unpaired(x64):
-  """Equal seeds and ids, unrelated fields: |correlation| of 64 initial fields, about 4 degrees of freedom each."""
+  """Equal seeds and ids, unrelated fields: |correlation| of 64 initial fields, about 4 degrees of
+  freedom each.
+  """
   kwargs = dict(seed=0, burn_in=0.0, spacing=1.0, snapshots=1)
   fine = np.asarray(rollouts.rollout(ks.Fine(), np.arange(64), **kwargs))[:, 0, ::8]
   coarse = np.asarray(rollouts.rollout(ks.Coarse(), np.arange(64), **kwargs))[:, 0]
@@ -286,9 +338,14 @@ def test_fine_and_coarse_worlds_are_unpaired(x64):
 def test_times_that_are_no_multiple_of_dt():
   assert rollouts.step_counts(0.1, 25.0, 12.5) == (250, 125)
   assert rollouts.step_counts(0.125, 0.0, 12.5) == (0, 100)
-  with pytest.raises(ValueError, match=r"dt=0.03 does not divide .*nearest dt that does is 0.0299760191847\."):
+  with pytest.raises(
+    ValueError, match=r"dt=0.03 does not divide .*nearest dt that does is 0.0299760191847\."
+  ):
     rollouts.step_counts(0.03, 25.0, 12.5)
-  assert rollouts.step_counts(0.0299760191847, 25.0, 12.5) == (834, 417)  # what the message says can be typed
+  assert rollouts.step_counts(0.0299760191847, 25.0, 12.5) == (
+    834,
+    417,
+  )  # what the message says can be typed
   with pytest.raises(ValueError, match=r"nearest dt that does is 0.5\."):
     rollouts.step_counts(20.0, 2.5, 2.0)  # longer than either, whose common divisor is ½
   with pytest.raises(ValueError, match="need dt > 0"):
@@ -300,26 +357,33 @@ def test_blow_up_is_named_with_id_and_time():
   rollouts.check_finite(u, np.arange(3), np.arange(4.0))
   u[1, 2:, 5] = np.nan
   u[2, 3] = np.inf
-  message = r"trajectory 41 is not finite at t = 50 \(so ended 2 of 3 .*smaller dt \(--config.coarse.dt"
+  message = (
+    r"trajectory 41 is not finite at t = 50 \(so ended 2 of 3 .*smaller dt \(--config.coarse.dt"
+  )
   with pytest.raises(FloatingPointError, match=message):
     rollouts.check_finite(u, np.array([40, 41, 42]), 25.0 + 12.5 * np.arange(4))
 
 
 def test_blow_up_reaches_the_caller(x64):
   """A step far beyond stability ends in NaN, not in a plausible field."""
-  u = rollouts.rollout(ks.Coarse("central", 48, 2.5), np.arange(2), burn_in=25.0, spacing=12.5, snapshots=20)
+  u = rollouts.rollout(
+    ks.Coarse("central", 48, 2.5), np.arange(2), burn_in=25.0, spacing=12.5, snapshots=20
+  )
   with pytest.raises(FloatingPointError, match=r"trajectory [01] is not finite"):
     rollouts.check_finite(u, np.arange(2), 25.0 + 12.5 * np.arange(20))
 
 
 def test_messages():
   with pytest.raises(
-    ValueError, match=r"scheme='upwind' is unknown; known: \['central', 'godunov', 'half', 'rusanov'\]"
+    ValueError,
+    match=r"scheme='upwind' is unknown; known: \['central', 'godunov', 'half', 'rusanov'\]",
   ):
     ks.Coarse("upwind")
   with pytest.raises(ValueError, match="integrator='rk4' is unknown"):
     ks.Coarse(integrator="rk4")
-  with pytest.raises(ValueError, match=r"100 cells cannot be strided to 24 points.*coarse.cells=96"):
+  with pytest.raises(
+    ValueError, match=r"100 cells cannot be strided to 24 points.*coarse.cells=96"
+  ):
     ks.Coarse(cells=100)
   with pytest.raises(ValueError, match="need an even number"):
     ks.Fine(points=191)

@@ -1,4 +1,6 @@
-"""A stationary Gaussian field: its denoiser is linear and known, and so is everything a sampler should return."""
+"""A stationary Gaussian field: its denoiser is linear and known, and so is everything a sampler
+should return.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling.common.operators import Operator
+from downscaling.fields.operators import Operator
 
 
 class Field(NamedTuple):
@@ -36,9 +38,13 @@ class Field(NamedTuple):
     n = math.prod(self.space)
     eye = np.eye(n).reshape(n, *self.space)
     axes = tuple(range(1, 1 + len(self.space)))
-    return np.fft.ifftn(np.fft.fftn(eye, axes=axes) * self.spectrum[None, ..., 0], axes=axes).real.reshape(n, n)
+    return np.fft.ifftn(
+      np.fft.fftn(eye, axes=axes) * self.spectrum[None, ..., 0], axes=axes
+    ).real.reshape(n, n)
 
-  def posterior(self, op: Operator, y: np.ndarray, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+  def posterior(
+    self, op: Operator, y: np.ndarray, noise: float = 0.0
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Mean [N] and covariance [N, N] of x given C′x + noise = y [n], by dense algebra in float64."""
     p, c = self.covariance(), op.matrix()
     k = p @ c.T @ np.linalg.inv(c @ p @ c.T + noise**2 * np.eye(len(c)))

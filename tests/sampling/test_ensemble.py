@@ -1,4 +1,6 @@
-"""The ensemble store: killed and resumed, on other devices, in other units: the same fields; refusals; xarray."""
+"""The ensemble store: killed and resumed, on other devices, in other units: the same fields;
+refusals; xarray.
+"""
 
 import json
 import pathlib
@@ -9,10 +11,10 @@ import pytest
 import tensorstore
 import xarray
 
-from downscaling.common import costs, randomness, runs
-from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
-from downscaling.sampling import ensemble, gain, guidance, solvers, store
+from downscaling.fields.operators import Strided
+from downscaling.runtime import files, program_cost, random_keys, stage_folder, supervision
+from downscaling.sampling import ensemble, ensemble_store, gaussian_gain, guidance, solvers
 
 OP = Strided.on((24,), 4)
 CONDITIONS = np.random.default_rng(0).normal(size=(5, 6, 1)).astype(np.float32)
@@ -23,13 +25,15 @@ never = lambda: False
 def sampler():
   """Draws of a Gaussian posterior by the real guidance and solver."""
   s = 1 / (1 + (np.abs(np.fft.fftfreq(24, 1 / 24)) / 3) ** 4)[:, None]
-  g = gain.Gain(OP, gain.prior_variance(s))
+  g = gaussian_gain.Gain(OP, gaussian_gain.prior_variance(s))
   denoise = lambda x, sigma: x * (1 / (1 + sigma[:, None, None] ** 2))
   levels = schedules.levels("edm", 4, 3.0, 0.01)
 
   def draw(keys, y):
     guided = guidance.make("wiener", denoise, OP, y, gain=g)
-    return solvers.dpm_solver_pp_2m_sde(guided.denoise, gain.gaussian_start(keys, g, y, 3.0), levels, keys)
+    return solvers.dpm_solver_pp_2m_sde(
+      guided.denoise, gaussian_gain.gaussian_start(keys, g, y, 3.0), levels, keys
+    )
 
   return draw
 
@@ -43,7 +47,9 @@ def write(path, sampler, **kwargs):
 
 
 def with_misfit(keys, y):
-  """A sampler in which the members of a condition, four in a unit, act on each other, as they do when resampled."""
+  """A sampler in which the members of a condition, four in a unit, act on each other, as they do
+  when resampled.
+  """
   x = solvers.noise(keys, 0, (24, 1)).reshape(-1, 4, 24, 1)
   x = x - x.mean(1, keepdims=True)
   return x.reshape(-1, 24, 1) + y.mean(1, keepdims=True), (x**2).mean((2, 3)).reshape(-1)
@@ -56,7 +62,9 @@ def stop_after(polls):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, sampler):
-  """Drawn by four devices, where other tests use one: what they compare with it is compared across devices, too."""
+  """Drawn by four devices, where other tests use one: what they compare with it is compared across
+  devices, too.
+  """
   path = tmp_path_factory.mktemp("whole") / "a.zarr"
   summary = write(path, sampler, devices=jax.devices())
   assert summary["units"] == summary["drawn"] == 6
@@ -86,7 +94,7 @@ def test_xarray_reads_names_and_attributes(whole):
 def test_killed_and_resumed_equals_undisturbed(tmp_path, whole, sampler):
   path = tmp_path / "a.zarr"
   for done in (2, 4):
-    with pytest.raises(runs.Interrupted, match=f"{done} of 6 units"):
+    with pytest.raises(supervision.Interrupted, match=f"{done} of 6 units"):
       write(path, sampler, stop=stop_after(2))
     assert len(list((tmp_path / "a.units").glob("c*-m*.json"))) == done
     unfinished = xarray.open_zarr(path)
@@ -97,15 +105,19 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, whole, sampler):
   assert write(path, sampler, stop=stop_after(9))["drawn"] == 2
   for file in sorted((whole / "sample").rglob("*")):
     if file.is_file():
-      assert file.read_bytes() == (path / "sample" / file.relative_to(whole / "sample")).read_bytes(), file
+      assert (
+        file.read_bytes() == (path / "sample" / file.relative_to(whole / "sample")).read_bytes()
+      ), file
 
 
 def test_a_unit_without_its_marker_is_drawn_again(tmp_path, whole, sampler):
   """kill -9 between the bytes and the marker: the same bytes are written once more."""
   path = tmp_path / "a.zarr"
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(supervision.Interrupted):
     write(path, sampler, stop=stop_after(4))
-  store = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/sample/"}, open=True).result()
+  store = tensorstore.open(
+    {"driver": "zarr3", "kvstore": f"file://{path}/sample/"}, open=True
+  ).result()
   store[0:2, 0:4].write(np.full((2, 4, 24), 7, np.float32)).result()
   (tmp_path / "a.units" / "c000000-000002-m000000-000004.json").unlink()
   assert write(path, sampler)["drawn"] == 3
@@ -113,16 +125,18 @@ def test_a_unit_without_its_marker_is_drawn_again(tmp_path, whole, sampler):
   assert write(path, sampler)["drawn"] == 0
 
 
-def files(folder):
+def listing(folder):
   return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_an_ensemble_grows_in_place(tmp_path, whole, sampler):
-  """3 × 4 -> 5 × 4, broken off -> 5 × 6: what was finished stays, and the end is what is drawn at once."""
+  """3 × 4 -> 5 × 4, broken off -> 5 × 6: what was finished stays, and the end is what is drawn at
+  once.
+  """
   path, shards = tmp_path / "a.zarr", tmp_path / "a.zarr" / "sample" / "c"
   assert write(path, sampler, conditions=CONDITIONS[:3], members=4)["drawn"] == 2
-  first = files(shards)
-  with pytest.raises(runs.Interrupted, match="2 of 3 units"):
+  first = listing(shards)
+  with pytest.raises(supervision.Interrupted, match="2 of 3 units"):
     write(path, sampler, members=4, stop=stop_after(1))
   with xarray.open_zarr(path) as data:
     assert data.sample.shape == (5, 4, 24)
@@ -133,7 +147,7 @@ def test_an_ensemble_grows_in_place(tmp_path, whole, sampler):
     ensemble.read(path)
   assert write(path, sampler)["drawn"] == 4
   inner = pathlib.Path("0/0/0")  # of conditions 0 and 1: no unit at an edge
-  assert files(shards)[inner] == first[inner]
+  assert listing(shards)[inner] == first[inner]
   np.testing.assert_array_equal(samples(path), samples(whole))
   grown, undisturbed = (xarray.open_zarr(p) for p in (path, whole))
   for name in undisturbed.variables:
@@ -142,7 +156,9 @@ def test_an_ensemble_grows_in_place(tmp_path, whole, sampler):
 
 
 def test_a_unit_at_the_edge_grows_by_what_it_lacks(tmp_path, sampler):
-  """A field that is there stays as it is, byte for byte, whatever machine draws the rest of its unit."""
+  """A field that is there stays as it is, byte for byte, whatever machine draws the rest of its
+  unit.
+  """
   path = tmp_path / "a.zarr"
   write(path, sampler, conditions=CONDITIONS[:3], members=3)
   before = samples(path)
@@ -156,7 +172,10 @@ def test_a_unit_at_the_edge_grows_by_what_it_lacks(tmp_path, sampler):
 
 
 def test_members_that_act_on_each_other_are_drawn_again_alone(tmp_path):
-  """The block of a unit is what is reproducible: alone, and when the ensemble grows. Misfits lie beside the fields."""
+  """The block of a unit is what is reproducible: alone, and when the ensemble grows.
+
+  Misfits lie beside the fields.
+  """
   path = tmp_path / "a.zarr"
   write(path, with_misfit, members=6)
   before = ensemble.read(path)
@@ -170,14 +189,18 @@ def test_members_that_act_on_each_other_are_drawn_again_alone(tmp_path):
   fields, misfit = jax.jit(with_misfit)(ensemble.keys(1, c, m), y)
   alone = np.asarray(fields).reshape(2, 4, 24)[:, :2], np.asarray(misfit).reshape(2, 4)[:, :2]
   for name, values in zip(("sample", "misfit"), alone, strict=True):
-    np.testing.assert_allclose(before[name][2:4, 4:6], values, atol=2e-6)  # another program: rounding
+    np.testing.assert_allclose(
+      before[name][2:4, 4:6], values, atol=2e-6
+    )  # another program: rounding
   held = before.load()
   write(path, with_misfit, members=8)
   after = ensemble.read(path)
   for name in ("sample", "misfit"):
     np.testing.assert_array_equal(after[name][:, :6], held[name])
-  np.testing.assert_allclose(after.sample.values.reshape(5, 2, 4, 24).mean(2).std(-1), 0, atol=1e-6)  # one block
-  with pytest.raises(runs.Interrupted):
+  np.testing.assert_allclose(
+    after.sample.values.reshape(5, 2, 4, 24).mean(2).std(-1), 0, atol=1e-6
+  )  # one block
+  with pytest.raises(supervision.Interrupted):
     write(tmp_path / "b.zarr", with_misfit, stop=stop_after(1))
   with xarray.open_zarr(tmp_path / "b.zarr") as data:
     assert np.isfinite(data.misfit[:2, :4]).all()
@@ -190,25 +213,34 @@ def test_every_device_has_the_program_of_one(sampler):
   programs = ensemble.compiled(sampler, 1, layout, None, jax.devices())
   assert len(programs) == 4
   assert {p.input_shardings[0][0].device_set.copy().pop() for p in programs} == {*jax.devices()}
-  assert all(costs.collectives(p) == [] and "num_partitions" not in p.as_text() for p in programs)
+  assert all(
+    program_cost.collectives(p) == [] and "num_partitions" not in p.as_text() for p in programs
+  )
   assert len({p.as_text() for p in programs}) == 1
   # Compiled once for the sets of a job, however large each is.
-  assert ensemble.compiled(sampler, 1, layout._replace(conditions=9), None, jax.devices()) is programs
+  assert (
+    ensemble.compiled(sampler, 1, layout._replace(conditions=9), None, jax.devices()) is programs
+  )
 
 
 def test_shards_that_are_no_units_are_refused(tmp_path, sampler):
-  """Two units in one shard would have two writers. The marker is forged: its own check would speak first."""
+  """Two units in one shard would have two writers.
+
+  The marker is forged: its own check would speak first.
+  """
   path = tmp_path / "a.zarr"
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(supervision.Interrupted):
     write(path, sampler, unit=(4, 4), stop=stop_after(1))
-  marker = tmp_path / "a.units" / runs.MARKER
-  record = runs.read_json(marker)
+  marker = tmp_path / "a.units" / stage_folder.MARKER
+  record = files.read_json(marker)
   record["config"]["layout"]["unit"] = [2, 4]
-  runs.write_json(marker, record)
-  before = files(path)
-  with pytest.raises(ValueError, match=r"in shards of \(4, 4, 24\); need .* \(2, 4, 24\), a unit each"):
+  files.write_json(marker, record)
+  before = listing(path)
+  with pytest.raises(
+    ValueError, match=r"in shards of \(4, 4, 24\); need .* \(2, 4, 24\), a unit each"
+  ):
     write(path, sampler)
-  assert {k: v for k, v in files(path).items() if str(k) != "zarr.json"} == {
+  assert {k: v for k, v in listing(path).items() if str(k) != "zarr.json"} == {
     k: v for k, v in before.items() if str(k) != "zarr.json"
   }
 
@@ -217,19 +249,21 @@ def test_shards_that_are_no_units_are_refused(tmp_path, sampler):
 def test_any_number_of_devices_draws_what_four_draw(tmp_path, whole, sampler, devices):
   """Byte for byte. Of 6 units the four devices drew 2, 2, 1 and 1."""
   write(tmp_path / "a.zarr", sampler, devices=jax.devices()[-devices:])
-  assert files(tmp_path / "a.zarr" / "sample") == files(whole / "sample")
+  assert listing(tmp_path / "a.zarr" / "sample") == listing(whole / "sample")
 
 
 def test_more_devices_than_units(tmp_path, whole, sampler):
   path = tmp_path / "a.zarr"
-  assert write(path, sampler, conditions=CONDITIONS[:3], members=4, devices=jax.devices())["drawn"] == 2
+  assert (
+    write(path, sampler, conditions=CONDITIONS[:3], members=4, devices=jax.devices())["drawn"] == 2
+  )
   np.testing.assert_array_equal(samples(path), samples(whole)[:3, :4])
 
 
 def test_units_in_flight_are_finished_when_told_to_stop(tmp_path, whole, sampler):
   """Five polls are four units on four devices and one more behind the first."""
   path = tmp_path / "a.zarr"
-  with pytest.raises(runs.Interrupted, match="5 of 6 units"):
+  with pytest.raises(supervision.Interrupted, match="5 of 6 units"):
     write(path, sampler, devices=jax.devices(), stop=stop_after(5))
   assert write(path, sampler)["drawn"] == 1
   np.testing.assert_array_equal(samples(path), samples(whole))
@@ -238,14 +272,16 @@ def test_units_in_flight_are_finished_when_told_to_stop(tmp_path, whole, sampler
 @pytest.mark.parametrize("unit", [(1, 8), (3, 4), (4, 1)])
 def test_other_units_draw_the_same(tmp_path, whole, sampler, unit):
   write(tmp_path / "a.zarr", sampler, unit=unit)
-  # Same draws by another program: the order of float32 sums. Keys by device, or by row, would differ by O(1).
+  # Same draws by another program: the order of float32 sums. Keys by device, or by row, would
+  # differ by O(1).
   np.testing.assert_allclose(samples(tmp_path / "a.zarr"), samples(whole), atol=2e-5)
 
 
 def test_a_condition_is_drawn_by_its_id(tmp_path, whole, sampler):
   path = tmp_path / "a.zarr"
   write(path, sampler, conditions=CONDITIONS[3:4], condition_ids=np.array([3]), members=2)
-  # Another row of its unit: vector instructions take the rows of a batch in groups, and the last ones singly.
+  # Another row of its unit: vector instructions take the rows of a batch in groups, and the last
+  # ones singly.
   np.testing.assert_allclose(samples(path)[0], samples(whole)[3, :2], atol=2e-5)
   assert ensemble.read(path).condition.values.tolist() == [3]
 
@@ -276,20 +312,23 @@ def test_two_axes_two_channels_and_no_condition(tmp_path):
   assert data.y.attrs == {"units": "km"}
   assert "condition_field" not in data
   key = jax.random.fold_in(
-    jax.random.fold_in(randomness.key(1, "ensemble"), 0), 4
+    jax.random.fold_in(random_keys.key(1, "ensemble"), 0), 4
   )  # member 4 of condition 0, drawn alone
   np.testing.assert_array_equal(data.sample[0, 4], solvers.noise(key[None], 0, (4, 6, 2))[0])
 
 
 def test_another_identity_is_refused_and_left_alone(tmp_path, sampler):
   path = tmp_path / "a.zarr"
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(supervision.Interrupted):
     write(path, sampler, stop=stop_after(1))
   before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
   changes = {
     r"sampling.steps: 4 -> 5": {"identity": {"sampling": {"steps": 5}}},
     r"seed: 1 -> 2": {"seed": 2},
-    r"layout.space: \[24\] -> \[48\]": {"space": (48,), "sampler": lambda keys, y: solvers.noise(keys, 0, (48, 1))},
+    r"layout.space: \[24\] -> \[48\]": {
+      "space": (48,),
+      "sampler": lambda keys, y: solvers.noise(keys, 0, (48, 1)),
+    },
     r"layout.misfit: False -> True": {"sampler": with_misfit},
     "holds 6 members, 5 were asked for: an ensemble grows": {"members": 5},
     "holds 5 conditions, 4 were asked for": {"conditions": CONDITIONS[:4]},
@@ -314,58 +353,79 @@ def test_a_store_that_is_not_ours_is_refused(tmp_path, sampler):
 
 
 def runs_away(keys, y):
-  """with_misfit, but for members of condition 2: an overflow, a single NaN, a misfit out of range, a field of NaN."""
+  """with_misfit, but for members of condition 2: an overflow, a single NaN, a misfit out of range,
+  a field of NaN.
+  """
   fields, misfit = with_misfit(keys, y)
   bad = y[:, 0, 0] == CONDITIONS[2, 0, 0]
   row = jax.numpy.arange(len(y)) % 4
-  fields = fields.at[:, 3].set(jax.numpy.where((bad & (row == 0))[:, None], jax.numpy.inf, fields[:, 3]))
-  fields = fields.at[:, 5].set(jax.numpy.where((bad & (row == 1))[:, None], jax.numpy.nan, fields[:, 5]))
+  fields = fields.at[:, 3].set(
+    jax.numpy.where((bad & (row == 0))[:, None], jax.numpy.inf, fields[:, 3])
+  )
+  fields = fields.at[:, 5].set(
+    jax.numpy.where((bad & (row == 1))[:, None], jax.numpy.nan, fields[:, 5])
+  )
   return fields, jax.numpy.where(bad & (row == 2), jax.numpy.inf, misfit)
 
 
 def test_a_member_that_failed_is_marked_and_the_ensemble_goes_on(tmp_path, capsys):
-  """Members 0, 1, 2, 4 and 5 of condition 2: NaN fields, infinite misfits, all others as they would be; all said."""
+  """Members 0, 1, 2, 4 and 5 of condition 2: NaN fields, infinite misfits, all others as they would
+  be; all said.
+  """
   path, good = tmp_path / "a.zarr", tmp_path / "b.zarr"
   write(good, with_misfit)
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(supervision.Interrupted):
     write(path, runs_away, max_failed=0.2, stop=stop_after(4))
-  assert store.failures(path) == (5, 1)
+  assert ensemble_store.failures(path) == (5, 1)
   summary = write(path, runs_away, max_failed=0.2)
   assert summary["failed"] == 5
   assert "5 of 30 members failed, of 1 of 5 conditions of a.zarr" in capsys.readouterr().err
   found, want = ensemble.read(path).load(), ensemble.read(good).load()
   failed = np.zeros((5, 6), bool)
   failed[2, [0, 1, 2, 4, 5]] = True
-  np.testing.assert_array_equal(store.failed(found.sample.values), failed)
+  np.testing.assert_array_equal(ensemble_store.failed(found.sample.values), failed)
   np.testing.assert_array_equal(np.isposinf(found.misfit), failed)
   assert np.isfinite(found.sample.values[~failed]).all()
   # Another program: rounding.
   np.testing.assert_allclose(found.sample.values[~failed], want.sample.values[~failed], atol=2e-6)
   assert (found.attrs["failed_members"], found.attrs["failed_conditions"]) == (5, 1)
   assert "Infinity: the member failed" in found.misfit.attrs["comment"]
-  assert write(path, runs_away, max_failed=0.2)["failed"] == 5  # once more: nothing is drawn, the count stays
+  assert (
+    write(path, runs_away, max_failed=0.2)["failed"] == 5
+  )  # once more: nothing is drawn, the count stays
   assert ensemble.read(good).attrs["failed_members"] == 0
 
 
 def test_members_that_failed_stay_counted_once_where_a_unit_grows(tmp_path):
-  """Members 0 to 2 of condition 2, an edge unit of three members: the fourth is added, the three stay marked."""
+  """Members 0 to 2 of condition 2, an edge unit of three members: the fourth is added, the three
+  stay marked.
+  """
   path = tmp_path / "a.zarr"
   write(path, runs_away, members=3, max_failed=0.5)
-  assert store.failures(path) == (3, 1)
+  assert ensemble_store.failures(path) == (3, 1)
   write(path, runs_away, members=4, max_failed=0.5)
-  assert store.failures(path) == (3, 1)
+  assert ensemble_store.failures(path) == (3, 1)
   assert len([*(tmp_path / "a.units").glob("failed-*")]) == 1
   # A count whose unit was broken off before its marker does not count.
   (tmp_path / "a.units" / "c000002-000004-m000000-000004.json").unlink()
-  assert store.failures(path) == (0, 0)
+  assert ensemble_store.failures(path) == (0, 0)
 
 
 def test_too_many_that_failed_are_refused_and_named(tmp_path):
-  """Three fail in unit 2 of 6: as much as may. With the next unit there are five of 30, over a tenth."""
-  with pytest.raises(FloatingPointError, match=r"5 of 30 members failed, the last of condition 2, member 4: not fin"):
+  """Three fail in unit 2 of 6: as much as may.
+
+  With the next unit there are five of 30, over a tenth.
+  """
+  with pytest.raises(
+    FloatingPointError, match=r"5 of 30 members failed, the last of condition 2, member 4: not fin"
+  ):
     write(tmp_path / "a.zarr", runs_away, max_failed=0.1)
-  assert len(list((tmp_path / "a.units").glob("c*-m*.json"))) == 3  # conditions 0 and 1, and members 0 to 3 of 2
-  with pytest.raises(FloatingPointError, match=r"max_failed=0.1 allows 3"):  # also what earlier calls left counts
+  assert (
+    len(list((tmp_path / "a.units").glob("c*-m*.json"))) == 3
+  )  # conditions 0 and 1, and members 0 to 3 of 2
+  with pytest.raises(
+    FloatingPointError, match=r"max_failed=0.1 allows 3"
+  ):  # also what earlier calls left counts
     write(tmp_path / "a.zarr", runs_away, max_failed=0.1)
   assert write(tmp_path / "a.zarr", runs_away, max_failed=0.2)["failed"] == 5
   with pytest.raises(FloatingPointError, match="max_failed=0 allows 0"):
@@ -376,7 +436,7 @@ def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
   def full(*_):
     raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
 
-  monkeypatch.setattr(store.Writer, "begin", full)
+  monkeypatch.setattr(ensemble_store.Writer, "begin", full)
   with pytest.raises(OSError, match="Free some disk"):
     write(tmp_path / "a.zarr", sampler)
   monkeypatch.undo()
@@ -387,12 +447,18 @@ def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
   ("change", "words"),
   [
     ({"members": 0}, "at least 1"),
-    ({"conditions": np.where(np.arange(5)[:, None, None] == 3, np.nan, CONDITIONS)}, "1 of 5 conditions hold NaN"),
+    (
+      {"conditions": np.where(np.arange(5)[:, None, None] == 3, np.nan, CONDITIONS)},
+      "1 of 5 conditions hold NaN",
+    ),
     ({"conditions": CONDITIONS[..., 0]}, r"\[conditions, \*coarse, channels\]"),
     ({"condition_ids": np.zeros(5, int)}, "5 different numbers"),
     ({"coordinates": {"x": (np.arange(23), {})}}, "coordinate x"),
     ({"conditions": CONDITIONS[:, :5]}, "is the coarse grid the one the prior was trained for"),
-    ({"space": (48,)}, r"draws \[\(8, 24, 1\)\] of a unit of 8, the store takes fields \(8, 48, 1\)"),
+    (
+      {"space": (48,)},
+      r"draws \[\(8, 24, 1\)\] of a unit of 8, the store takes fields \(8, 48, 1\)",
+    ),
     ({"channels": 2}, "channels must be those that the prior was trained on"),
   ],
 )
@@ -403,31 +469,37 @@ def test_refusals_before_anything_is_written(tmp_path, sampler, change, words):
 
 
 def test_markers_are_json(whole):
-  marker = json.loads((whole.with_suffix(".units") / "c000004-000005-m000004-000006.json").read_text())
+  marker = json.loads(
+    (whole.with_suffix(".units") / "c000004-000005-m000004-000006.json").read_text()
+  )
   assert marker == {"c0": 4, "c1": 5, "m0": 4, "m1": 6}
 
 
 def test_no_two_draws_of_an_ensemble_share_a_key():
-  """Steps, start, posterior draw, observation error and selection of every member, and the keys that these come from.
+  """Steps, start, posterior draw, observation error and selection of every member, and the keys
+  that these come from.
 
-  fold_in(key, i) is split(key)[i]: a stream that a step reaches, or a key that is drawn from and folded, shows here.
+  fold_in(key, i) is split(key)[i]: a stream that a step reaches, or a key that is drawn from and
+  folded, shows here.
   """
   steps, ids = 64, np.arange(12)
   members = ensemble.keys(1, ids // 4, ids % 4)
   fold = lambda keys, number: jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-  streams = {name: fold(members, randomness.stream(name)) for name in randomness.STREAMS}
+  streams = {name: fold(members, random_keys.stream(name)) for name in random_keys.STREAMS}
   used = [members, *streams.values()]
   used += [fold(members, step) for step in range(steps)]
   used += [fold(streams["selection"], step) for step in range(steps)]
-  base = randomness.key(1, "ensemble")
+  base = random_keys.key(1, "ensemble")
   used += [base[None], jax.vmap(lambda c: jax.random.fold_in(base, c))(np.arange(3))]
   data = np.concatenate([np.asarray(jax.random.key_data(keys)) for keys in used])
   assert len(np.unique(data, axis=0)) == len(data)
-  assert min(map(randomness.stream, randomness.STREAMS)) > 2**30  # beyond any number of steps
+  assert min(map(random_keys.stream, random_keys.STREAMS)) > 2**30  # beyond any number of steps
   np.testing.assert_array_equal(
     jax.random.key_data(jax.random.split(base, 3)), jax.random.key_data(used[-1])
   )  # the trap
   # What the solvers and the start draw is by these keys.
   white = solvers.noise(members, 5, (24, 1))
-  np.testing.assert_array_equal(white[3], jax.random.normal(jax.random.fold_in(members[3], 5), (24, 1)))
-  assert randomness.stream("start") == solvers.START
+  np.testing.assert_array_equal(
+    white[3], jax.random.normal(jax.random.fold_in(members[3], 5), (24, 1))
+  )
+  assert random_keys.stream("start") == solvers.START

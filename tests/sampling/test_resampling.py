@@ -1,4 +1,6 @@
-"""Selection among members: who stays, that a right ensemble is left alone, that no device and no neighbour matters."""
+"""Selection among members: who stays, that a right ensemble is left alone, that no device and no
+neighbour matters.
+"""
 
 import functools
 
@@ -7,24 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling.common import costs
-from downscaling.common import mesh as meshes
-from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
-from downscaling.sampling import gain, guidance, resampling, solvers
+from downscaling.fields.operators import Strided
+from downscaling.runtime import mesh as meshes
+from downscaling.runtime import program_cost
+from downscaling.sampling import gaussian_gain, guidance, resampling, solvers
 
 OP, MEMBERS = Strided.on((48,), 4), 8
 
 
 def ensemble(field, conditions, members=MEMBERS, mesh=None, select=None, first=0):
-  """(fields [K, M, N], misfits [K, M], the compiled program) for rows of conditions [K, n]; 8 steps of the SDE."""
-  g = gain.Gain(OP, gain.prior_variance(field.spectrum))
+  """(fields [K, M, N], misfits [K, M], the compiled program) for rows of conditions [K, n]; 8 steps
+  of the SDE.
+  """
+  g = gaussian_gain.Gain(OP, gaussian_gain.prior_variance(field.spectrum))
   levels = schedules.levels("edm", 8, 3.0, 0.02)
 
   def draw(keys, y):
     guided = guidance.make("wiener", field.denoise, OP, y, gain=g)
-    x = gain.gaussian_start(keys, g, y, 3.0)
-    step, among = (guided.scored, {"select": select, "values": y[0].size}) if select else (guided.denoise, {})
+    x = gaussian_gain.gaussian_start(keys, g, y, 3.0)
+    step, among = (
+      (guided.scored, {"select": select, "values": y[0].size}) if select else (guided.denoise, {})
+    )
     return solvers.dpm_solver_pp_2m_sde(step, x, levels, keys, last=guided.last_scored, **among)
 
   y = jnp.asarray(conditions, jnp.float32).repeat(members, 0)[..., None]
@@ -33,7 +39,11 @@ def ensemble(field, conditions, members=MEMBERS, mesh=None, select=None, first=0
   rows = meshes.rows(mesh or meshes.make(1))
   program = jax.jit(draw, in_shardings=(rows, rows), out_shardings=rows).lower(keys, y).compile()
   fields, misfit = program(jax.device_put(keys, rows), jax.device_put(y, rows))
-  return np.asarray(fields).reshape(-1, members, 48), np.asarray(misfit).reshape(-1, members), program
+  return (
+    np.asarray(fields).reshape(-1, members, 48),
+    np.asarray(misfit).reshape(-1, members),
+    program,
+  )
 
 
 def truths(field, count):
@@ -47,11 +57,15 @@ def test_systematic_selection_counts():
   counts = np.stack([np.bincount(row, minlength=4) for row in np.asarray(drawn)])
   assert (counts.sum(1) == 4).all()
   assert (np.abs(counts - 4 * np.asarray(share)) < 1).all()
-  np.testing.assert_allclose(counts.mean(0), 4 * np.asarray(share), atol=0.011)  # places 1/200 apart, two edges each
+  np.testing.assert_allclose(
+    counts.mean(0), 4 * np.asarray(share), atol=0.011
+  )  # places 1/200 apart, two edges each
 
 
 def test_implausible_members_go_and_the_others_stay():
-  """One condition of two has two members far off: they become copies of the rest; the other is not touched."""
+  """One condition of two has two members far off: they become copies of the rest; the other is not
+  touched.
+  """
   among = resampling.Resampling(members=4, strength=0.5, dead_zone=1.6)
   keys = jax.random.split(jax.random.key(0), 8)
   score = jnp.asarray([1.0, 40.0, 1.2, 90.0, 1.0, 1.5, 1.6, 0.2])
@@ -70,7 +84,9 @@ def test_implausible_members_go_and_the_others_stay():
 
 
 def test_a_gaussian_field_is_left_alone(gaussian):
-  """Spread over the exact one, without selection, with it, and with one that has no dead zone to speak of."""
+  """Spread over the exact one, without selection, with it, and with one that has no dead zone to
+  speak of.
+  """
   field = gaussian((48,), corner=6.0)
   y = truths(field, 96)[:, ::4]
   _, cov = field.posterior(OP, y[0])
@@ -79,7 +95,8 @@ def test_a_gaussian_field_is_left_alone(gaussian):
     chosen = how and resampling.Resampling(MEMBERS, *how)
     drawn, misfit, _ = ensemble(field, y, select=chosen)
     ratios.append(np.sqrt(drawn.var(axis=1, ddof=1).mean(0).sum() / np.trace(cov)))
-    # χ²/d′ of 12 coarse values: mean 1, standard error at most √(2/12/96) = .04. Without A⁻¹ it would be 1e-3.
+    # χ²/d′ of 12 coarse values: mean 1, standard error at most √(2/12/96) = .04. Without A⁻¹ it
+    # would be 1e-3.
     assert misfit.mean() == pytest.approx(1, abs=0.15)
   # 8 steps alone disperse by .075 (measured; .01 at 16); Monte Carlo √(1/(2·96·7·20)) < .01.
   assert ratios[0] == pytest.approx(1, abs=0.1)
@@ -88,9 +105,13 @@ def test_a_gaussian_field_is_left_alone(gaussian):
 
 
 def test_one_device_selects_as_four_do(gaussian):
-  """Members of a condition share a device, so nothing is sent; a selection by device would differ by O(1)."""
+  """Members of a condition share a device, so nothing is sent; a selection by device would differ
+  by O(1).
+  """
   field = gaussian((48,), corner=6.0)
-  select = resampling.Resampling(members=MEMBERS, strength=1.0, dead_zone=1.0)  # eager: something is selected
+  select = resampling.Resampling(
+    members=MEMBERS, strength=1.0, dead_zone=1.0
+  )  # eager: something is selected
   y = truths(field, 8)[:, ::4]
   one, misfit, _ = ensemble(field, y, select=select)
   four, misfit_four, program = ensemble(field, y, select=select, mesh=meshes.make(4))
@@ -98,7 +119,7 @@ def test_one_device_selects_as_four_do(gaussian):
   np.testing.assert_allclose(one, four, atol=2e-5)  # float32; the order of sums
   np.testing.assert_allclose(misfit, misfit_four, rtol=1e-3)
   assert np.abs(one - plain).max() > 0.1
-  assert [c for c in costs.collectives(program) if c.bytes > 1e5] == []
+  assert [c for c in program_cost.collectives(program) if c.bytes > 1e5] == []
 
 
 def test_a_block_can_be_drawn_alone(gaussian):
@@ -111,12 +132,15 @@ def test_a_block_can_be_drawn_alone(gaussian):
 
 
 def test_wrong_modes_are_left(gaussian):
-  """A prior of two modes, ±f, D = f tanh(f·x/σ²), and members that start in both: y says which is right.
+  """A prior of two modes, ±f, D = f tanh(f·x/σ²), and members that start in both: y says which is
+  right.
 
   Without guidance and without selection every member stays where it started.
   """
   f = jnp.asarray(np.sqrt(2) * np.cos(2 * np.pi * np.arange(48) / 48 + 0.4), jnp.float32)
-  g = gain.Gain(OP, gain.prior_variance(0.1 * gaussian((48,), corner=6.0).spectrum))
+  g = gaussian_gain.Gain(
+    OP, gaussian_gain.prior_variance(0.1 * gaussian((48,), corner=6.0).spectrum)
+  )
   side = jnp.where(jnp.arange(4 * MEMBERS) % 3 == 0, 1.0, -1.0)
   y = jnp.broadcast_to(f[None, ::4, None], (len(side), 12, 1))
   keys = jax.random.split(jax.random.key(0), len(side))
@@ -143,28 +167,42 @@ def test_refusals():
     resampling.Resampling(members=4, strength=0.1).start(6)
   with pytest.raises(ValueError, match="copies of a member would stay copies"):
     solvers.dpm_solver_pp_2m_sde(
-      None, None, None, jax.random.split(jax.random.key(0), 4), eta=0.0, select=resampling.Resampling(4, 0.1)
+      None,
+      None,
+      None,
+      jax.random.split(jax.random.key(0), 4),
+      eta=0.0,
+      select=resampling.Resampling(4, 0.1),
     )
 
 
 def test_a_condition_that_no_member_meets_is_judged_by_its_best():
-  """Ten times the misfit for all: y′ lies outside what the prior knows, and none of them is to blame for it."""
+  """Ten times the misfit for all: y′ lies outside what the prior knows, and none of them is to
+  blame for it.
+  """
   among = resampling.Resampling(members=4, strength=0.125, dead_zone=3.0)
   score = jnp.asarray([1.0, 2.0, 3.5, 9.0, 0.2, 0.4, 0.9, 3.1])
   weigh = lambda score: np.asarray(among.weigh(among.start(8), score, 24, 0.1))
   near, far = weigh(score), weigh(score.at[:4].multiply(10))
   np.testing.assert_allclose(near[0], [0, 0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-6)
   np.testing.assert_allclose(far, near, rtol=1e-5)  # the factor cancels to rounding
-  np.testing.assert_allclose(near[1], [0, 0, 0, -0.125 * 0.1 * 24], rtol=1e-4)  # below 1 no misfit is scaled up
+  np.testing.assert_allclose(
+    near[1], [0, 0, 0, -0.125 * 0.1 * 24], rtol=1e-4
+  )  # below 1 no misfit is scaled up
 
 
 def test_a_member_without_a_score_drops_alone():
-  """One NaN in the first condition: it weighs nothing, the rest as without it. All NaN in the second: no selection."""
+  """One NaN in the first condition: it weighs nothing, the rest as without it.
+
+  All NaN in the second: no selection.
+  """
   among = resampling.Resampling(members=4, strength=0.125, dead_zone=3.0)
   score = jnp.asarray([10.0, jnp.nan, 35.0, 90.0, *[jnp.nan] * 4, 1.0, 2.0, 3.5, 9.0])
   weights = np.asarray(among.weigh(among.start(12), score, 24, 0.1))
   assert weights[0, 1] == -np.inf
-  np.testing.assert_allclose(weights[0, [0, 2, 3]], [0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-5)
+  np.testing.assert_allclose(
+    weights[0, [0, 2, 3]], [0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-5
+  )
   assert weights[1].tolist() == [0, 0, 0, 0]
   np.testing.assert_allclose(weights[2], [0, 0, -1.5, -18.0], rtol=1e-5)  # neighbours are untouched
   keys, rows = jax.random.split(jax.random.key(0), 12), jnp.arange(12)

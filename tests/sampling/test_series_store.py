@@ -1,10 +1,12 @@
-"""The ensemble store of series: an axis of time, stopped and resumed, grown; single fields as they were."""
+"""The ensemble store of series: an axis of time, stopped and resumed, grown; single fields as they
+were.
+"""
 
 import jax
 import numpy as np
 import pytest
 
-from downscaling.common import runs
+from downscaling.runtime import files, stage_folder, supervision
 from downscaling.sampling import ensemble, solvers
 
 FRAMES = 3
@@ -13,7 +15,9 @@ UNIT = (4, 2)
 
 
 def sampler(keys, y):
-  """Series [B, L, 24, 1] in which each frame is one above the last, plus the mean of its condition's frame."""
+  """Series [B, L, 24, 1] in which each frame is one above the last, plus the mean of its
+  condition's frame.
+  """
   x = solvers.noise(keys, 0, (1, 24, 1)) + np.arange(FRAMES, dtype=np.float32)[None, :, None, None]
   return x if y is None else (x + y.mean((2, 3), keepdims=True), y.mean((1, 2, 3)))
 
@@ -24,7 +28,9 @@ def write(path, conditions=CONDITIONS, members=3, stop=lambda: False, **changes)
     "attrs": {"title": "test"}, "frames": FRAMES, "sampler": sampler,
     "coordinates": {"time": (0.5 * np.arange(FRAMES), {"long_name": "time", "units": "1"})},
   }  # fmt: skip
-  return ensemble.write_ensemble(path, conditions=conditions, members=members, stop=stop, **(settings | changes))
+  return ensemble.write_ensemble(
+    path, conditions=conditions, members=members, stop=stop, **(settings | changes)
+  )
 
 
 def test_frames_are_an_axis_of_time(tmp_path):
@@ -54,7 +60,7 @@ def test_without_conditions_and_with_two_axes_of_space(tmp_path):
 def test_stopped_resumed_and_grown_it_is_the_same(tmp_path):
   write(tmp_path / "whole.zarr")
   polls = iter([False, True, True])
-  with pytest.raises(runs.Interrupted):
+  with pytest.raises(supervision.Interrupted):
     write(tmp_path / "a.zarr", CONDITIONS[:5], 2, stop=lambda: next(polls, True))
   with pytest.raises(ValueError, match="run the same `sample` command again"):
     ensemble.read(tmp_path / "a.zarr")
@@ -70,7 +76,10 @@ def test_stopped_resumed_and_grown_it_is_the_same(tmp_path):
   [
     ({"conditions": CONDITIONS[:, :2]}, r"need \[conditions, 3, \*coarse, channels\]"),
     ({"conditions": CONDITIONS[:, 0]}, r"need \[conditions, 3, \*coarse, channels\]"),
-    ({"sampler": lambda keys, y: solvers.noise(keys, 0, (24, 1))}, r"the store takes fields \(8, 3, 24, 1\)"),
+    (
+      {"sampler": lambda keys, y: solvers.noise(keys, 0, (24, 1))},
+      r"the store takes fields \(8, 3, 24, 1\)",
+    ),
     ({"coordinates": {"time": (np.arange(4), {})}}, "coordinate time"),
   ],
 )
@@ -81,10 +90,12 @@ def test_what_does_not_fit(tmp_path, change, words):
 
 
 def test_stores_of_single_fields_know_nothing_of_frames(tmp_path):
-  """Their identity on disk is what it was before there were series, and frames are part of that of series."""
+  """Their identity on disk is what it was before there were series, and frames are part of that of
+  series.
+  """
   single = lambda keys, y: solvers.noise(keys, 0, (24, 1)) + y.mean((1, 2), keepdims=True)
   write(tmp_path / "a.zarr", CONDITIONS[:, 0], frames=1, sampler=single, coordinates={})
-  marker = runs.read_json(tmp_path / "a.units" / runs.MARKER)
+  marker = files.read_json(tmp_path / "a.units" / stage_folder.MARKER)
   assert {*marker["config"]["layout"]} == {"space", "channels", "coarse", "unit", "misfit"}
   assert ensemble.read(tmp_path / "a.zarr").sample.dims == ("condition", "member", "x")
   write(tmp_path / "b.zarr")

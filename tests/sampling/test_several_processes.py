@@ -1,4 +1,6 @@
-"""One ensemble drawn by real processes: any topology, killed and told to stop at any moment, moved, grown, locked."""
+"""One ensemble drawn by real processes: any topology, killed and told to stop at any moment, moved,
+grown, locked.
+"""
 
 import contextlib
 import os
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import xarray
 
-from downscaling.common import runs
+from downscaling.runtime import stage_folder
 from downscaling.sampling import ensemble
 from tests.sampling import worker
 from tests.test_distributed import numbers, rehearse, start, wait_for
@@ -36,7 +38,9 @@ def markers(path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """24 × 6 in 18 units, drawn by one device of this process: the bytes that every other way must end at."""
+  """24 × 6 in 18 units, drawn by one device of this process: the bytes that every other way must
+  end at.
+  """
   path = tmp_path_factory.mktemp("whole") / "a.zarr"
   assert worker.draw(path, 24, 6, never, jax.devices()[:1])["drawn"] == 18
   return path
@@ -53,16 +57,22 @@ def test_two_processes_draw_what_one_draws(whole, tmp_path):
 
 
 def test_two_processes_make_an_ensemble_larger(whole, tmp_path):
-  """22 × 5, every edge unit incomplete, to 24 × 6: each process keeps what is there of the units that it completes."""
+  """22 × 5, every edge unit incomplete, to 24 × 6: each process keeps what is there of the units
+  that it completes.
+  """
   path = tmp_path / "a.zarr"
   worker.draw(path, 22, 5, never)
   before = ensemble.read(path).load()
   said = rehearse(2, 2, argv(path, seconds=0.05))
-  assert "[0] drawn 8 of 18" in said  # five of the last members, two of the last conditions, one of both
+  assert (
+    "[0] drawn 8 of 18" in said
+  )  # five of the last members, two of the last conditions, one of both
   after, at_once = ensemble.read(path), ensemble.read(whole)
   for name in ("sample", "misfit"):
     np.testing.assert_array_equal(after[name][:22, :5], before[name])
-  for name in at_once.variables:  # not file by file: what is no unit is cut as it was when there was less of it
+  for name in (
+    at_once.variables
+  ):  # not file by file: what is no unit is cut as it was when there was less of it
     np.testing.assert_array_equal(after[name], at_once[name], err_msg=name)
   assert set(markers(path)) == set(markers(whole))
 
@@ -83,7 +93,10 @@ def test_sigterm_to_one_of_two_and_on_with_other_devices(whole, tmp_path):
 
 
 def test_a_store_that_another_job_writes_is_refused(whole, tmp_path):
-  """With who and since when; the other goes on undisturbed. Killed, it leaves a lock that the next job takes over."""
+  """With who and since when; the other goes on undisturbed.
+
+  Killed, it leaves a lock that the next job takes over.
+  """
   path, pids = tmp_path / "a.zarr", tmp_path / "pids"
   process = start(1, 4, argv(path, seconds=0.2), pids)
   wait_for(lambda: markers(path), process)
@@ -91,7 +104,10 @@ def test_a_store_that_another_job_writes_is_refused(whole, tmp_path):
     assert data.sample.shape == (24, 6, 24)
     assert 0 <= data.attrs["done_fraction"] < 1
     assert 0 < np.isfinite(data.sample).all("x").sum() < 24 * 6
-  with pytest.raises(OSError, match=rf"a.zarr is being written by another job: host .*, pid {numbers(pids)[0]}, since"):
+  with pytest.raises(
+    OSError,
+    match=rf"a.zarr is being written by another job: host .*, pid {numbers(pids)[0]}, since",
+  ):
     worker.draw(path, 24, 6, never)
   os.kill(numbers(pids)[0], signal.SIGKILL)
   process.communicate(timeout=60)
@@ -103,8 +119,9 @@ def test_a_store_that_another_job_writes_is_refused(whole, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_on_any_topology(tmp_path):
-  """1 × 1 device -> 2 × 1 -> 1 × 4, kill -9 to one process at ten moments and SIGTERM at two: each unit is finished
-  once, none is missing, and the end is byte for byte what an undisturbed run on one device leaves."""
+  """1 × 1 device -> 2 × 1 -> 1 × 4, kill -9 to one process at ten moments and SIGTERM at two: each
+  unit is finished once, none is missing, and the end is byte for byte what an undisturbed run on
+  one device leaves."""
   dice, size, units = random.Random(0), {"conditions": 200, "members": 8}, 200
   topologies = (1, 1), (2, 1), (1, 4)
   rehearse(1, 1, argv(tmp_path / "straight.zarr", **size))
@@ -131,9 +148,9 @@ def test_killed_at_ten_random_moments_on_any_topology(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path):
-  """Peak of a process that draws 4, 16 and 64 units of 8 MB. To 160 MB, 20 units: allocators keep what they have had,
-  thread by thread, the more the busier the disk; measured up to 150 MB here and 22 MB more for 160 units. The whole
-  ensemble in memory would be half a gigabyte more."""
+  """Peak of a process that draws 4, 16 and 64 units of 8 MB. To 160 MB, 20 units: allocators keep
+  what they have had, thread by thread, the more the busier the disk; measured up to 150 MB here and
+  22 MB more for 160 units. The whole ensemble in memory would be half a gigabyte more."""
   code = """
 import sys
 import jax
@@ -148,7 +165,9 @@ print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
   peaks = []
   for count in (4, 16, 64):
-    said = rehearse(1, 1, [sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{count}.zarr", count])
+    said = rehearse(
+      1, 1, [sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{count}.zarr", count]
+    )
     peaks.append(int(said.rpartition("VmHWM:")[2].split()[0]) / 1e3)
   assert max(peaks) - peaks[0] < 160, peaks
 
@@ -159,4 +178,4 @@ def test_a_worker_ends_like_the_program(tmp_path):
   assert "worker: " in rehearse(1, 1, argv(tmp_path / "a.zarr"), code=1)
   assert [p.name for p in tmp_path.iterdir()] == ["a.zarr"]
   assert pathlib.Path(worker.__file__).exists()
-  assert not (tmp_path / "a.units" / runs.MARKER).exists()
+  assert not (tmp_path / "a.units" / stage_folder.MARKER).exists()

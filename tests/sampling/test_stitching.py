@@ -1,14 +1,16 @@
-"""Stitching: linear-Gaussian windows against dense algebra, an AR(1) in time, plain sampling where one window does."""
+"""Stitching: linear-Gaussian windows against dense algebra, an AR(1) in time, plain sampling where
+one window does.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
-from downscaling.sampling import gain, guidance, solvers, windows
-from downscaling.sampling.windows import Stitching
+from downscaling.fields.operators import Strided
+from downscaling.sampling import gaussian_gain, guidance, solvers, stitching
+from downscaling.sampling.stitching import Stitching
 
 POINTS = 2  # AR(1) frames of two independent points
 
@@ -41,7 +43,8 @@ def window_matrix(frames, rho, sigma):
 def test_places_and_weights():
   plan = Stitching(frames=4, overlap=2, series=8)
   np.testing.assert_array_equal(plan.rows, [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]])
-  # Edge frames (3 of the first window, 2 and 5 of the second, ...) count nothing where another window knows better.
+  # Edge frames (3 of the first window, 2 and 5 of the second, ...) count nothing where another
+  # window knows better.
   np.testing.assert_allclose(plan.weights, [[1, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]])
   np.testing.assert_array_equal(plan.seams, [False, True, False, True, False, True, False])
   wide = Stitching(frames=6, overlap=4, series=10)
@@ -73,16 +76,20 @@ def test_windows_that_do_not_fit(sizes, words):
 
 @pytest.mark.parametrize("sizes", [(4, 2, 10), (3, 0, 9), (4, 3, 7), (6, 4, 12), (3, 1, 9)])
 def test_a_linear_denoiser_against_its_matrix(sizes):
-  """Σ_w P_wᵀ diag(weights) D P_w by dense algebra, on two points and different noise levels in a batch."""
+  """Σ_w P_wᵀ diag(weights) D P_w by dense algebra, on two points and different noise levels in a
+  batch.
+  """
   plan, rho = Stitching(*sizes), 0.8
   x = jax.random.normal(jax.random.key(0), (3, POINTS, plan.series))
   sigma = jnp.array([0.1, 1.0, 5.0])
-  got = jax.jit(windows.stitched(exact(plan.frames, rho), plan))(x, sigma)
+  got = jax.jit(stitching.stitched(exact(plan.frames, rho), plan))(x, sigma)
   for row, s, found in zip(x, sigma, got, strict=True):
     whole = np.zeros((plan.series, plan.series))
     for places, weights in zip(plan.rows, plan.weights, strict=True):
       whole[np.ix_(places, places)] += weights[:, None] * window_matrix(plan.frames, rho, float(s))
-    np.testing.assert_allclose(found, np.asarray(row) @ whole.T, atol=1e-5)  # float32, values of order one
+    np.testing.assert_allclose(
+      found, np.asarray(row) @ whole.T, atol=1e-5
+    )  # float32, values of order one
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -91,32 +98,34 @@ def test_a_denoiser_that_gives_its_input_back_leaves_no_seam(space, channels):
   """What windows agree on comes out as it is: frames, points and channels in their places."""
   plan = Stitching(6, 4, 12)
   x = jax.random.normal(jax.random.key(1), (2, *space, plan.series * channels))
-  got = jax.jit(windows.stitched(lambda x, sigma: x, plan))(x, jnp.ones(2))
+  got = jax.jit(stitching.stitched(lambda x, sigma: x, plan))(x, jnp.ones(2))
   np.testing.assert_allclose(got, x, rtol=3e-7)  # shares such as ⅓ + ⅔ of float32 numbers
 
 
 def test_one_window_is_plain_sampling_bit_for_bit():
   denoise, plan = exact(4, 0.9), Stitching(4, 2, 4)
-  assert windows.stitched(denoise, plan) is denoise
+  assert stitching.stitched(denoise, plan) is denoise
   table = np.ones((3, 5, 4), np.float32)
-  assert windows.extended(table, plan) is table
+  assert stitching.extended(table, plan) is table
 
 
 def test_errors_of_a_window_extended_to_a_series():
-  """By each frame's place in the windows that hold it, with the denoiser's own weights; here channel 2f + c."""
+  """By each frame's place in the windows that hold it, with the denoiser's own weights; here
+  channel 2f + c.
+  """
   plan = Stitching(4, 2, 8)
   values = np.arange(8, dtype=np.float32)[None]  # frame f, channel c: 2f + c
-  got = windows.extended(values, plan).reshape(8, 2)
+  got = stitching.extended(values, plan).reshape(8, 2)
   np.testing.assert_array_equal(got[:, 0] / 2, [0, 1, 2, 1, 2, 1, 2, 3])
   np.testing.assert_array_equal(got[:, 1] - got[:, 0], 1)
-  halves = windows.extended(np.float32([0, 1, 4]), Stitching(3, 1, 5))
+  halves = stitching.extended(np.float32([0, 1, 4]), Stitching(3, 1, 5))
   np.testing.assert_array_equal(halves, [0, 1, 2, 1, 4])  # frame 2: the mean of places 2 and 0
 
 
 def test_frames_as_an_axis():
   x = np.arange(2 * 3 * 5 * 2).reshape(2, 3, 5, 2)  # [B, L, N, C]
-  np.testing.assert_array_equal(windows.fold(x)[1, 4], x[1, :, 4].reshape(-1))
-  np.testing.assert_array_equal(windows.unfold(windows.fold(x), 3), x)
+  np.testing.assert_array_equal(stitching.fold(x)[1, 4], x[1, :, 4].reshape(-1))
+  np.testing.assert_array_equal(stitching.unfold(stitching.fold(x), 3), x)
 
 
 # ---------------------------------------------------------------- long series
@@ -126,7 +135,7 @@ def increments(plan, rho, eta, members=2048, steps=96):
   """Mean squared increments [L − 1] over the exact one, and the members, of unconditional draws."""
   draw = jax.jit(
     lambda keys: solvers.dpm_solver_pp_2m_sde(
-      windows.stitched(exact(plan.frames, rho), plan),
+      stitching.stitched(exact(plan.frames, rho), plan),
       solvers.initial(keys, (POINTS, plan.series), 40.0),
       schedules.levels("edm", steps, 40.0, 1e-2),
       keys,
@@ -138,15 +147,17 @@ def increments(plan, rho, eta, members=2048, steps=96):
 
 
 def test_a_long_series_is_continuous_across_seams():
-  """Windows of 4 frames of an AR(1), 16 in all: steps across seams are as large as those within windows.
+  """Windows of 4 frames of an AR(1), 16 in all: steps across seams are as large as those within
+  windows.
 
-  Equal weights for all frames of a window have .97 within and 1.60 across, no overlap 1.0 and 5.0 (covariances in
-  closed form, see sampling/windows.py).
+  Equal weights for all frames of a window have .97 within and 1.60 across, no overlap 1.0 and 5.0
+  (covariances in closed form, see sampling/stitching.py).
   """
   plan = Stitching(4, 2, 16)
   ratio, _ = increments(plan, 0.8, eta=5.0)
   within, seams = ratio[~plan.seams], ratio[plan.seams]
-  # 4096 draws of a squared increment: standard error √(2/4096) = .022 a step, .008 a mean over seven.
+  # 4096 draws of a squared increment: standard error √(2/4096) = .022 a step, .008 a mean over
+  # seven.
   assert seams.mean() / within.mean() == pytest.approx(1, abs=0.03)
   assert ratio.max() < 1.2  # closed form 1.06, and a few per cent for the size of 96 steps at η 5
   apart, _ = increments(Stitching(4, 0, 16), 0.8, eta=5.0, members=256)
@@ -159,7 +170,7 @@ def test_members_depend_on_their_keys_alone():
   _, many = increments(plan, 0.8, eta=1.0, members=8, steps=8)
   keys = jax.random.split(jax.random.key(3), 8)[5:6]
   alone = solvers.dpm_solver_pp_2m_sde(
-    windows.stitched(exact(4, 0.8), plan),
+    stitching.stitched(exact(4, 0.8), plan),
     solvers.initial(keys, (POINTS, 8), 40.0),
     schedules.levels("edm", 8, 40.0, 1e-2),
     keys,
@@ -169,20 +180,24 @@ def test_members_depend_on_their_keys_alone():
 
 
 def test_guided_series_meet_their_conditions(gaussian):
-  """One point in four of every frame observed, by the gain of the training spectrum: each frame meets its own."""
+  """One point in four of every frame observed, by the gain of the training spectrum: each frame
+  meets its own.
+  """
   field, op, plan = gaussian((16,)), Strided.on((16,), 4), Stitching(3, 1, 7)
   rng = np.random.default_rng(0)
   y = jnp.asarray(rng.normal(size=(4, 7, 4, 1)), jnp.float32)
-  g = gain.Gain(op, gain.prior_variance(np.concatenate([field.spectrum] * 7, -1)))
+  g = gaussian_gain.Gain(op, gaussian_gain.prior_variance(np.concatenate([field.spectrum] * 7, -1)))
 
   def draw(keys, y):
-    denoise = windows.stitched(field.denoise, plan)
+    denoise = stitching.stitched(field.denoise, plan)
     guided = guidance.make("wiener", denoise, op, y, gain=g)
-    x = gain.gaussian_start(keys, g, y, 3.0)
-    fields = solvers.dpm_solver_pp_2m(guided.denoise, x, schedules.levels("edm", 12, 3.0, 1e-2), last=guided.last)
+    x = gaussian_gain.gaussian_start(keys, g, y, 3.0)
+    fields = solvers.dpm_solver_pp_2m(
+      guided.denoise, x, schedules.levels("edm", 12, 3.0, 1e-2), last=guided.last
+    )
     return fields, jnp.zeros(len(keys))
 
   keys = jax.random.split(jax.random.key(0), 4)
-  fields, _ = jax.jit(windows.over_time(draw, 7))(keys, y)
+  fields, _ = jax.jit(stitching.over_time(draw, 7))(keys, y)
   assert fields.shape == (4, 7, 16, 1)
   np.testing.assert_allclose(op.apply(fields), y, atol=1e-5)  # float32, values of order one

@@ -1,4 +1,5 @@
-"""One process of an ensemble drawn by several, cheap enough to be killed often: see test_several_processes.
+"""One process of an ensemble drawn by several, cheap enough to be killed often: see
+test_several_processes.
 
   python tests/sampling/worker.py STORE CONDITIONS MEMBERS SECONDS      SECONDS: of rest before a unit
 Ends as the program does: 0, 143 when told to stop, 1 with one line after an error.
@@ -11,10 +12,10 @@ import time
 import jax
 import numpy as np
 
-from downscaling.common import processes, runs, supervision
-from downscaling.common.operators import Strided
 from downscaling.diffusion import schedules
-from downscaling.sampling import ensemble, gain, guidance, solvers
+from downscaling.fields.operators import Strided
+from downscaling.runtime import processes, progress, supervision
+from downscaling.sampling import ensemble, gaussian_gain, guidance, solvers
 
 OP = Strided.on((24,), 4)
 
@@ -22,11 +23,13 @@ OP = Strided.on((24,), 4)
 def sampler(keys, y):
   """Draws of a Gaussian posterior by the real guidance and solver, and the sum of squares of each."""
   s = 1 / (1 + (np.abs(np.fft.fftfreq(24, 1 / 24)) / 3) ** 4)[:, None]
-  g = gain.Gain(OP, gain.prior_variance(s))
+  g = gaussian_gain.Gain(OP, gaussian_gain.prior_variance(s))
   denoise = lambda x, sigma: x * (1 / (1 + sigma[:, None, None] ** 2))
   levels = schedules.levels("edm", 4, 3.0, 0.01)
   guided = guidance.make("wiener", denoise, OP, y, gain=g)
-  x = solvers.dpm_solver_pp_2m_sde(guided.denoise, gain.gaussian_start(keys, g, y, 3.0), levels, keys)
+  x = solvers.dpm_solver_pp_2m_sde(
+    guided.denoise, gaussian_gain.gaussian_start(keys, g, y, 3.0), levels, keys
+  )
   return x, (x**2).sum((1, 2))
 
 
@@ -49,9 +52,9 @@ def main(path, conditions, members, seconds):
 
     try:
       summary = draw(path, int(conditions), int(members), told)
-      runs.say(f"drawn {summary['drawn']} of {summary['units']}")
-    except runs.Interrupted as interrupted:
-      runs.say(f"{interrupted}; run the same command to go on.")
+      progress.say(f"drawn {summary['drawn']} of {summary['units']}")
+    except supervision.Interrupted as interrupted:
+      progress.say(f"{interrupted}; run the same command to go on.")
       if jax.process_count() > 1:
         jax.distributed.shutdown()
       sys.exit(supervision.STOPPED)

@@ -1,0 +1,127 @@
+"""Energy spectra over shells of wavenumber, and their mean log ratio (Wan et al. 2023,
+arXiv:2305.15618, §4).
+
+Fields are [S, N] or [S, N₀, N₁], periodic, without a channel axis. Shell k holds the modes with k −
+½ ≤ |m| < k + ½ for integer mode numbers m (waves a box); k = 0, the mean, is left out. In 2-D the
+corners beyond k = min(N)/2 are left out
+too: their shells are not whole.
+"""
+
+import math
+
+import numpy as np
+
+from downscaling.metrics import distances
+
+ENERGY_SHARE = 0.999999
+
+
+def shell_energies(x: np.ndarray, name: str = "fields") -> np.ndarray:
+  """Energy of each row in each shell, [S, min(N)//2], k = 1, 2, ...; units of the field squared.
+
+  |FFT|²/N^(2d), so that in 1-D Σ_k E_k is the row's variance about its own mean (Parseval).
+  Raises ValueError, naming the set, for NaN or for other than one or two space axes.
+  """
+  x = np.asarray(x)
+  distances.rows(x, name, least=1)
+  if x.ndim not in (2, 3) or min(x.shape[1:]) < 2:
+    raise ValueError(
+      f"{name} has shape {x.shape}: spectra need [samples, N] or [samples, N₀, N₁], one channel at "
+      "a time."
+    )
+  space = x.shape[1:]
+  index, weight = _shells(space)
+  top = min(space) // 2
+  out = np.empty((len(x), top))
+  for first, block in distances.chunks(x):
+    power = np.abs(np.fft.rfftn(block, axes=tuple(range(1, x.ndim)))) ** 2 * (
+      weight / math.prod(space) ** 2
+    )
+    power = power.reshape(len(block), -1)
+    for k in range(1, top + 1):
+      out[first : first + len(block), k - 1] = power[:, index[k]].sum(axis=1)
+  return out
+
+
+def _shells(space: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
+  """Flat positions of each shell's modes in a half spectrum (rfftn), and how many modes each
+  position stands for.
+  """
+  shell, twice = shell_numbers(space)
+  index = [np.flatnonzero(shell.ravel() == k) for k in range(min(space) // 2 + 1)]
+  return index, np.broadcast_to(twice, shell.shape)
+
+
+def shell_numbers(space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+  """The shell of each mode of rfftn, int, and how many modes each k of its last axis stands for,
+  [N//2 + 1].
+  """
+  n = space[-1]
+  last = np.arange(n // 2 + 1)
+  twice = np.where((last == 0) | (2 * last == n), 1.0, 2.0)
+  if len(space) == 1:
+    size = last.astype(float)
+  else:
+    first = np.fft.fftfreq(space[0], 1 / space[0])
+    size = np.hypot(first[:, None], last[None])
+  return np.floor(size + 0.5).astype(int), twice
+
+
+def energies(x: np.ndarray, name: str = "fields") -> np.ndarray:
+  """E(k): `shell_energies` averaged over the rows, [min(N)//2]."""
+  return shell_energies(x, name).mean(axis=0)
+
+
+def energy_holding_shells(ref_energies: np.ndarray, share: float = ENERGY_SHARE) -> np.ndarray:
+  """Mask [k] of the fewest shells that together hold `share` of the energy: beyond them rounding is
+  measured.
+  """
+  order = np.argsort(-ref_energies, kind="stable")
+  held = np.cumsum(ref_energies[order]) / ref_energies.sum()
+  mask = np.zeros(len(ref_energies), bool)
+  mask[order[: int(np.searchsorted(held, share)) + 1]] = True
+  return mask
+
+
+def log_ratios(pred_energies: np.ndarray, ref_energies: np.ndarray) -> np.ndarray:
+  """|ln E_pred(k)/E_ref(k)|, [k]. Energies are held above 1e-30 of the reference's total."""
+  if pred_energies.shape != ref_energies.shape:
+    raise ValueError(
+      f"spectra of {pred_energies.size} and {ref_energies.size} shells: compare fields on one grid "
+      "(coarse with coarse, fine with fine)."
+    )
+  if (total := float(ref_energies.sum())) <= 0:
+    raise ValueError("the reference has no energy in any shell: its fields are constant in space.")
+  return np.abs(
+    np.log(np.maximum(pred_energies, 1e-30 * total) / np.maximum(ref_energies, 1e-30 * total))
+  )
+
+
+def melr(pred_energies: np.ndarray, ref_energies: np.ndarray) -> dict[str, float]:
+  """Mean energy log ratio Σ_k w_k |ln E_pred(k)/E_ref(k)| for three weights.
+
+  unweighted: w = 1/K over all shells. weighted: w = E_ref/ΣE_ref. energy: w = 1/K over
+    `energy_holding_shells`.
+  """
+  ratio = log_ratios(pred_energies, ref_energies)
+  return {
+    "unweighted": float(ratio.mean()),
+    "weighted": float(ratio @ ref_energies / ref_energies.sum()),
+    "energy": float(ratio[energy_holding_shells(ref_energies)].mean()),
+  }
+
+
+def band(shells: np.ndarray, others: int, width: float = 2.0) -> np.ndarray:
+  """Relative half width [k] of where E(k)/E_ref(k) falls for another draw of the same law.
+
+  `width` standard errors √(var_k (1/S + 1/R))/E_k, with S = len(shells) rows and R = others; rows
+  taken as independent.
+  """
+  mean = shells.mean(axis=0)
+  spread = shells.std(axis=0, ddof=1) if len(shells) > 1 else np.zeros_like(mean)
+  return (
+    width
+    * spread
+    * math.sqrt(1 / len(shells) + 1 / others)
+    / np.maximum(mean, np.finfo(float).tiny)
+  )

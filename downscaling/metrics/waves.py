@@ -1,0 +1,74 @@
+"""Covariances averaged over a symmetry group, of many weightings of one set of rows.
+
+An average over all shifts of the last axis couples only waves of one k along it (symmetric.py).
+Each k has a block [q, q], q the waves of the other axis, to which a row adds the mean over the
+group of ẑ ẑᴴ. Blocks of replicates are sums of that under their weights; one k is in memory at a
+time.
+"""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from downscaling.fields.symmetry import Moves
+from downscaling.metrics import distances
+
+_VALUES = 2**23  # complex values of products held at a time
+
+
+def waves(x: np.ndarray, moves: Moves, power: int = 1) -> np.ndarray:
+  """[S, E, q, N//2 + 1] complex64: the DFT over D values divided by D, of each row moved by E
+  elements of the group.
+
+  x: [S, *space]. Elements that differ by a shift of the last axis count once. power: 2 for waves of
+  squares, taken after the move because a square does not change its sign with the field.
+  """
+  space, n, axes = x.shape[1:], x.shape[-1], tuple(range(1, x.ndim))
+  move = jax.jit(moves.move)
+  lots = range(0, moves.count, n)
+  out = np.empty((len(x), len(lots), math.prod(space) // n, n // 2 + 1), np.complex64)
+  for first, block in distances.chunks(x):
+    for number, element in enumerate(lots):
+      moved = np.asarray(move(block.astype(np.float32), element))
+      found = np.fft.rfftn(moved**power, axes=axes) / math.prod(space)
+      out[first : first + len(block), number] = found.reshape(len(block), -1, n // 2 + 1)
+  return out
+
+
+def blocks(z: np.ndarray, weights: np.ndarray, mean: str) -> Iterator[np.ndarray]:
+  """For every k, the covariance blocks [B, q, q] complex of all weightings [B, S] of `waves` z.
+
+  mean: what is removed of each weighting. "point": the mean of every point, as a covariance does.
+  "group": the mean that is left after an average over the group, which only k = 0 has.
+  """
+  counts = weights.sum(axis=1)[:, None]
+  share = (weights / counts).astype(np.float32)
+  rows, lots, q, number = z.shape
+  step = max(1, _VALUES // max(1, rows * q))
+  for k in range(number):
+    at = z[..., k]
+    out = np.empty((len(weights), q, q), np.complex64)
+    for first in range(0, q, step):
+      part = np.einsum("sep,seq->spq", at[:, :, first : first + step], at.conj()) / lots
+      out[:, first : first + step] = (share @ part.reshape(rows, -1)).reshape(len(weights), -1, q)
+    if mean == "point":
+      each = np.einsum("bs,sep->bep", share, at)
+      out -= np.einsum("bep,beq->bpq", each, each.conj()) / lots
+      out *= (counts / (counts - 1))[..., None]
+    elif k == 0:
+      whole = share @ at.mean(axis=1)
+      out -= whole[:, :, None] * whole[:, None].conj()
+    yield out
+
+
+def relative(z, weights, reference: np.ndarray, mask: np.ndarray, mean: str) -> np.ndarray:
+  """‖C_w − C‖ / ‖C‖ of all weightings, [B]; reference [N//2 + 1, q, q], mask [N//2 + 1, q, q]
+  weighs its entries.
+  """
+  gap = np.zeros(len(weights))
+  for k, found in enumerate(blocks(z, weights, mean)):
+    gap += (mask[k] * np.abs(found - reference[k]) ** 2).sum(axis=(1, 2), dtype=np.float64)
+  size = float((mask * np.abs(reference) ** 2).sum())
+  return np.sqrt(gap / distances.positive(size))

@@ -1,0 +1,103 @@
+"""How far coarse fields are off: the variance R of ε in C′x = y′ + ε, fitted to conditions alone.
+
+A map's fields y′ are not exact, and no truth is known behind them. But the prior knows how far a
+right y′ lies from what it says itself: the misfit r = y′ − C′D of its unguided D has the variance
+A + R (sampling/gaussian_gain.py), so that
+
+    χ²/d′ = E rᵀ(A + R)⁻¹r / d′ = 1
+
+where R is right. χ² falls as R grows. R = s² is white, in units of the data's variance. The fit is
+the smallest s for which χ²/d′ is 1. Where none is, as a network's own A is not exact, it is the
+largest s that keeps y′: corr(y′, C′x) ≥ LEAST. A larger s would make χ² small for nothing, for
+where y′ leaves the prior free, χ² is near 1 whatever s.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+SMALLEST, LARGEST = 1e-3, 0.1  # of s: ε of .1 alone makes a correlation of .995
+LEAST = 0.995  # of corr(y′, C′x): the weather of y′ stays
+CLOSE = 0.05  # |ln χ²/d′| that is 1 to what a few dozen conditions can tell
+MOST = 9  # evaluations of one fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """std: s, in standard deviations of the data, 3 digits. chi2: χ²/d′ there; 1 is what the prior
+  expects.
+
+  corr: of y′ and C′x over conditions, members, points. exact: the same two for s = 0. tried: every
+    (s, χ²/d′, corr).
+  """
+
+  std: float
+  chi2: float
+  corr: float
+  exact: tuple[float, float]
+  tried: tuple[tuple[float, float, float], ...]
+
+  @property
+  def bounded(self) -> bool:
+    """Is χ² still above 1, as a larger s would lose y′?"""
+    return math.log(self.chi2) > CLOSE
+
+  def record(self) -> dict[str, Any]:
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def of(cls, record: dict[str, Any]) -> "Fit":
+    pairs = {"exact": tuple(record["exact"]), "tried": tuple(map(tuple, record["tried"]))}
+    return cls(**{k: record[k] for k in ("std", "chi2", "corr")}, **pairs)
+
+
+def fit(measure: Callable[[float], tuple[float, float]]) -> Fit:
+  """The smallest s with χ²/d′ = 1, or else the largest with corr >= LEAST.
+
+  Args:
+    measure: s -> (χ²/d′, corr(y′, C′x)) over all conditions; one compiled program, s an operand.
+  Raises: FloatingPointError if χ² is not finite.
+  """
+  tried = []
+
+  def at(std: float) -> tuple[float, float]:
+    """(ln χ²/d′, corr) at s."""
+    chi2, corr = measure(std)
+    if not math.isfinite(chi2):
+      raise FloatingPointError(
+        f"χ² is {chi2:g} for an observation noise of {std:g} standard deviations, on calibration "
+        "rows: the sampler ran away. See sampling.max_failed, or set "
+        "--config.sampling.observation_noise=0."
+      )
+    tried.append((std, float(chi2), float(corr)))
+    return math.log(max(chi2, 1e-9)), corr
+
+  if at(0.0)[0] <= CLOSE:
+    return _chosen(tried)
+  low, high = SMALLEST, LARGEST  # so small an s is none
+  above, corr = at(high)
+  while corr < LEAST and len(tried) < MOST:  # 1 − corr goes as s²
+    high = _rounded(0.99 * high * math.sqrt((1 - LEAST) / (1 - corr)))
+    above, corr = at(high)
+  if corr < LEAST:
+    return _chosen(tried, tried[0])  # any noise loses y′
+  if above >= -CLOSE:
+    return _chosen(tried)
+  while len(tried) < MOST:
+    middle = _rounded(math.sqrt(low * high))
+    found, _ = at(middle)
+    if abs(found) <= CLOSE:
+      return _chosen(tried)
+    low, high = (middle, high) if found > 0 else (low, middle)
+  return _chosen(tried)
+
+
+def _chosen(tried: list, found: tuple[float, float, float] | None = None) -> Fit:
+  """What was found, or else the last (s, χ²/d′, corr) that was tried."""
+  return Fit(*(found or tried[-1]), tried[0][1:], tuple(tried))
+
+
+def _rounded(std: float) -> float:
+  """To three digits, so that what another machine's rounding makes of a fit is the same number."""
+  return float(f"{std:.3g}")
