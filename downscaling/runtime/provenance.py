@@ -32,6 +32,9 @@ def commit() -> str:
   checkout.
   """
   root = pathlib.Path(__file__).parents[2]
+  # An installed package may lie in the checkout of something else, whose commit says nothing.
+  if not (root / ".git").exists():
+    return "unknown"
   try:
     head, dirty = (
       subprocess.run(
