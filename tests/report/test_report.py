@@ -100,7 +100,8 @@ def test_the_page_stands_alone_and_has_every_section(written):
   for words in (
     "Kuramoto–Sivashinsky, 8×", "the paper’s", "0.343", "True data",
     "equivariant + diffusion", "raw + diffusion", "equivariant + cubic",
-    "unconditional", "true + diffusion", "held-out", "pipeline --config=configs/ks.py:smoke &lt;x&gt;", "jax", "0.10.2",
+    "unconditional", "true + diffusion", "held-out",
+    "pipeline --config=configs/ks.py:smoke &lt;x&gt;", "jax", "0.10.2",
     "3.33 min", "processor", "spread / error", "config hash", "0123456789ab", "Seeds",
   ):  # fmt: skip
     assert words in text, words
@@ -113,7 +114,8 @@ def test_figures_are_files_and_stand_in_the_page_for_light_and_dark(written):
   names = {path.stem for path in folder.glob("*.png")}
   assert names >= {
     "spectrum_coarse", "spectrum_fine", "density_coarse", "density_fine",
-    "gallery_equivariant_diffusion", "gallery_true_diffusion", "rows_reference", "rows_true_diffusion",
+    "gallery_equivariant_diffusion", "gallery_true_diffusion", "rows_reference",
+    "rows_true_diffusion",
     "covariance_coarse_equivariant",
     "covariance_fine_equivariant_diffusion", "sinkhorn", "loss",
     "ranks", "spread_error",
