@@ -28,20 +28,17 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-  """Git commit of the code that runs, with '+' if the tree was changed; 'unknown' outside a
-  checkout.
-  """
-  root = pathlib.Path(__file__).parents[2]
+  """Git commit of the running code, '+' if the tree was changed; 'unknown' outside a checkout."""
   try:
-    head, dirty = (
-      subprocess.run(
-        ["git", "-C", root, *cmd], capture_output=True, text=True, check=True, timeout=10
-      ).stdout.strip()
-      for cmd in (
-        ("rev-parse", "--short=12", "HEAD"),
-        ("status", "--porcelain", "--untracked-files=no"),
-      )
-    )
+    head = _git("rev-parse", "--short=12", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
   except (OSError, subprocess.SubprocessError):
     return "unknown"
-  return head + ("+" if dirty else "")
+  return head + ("+" if changes else "")
+
+
+def _git(*words: str) -> str:
+  root = str(pathlib.Path(__file__).parents[2])
+  command = ["git", "-C", root, *words]
+  done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+  return done.stdout.strip()
