@@ -8,6 +8,8 @@ DEV = [
   "ruff>=0.9",
   "setuptools>=77",
 ]  # setuptools: the editable install builds without the network
+# The documentation site; launch/docs.sh installs these alone, without the package's own needs.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 
 setup(
   name="downscaling",
@@ -43,6 +45,7 @@ setup(
   extras_require={
     "test": TEST,
     "dev": DEV,
+    "docs": DOCS,
     # The names jax itself uses: pip install "downscaling[cuda13]".
     "cuda13": ["jax[cuda13]>=0.10,<0.12"],
     "tpu": ["jax[tpu]>=0.10,<0.12"],
