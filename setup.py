@@ -20,6 +20,8 @@ DEV = [
   # The editable install builds without the network.
   "setuptools>=77",
 ]
+# The documentation site; launch/docs.sh installs these alone, without the package's own needs.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 
 setup(
   name="downscaling",
@@ -83,6 +85,7 @@ setup(
   extras_require={
     "test": TEST,
     "dev": DEV,
+    "docs": DOCS,
     # The names that jax itself uses: pip install "downscaling[cuda13]".
     "cuda12": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],

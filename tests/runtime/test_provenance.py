@@ -24,5 +24,5 @@ def test_only_a_package_at_the_root_of_a_checkout_has_its_commit(checkout, monke
   parent = root / "venv" / "site-packages" if installed else root
   file = parent / "downscaling" / "runtime" / "provenance.py"
   file.parent.mkdir(parents=True)
-  monkeypatch.setattr(provenance, "__file__", str(file))
+  monkeypatch.setattr(provenance, "CHECKOUT", file.parents[2])
   assert provenance.commit() == ("unknown" if installed else head)
