@@ -1,8 +1,8 @@
 """A stage of a run (data, debias, train, a set of samples, the report): a folder with a marker,
 stage.json.
 
-The marker holds the config blocks that the stage's result depends on. Opening the folder with other
-blocks is refused, so a work folder never mixes two runs.
+The marker holds the settings that the stage's result depends on. Opening the folder with other
+settings is refused, so a work folder never mixes two runs.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,9 @@ import numpy as np
 from downscaling.runtime import files, provenance
 from downscaling.runtime import mesh as meshes
 
-SCHEMA = 1
+# In the first schema, markers held whole blocks of the config; now they hold what differs from the
+# defaults, so that a new key leaves old folders valid.
+FIRST, SCHEMA = 1, 2
 MARKER = "stage.json"
 
 
@@ -61,11 +63,16 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage's folder. `path` exists and is ours; `finish` marks it complete."""
+  """One stage's folder. `path` exists and is ours; `finish` marks it complete.
+
+  identity: the settings that its result depends on. hash: of them, as the marker has it; it also
+  stands in checkpoints, maps and tables of this stage.
+  """
 
   path: pathlib.Path
   name: str
   identity: dict
+  hash: str
 
   @property
   def complete(self) -> bool:
@@ -102,47 +109,35 @@ class Stage:
       files.write_json(self.path / MARKER, record | done)
 
 
-def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
+def open_stage(
+  path: str | os.PathLike,
+  name: str,
+  identity: Any,
+  *,
+  about: Mapping[str, Any] | None = None,
+  converted: Callable[[dict], dict] | None = None,
+) -> Stage:
   """Opens the stage's folder, creating and marking it if it is new.
 
   Args:
     path: the folder.
     name: what the stage is called in messages.
-    identity: the config blocks its result depends on.
+    identity: the settings its result depends on.
+    about: what else a new marker says; it is never compared.
+    converted: the identity of a marker of the first schema -> what it would be today; None if it
+      would be the same. The marker stays as it is.
   Raises:
     FileExistsError: the folder holds files but no marker of ours.
-    ValueError: another config or schema made it; the message names the first keys that differ.
+    ValueError: other settings or another schema made it; the message names the first keys that
+      differ.
   """
   path, identity = pathlib.Path(path), plain(identity)
   marker = path / MARKER
   if marker.exists():
-    found = files.read_json(marker)
-    if found.get("schema") != SCHEMA:
-      raise ValueError(
-        f"{marker} has schema {found.get('schema')}, this version reads {SCHEMA}: use another "
-        "--workdir."
-      )
-    changed = list(differences(found["config"], identity))
-    if changed:
-      shown = "; ".join(changed[:4])
-      if len(changed) > 4:
-        shown += f"; and {len(changed) - 4} more"
-      raise ValueError(
-        f"{path} was made by another config ({shown}). Nothing was touched: use another --workdir "
-        "(for samples alone, another --config.label), or the config it was made by."
-      )
-  elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise FileExistsError(
-      f"{path} holds files but no {MARKER}: downscaling did not make it and will not write there. "
-      "Use another --workdir."
-    )
+    record = files.read_json(marker)
+    _check_same(path, record, identity, converted)
   else:
-    try:
-      path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise OSError(
-        error.errno, f"{path} cannot be made ({error.strerror}): use another --workdir."
-      ) from None
+    _make(path)
     record = {
       "schema": SCHEMA,
       "stage": name,
@@ -151,9 +146,47 @@ def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
       "config_hash": config_hash(identity),
       "versions": provenance.versions(),
       "commit": provenance.commit(),
+      **plain(about or {}),
     }
     files.write_json(marker, record)
-  return Stage(path, name, identity)
+  return Stage(path, name, identity, record["config_hash"])
+
+
+def _check_same(path: pathlib.Path, record: dict, identity: dict, converted) -> None:
+  """Raises ValueError if the marker's settings are not `identity`."""
+  schema = record.get("schema")
+  if schema not in (FIRST, SCHEMA):
+    raise ValueError(
+      f"{path / MARKER} has schema {schema}, this version reads {FIRST} and {SCHEMA}: use another "
+      "--workdir."
+    )
+  found = record["config"]
+  if schema == FIRST and converted is not None:
+    found = converted(found)
+  changed = list(differences(found, identity))
+  if changed:
+    shown = "; ".join(changed[:4])
+    if len(changed) > 4:
+      shown += f"; and {len(changed) - 4} more"
+    raise ValueError(
+      f"{path} was made by another config ({shown}). Nothing was touched: use another --workdir "
+      "(for samples alone, another --config.label), or the config it was made by."
+    )
+
+
+def _make(path: pathlib.Path) -> None:
+  """Makes the folder. Raises FileExistsError if it holds files that are not ours."""
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise FileExistsError(
+      f"{path} holds files but no {MARKER}: downscaling did not make it and will not write there. "
+      "Use another --workdir."
+    )
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise OSError(
+      error.errno, f"{path} cannot be made ({error.strerror}): use another --workdir."
+    ) from None
 
 
 def _devices() -> str:

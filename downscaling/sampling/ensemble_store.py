@@ -19,7 +19,7 @@ import hashlib
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -103,9 +103,16 @@ class Found(NamedTuple):
 
 
 def open_stage(
-  path: pathlib.Path, layout: Layout, seed: int, identity: Mapping
+  path: pathlib.Path,
+  layout: Layout,
+  seed: int,
+  identity: Mapping,
+  converted: Callable[[dict], dict] | None = None,
 ) -> stage_folder.Stage:
-  """The folder of markers, refused if the samples there depend on anything else."""
+  """The folder of markers, refused if the samples there depend on anything else.
+
+  converted: as for stage_folder.open_stage.
+  """
   fixed = {
     k: v for k, v in layout._asdict().items() if k not in ("conditions", "members", "frames")
   }
@@ -123,7 +130,7 @@ def open_stage(
       f"{path} exists, but not its list of finished units {units}: it was not made by this job, or "
       "the list was moved. Nothing was touched: use another sampling.name or --workdir."
     )
-  return stage_folder.open_stage(units, "sample", full)
+  return stage_folder.open_stage(units, "sample", full, converted=converted)
 
 
 def grow(path: pathlib.Path, stage: stage_folder.Stage, layout: Layout, ids, conditions) -> None:

@@ -1,6 +1,4 @@
-"""What is measured of a prior while it trains, beside its validation error: state -> {metric:
-number or image}.
-"""
+"""Fields that the prior draws without a condition while it trains, measured beside true ones."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from downscaling.runtime import mesh as meshes
 from downscaling.runtime import random_keys
 
 
-def unconditional(
+def evaluator(
   sampler: Callable,
   mesh: jax.sharding.Mesh,
   fields: int,
@@ -28,7 +26,7 @@ def unconditional(
 
   Args:
     sampler: (keys [B], None, parameters) -> (fields [B, *space, C], in data units, misfit); see
-      build.sampler.
+      assembly/samples.py.
     fields: how many to draw; rounded up to fill the devices.
     truth: normalised held-out fields [V, *space, C]; the floor compares its second half with its
       first.

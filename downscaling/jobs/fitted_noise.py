@@ -1,5 +1,4 @@
-"""The observation noise behind a map, as config.sampling.observation_noise="auto" has it: fitted,
-stored, said.
+"""The observation noise behind each map, as config.sampling.observation_noise="auto" has it.
 
 It depends on the map, the prior and the sampler, so it lies with the samples:
 FOLDER/observation_noise.json.
@@ -14,53 +13,83 @@ from typing import Any
 import jax
 import numpy as np
 
-from downscaling import build, series, stages
-from downscaling.context import Context, stretches
+from downscaling.assembly import samples, time_series, worlds
 from downscaling.debias import maps
+from downscaling.experiment import Experiment
 from downscaling.fields import statistics
+from downscaling.jobs.rows import stretches
+from downscaling.jobs.workdir import Workdir
 from downscaling.metrics import distances
-from downscaling.runtime import files, processes, progress, stage_folder
+from downscaling.runtime import files, processes, progress
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import conditional_sampler, ensemble, observation_noise
 
 FILE = "observation_noise.json"
 LEAST = 64  # calibration conditions of a fit
 FIRST_ID = 2**31  # of calibration conditions in keys: no condition of an ensemble has it
+WITHOUT_GAIN = ("paper", "scaled", "none")  # guidance that knows no observation noise
 
 
 def fits(
-  ctx: Context, folder: pathlib.Path, sampler: Callable, params: Any, stats: statistics.Statistics
+  work: Workdir,
+  folder: pathlib.Path,
+  prior: str,
+  sampler: Callable,
+  params: Any,
+  stats: statistics.Statistics,
 ) -> dict[str, observation_noise.Fit]:
-  """{set: the noise that is fitted to its map}, of the sets behind a map; none unless the config
-  says "auto".
+  """{set: the noise that is fitted to its map}, of the sets behind a map.
 
-  Process 0 fits what the folder does not hold yet, and the others read it. Every fit is said on one
-  line.
+  It is empty unless the config says "auto". Process 0 fits what the folder does not hold yet, and
+  the others read it. Every fit is said on one line.
+
+  prior: the hash of the prior's stage, which is written beside a fit.
   """
-  c = ctx.config
-  behind = {name: source for name, source in build.sources(c).items() if source in c.debias.maps}
-  if stages.observation_noise(c) is not None or not behind:
+  e = work.experiment
+  behind = fitted_sets(e)
+  if not behind:
     return {}
-  if why := _without(c):
+  if e.sampling.guidance.name in WITHOUT_GAIN:
     if meshes.is_main():
+      why = f"guidance {e.sampling.guidance.name!r} knows none"
       progress.say(f"sample: observation noise 0, as {why}")
     return {}
 
-  def work() -> dict:
+  def fit_missing() -> dict:
     path = folder / FILE
     known = files.read_json(path) if path.exists() else {}
     for name, source in behind.items():
       if name not in known:
-        with ctx.stop.interruptible("fitting the observation noise"):
-          found = _fit(ctx, source, sampler, params, len(stats.std))
-        known[name] = _record(ctx, source, found, stats)
+        with work.stop.interruptible("fitting the observation noise"):
+          found = _fit(work, source, sampler, params, len(stats.std))
+        known[name] = _record(work, source, prior, found, stats)
         files.write_json(path, known)
       _say(name, known[name])
     return known
 
-  with contextlib.nullcontext() if meshes.is_main() else ctx.stop.waiting():
-    known = processes.main_only("observation noise", work)
+  with contextlib.nullcontext() if meshes.is_main() else work.stop.waiting():
+    known = processes.main_only("observation noise", fit_missing)
   return {name: observation_noise.Fit.of(known[name]) for name in behind}
+
+
+def fitted_sets(experiment: Experiment) -> dict[str, str]:
+  """{set: its map} whose observation noise is to be fitted; none unless the config says "auto"."""
+  if samples.observation_noise(experiment) is not None:
+    return {}
+  sets = samples.sources(experiment).items()
+  return {name: source for name, source in sets if source in experiment.debias.maps}
+
+
+def plan(experiment: Experiment) -> list[str]:
+  """What the dry run says of the fits."""
+  sets = fitted_sets(experiment)
+  if not sets or experiment.sampling.guidance.name in WITHOUT_GAIN:
+    return []
+  tries = observation_noise.MOST
+  return [
+    f"observation noise of {', '.join(sets)}: fitted on {_count(experiment)} calibration conditions "
+    f"of {experiment.sampling.unit[1]} members each, drawn at most {tries} times"
+  ]
 
 
 def weights(params, fit: observation_noise.Fit | None, axes: int):
@@ -83,13 +112,6 @@ def attributes(fit: observation_noise.Fit | None, stats: statistics.Statistics) 
   }
 
 
-def _without(c) -> str:
-  """Why no noise can be fitted; "" if it can."""
-  if c.sampling.guidance.name in ("paper", "scaled", "none"):
-    return f"guidance {c.sampling.guidance.name!r} knows none"
-  return ""
-
-
 def _white(std: float, axes: int) -> np.ndarray:
   """R by mode and channel, one number for all: a white noise of `std` standard deviations of the
   data.
@@ -97,14 +119,14 @@ def _white(std: float, axes: int) -> np.ndarray:
   return np.full((1,) * (axes + 1), std**2, np.float32)
 
 
-def _record(ctx: Context, source: str, fit: observation_noise.Fit, stats) -> dict:
+def _record(work: Workdir, source: str, prior: str, fit: observation_noise.Fit, stats) -> dict:
   """What the file says of a fit, and what it was fitted on."""
-  c = ctx.config
+  e = work.experiment
   about = {
     "std_in_data_units": [float(fit.std * s) for s in stats.std],
     "map": source,
-    "rows": f"lflr calibration, {_count(c)} conditions of {c.sampling.unit[1]} members",
-    "prior": stage_folder.config_hash(stages.identity(c, "train")),
+    "rows": f"lflr calibration, {_count(e)} conditions of {e.sampling.unit[1]} members",
+    "prior": prior,
   }
   return fit.record() | about
 
@@ -112,7 +134,10 @@ def _record(ctx: Context, source: str, fit: observation_noise.Fit, stats) -> dic
 def _say(name: str, record: dict) -> None:
   fit, words = observation_noise.Fit.of(record), ""
   if fit.bounded:
-    words = f"; more would bring χ² nearer to 1, and C′x away from y′ (correlation below {observation_noise.LEAST:g})"
+    words = (
+      "; more would bring χ² nearer to 1, and C′x away from y′ (correlation below "
+      f"{observation_noise.LEAST:g})"
+    )
   progress.say(
     f"sample: {name}: observation noise {fit.std:g} of the data's standard deviation, χ²/d′ "
     f"{fit.chi2:.2f} and corr(y′, C′x) {fit.corr:.4f} on calibration rows, where an exact y′ has "
@@ -120,35 +145,35 @@ def _say(name: str, record: dict) -> None:
   )
 
 
-def _count(c) -> int:
+def _count(e: Experiment) -> int:
   """Calibration conditions of a fit: whole units, LEAST of them in all if the split has as many."""
-  conditions = c.sampling.unit[0]
-  there = len(series.rows(c, "lflr", "calibration"))
+  conditions = e.sampling.unit[0]
+  there = len(time_series.rows(e, "lflr", "calibration"))
   return max(1, min(-(-LEAST // conditions), there // conditions)) * conditions
 
 
-def _conditions(ctx: Context, source: str) -> np.ndarray:
+def _conditions(work: Workdir, source: str) -> np.ndarray:
   """LFLR calibration rows behind the map, [K, *coarse, C], or series of them [K, L, *coarse, C]."""
-  c = ctx.config
-  rows = stretches(ctx, "lflr", "calibration", _count(c))
-  made = maps.load(ctx.folder("debias") / source)
+  e = work.experiment
+  rows = stretches(work, "lflr", "calibration", _count(e))
+  made = maps.load(work.folder("debias") / source)
   y = np.asarray(made(rows.reshape(-1, *rows.shape[2:])), np.float32).reshape(rows.shape)
-  return y[:, 0] if c.sampling.series.frames == 1 else y
+  return y[:, 0] if e.sampling.series.frames == 1 else y
 
 
 def _fit(
-  ctx: Context, source: str, sampler: Callable, params, channels: int
+  work: Workdir, source: str, sampler: Callable, params, channels: int
 ) -> observation_noise.Fit:
   """On one device of this process, by the program that draws the ensemble's units."""
-  c, op = ctx.config, build.operator(ctx.config)
-  devices = [*meshes.local(ctx.mesh).devices.flat]
-  y, axes, frames = _conditions(ctx, source), len(op.coarse), c.sampling.series.frames
+  e, op = work.experiment, worlds.operator(work.experiment)
+  devices = [*meshes.local(work.mesh).devices.flat]
+  y, axes, frames = _conditions(work, source), len(op.coarse), e.sampling.series.frames
   of = conditional_sampler.Soft(params, _white(0.0, axes))
-  sizes = {"members": c.sampling.members, "unit": tuple(c.sampling.unit), "frames": frames}
+  sizes = {"members": e.sampling.members, "unit": e.sampling.unit, "frames": frames}
   layout = ensemble.layout_of(
     sampler, of, space=op.fine, coarse=y.shape[1:], channels=channels, conditions=len(y), **sizes
   )
-  program, device = ensemble.compiled(sampler, c.seed, layout, of, devices)[0], devices[0]
+  program, device = ensemble.compiled(sampler, e.seed, layout, of, devices)[0], devices[0]
   layout = layout._replace(members=layout.unit[1])  # one unit's members of each condition
   ids = FIRST_ID + np.arange(len(y))
   blocks = [ensemble.block(layout, unit, ids, y) for unit in layout.units()]

@@ -1,0 +1,258 @@
+"""The job `evaluate`: measures everything against held-out truth and writes the report."""
+
+import contextlib
+
+import numpy as np
+
+from downscaling.assembly import debiasing, samples, time_series, worlds
+from downscaling.baselines import interpolation
+from downscaling.jobs import rows
+from downscaling.jobs.job import Item, Job
+from downscaling.jobs.workdir import Workdir, readable
+from downscaling.metrics import bootstrap, increments
+from downscaling.report import results, terminal, writer
+from downscaling.runtime import files, metric_writer, processes, provenance, stage_folder
+from downscaling.runtime import mesh as meshes
+from downscaling.sampling import ensemble
+
+REPORT_BYTES = 5e6
+
+
+class Evaluate(Job):
+  """metrics.json, the figures and report.html, which process 0 writes."""
+
+  name, stage = "evaluate", "report"
+
+  def run(self) -> str:
+    work, e = self.work, self.experiment
+    work.need("samples", "sample")
+    stage = work.stage(self.stage)
+
+    def measure():
+      print(terminal.summary(writer.write(stage.path, evidence_of(work))))
+
+    with stage.timed(), contextlib.nullcontext() if meshes.is_main() else work.stop.waiting():
+      processes.main_only("evaluate", measure)
+    html = stage.path / "report.html"
+    stage.finish(html=str(html), extent=e.extent())
+    return f"wrote {html} ({e.experiment}); open it in a browser"
+
+  def lines(self) -> list[str]:
+    e = self.experiment
+    return [
+      f"{len(e.debias.maps) + 1} coarse rows and sets {', '.join(samples.sources(e))} against "
+      f"{e.evaluate.reference} held-out true fields; {e.evaluate.draws} bootstrap replicates"
+    ]
+
+  def held(self) -> list[Item]:
+    e, space = self.experiment, worlds.space(self.experiment)
+    fine, coarse = 4 * int(np.prod(space)), 4 * int(np.prod(worlds.operator(e).coarse))
+    block = e.sampling
+    sets = samples.sources(e)
+    drawn = sum(block.conditions * block.members for source in sets.values() if source)
+    if "unconditional" in sets:
+      drawn += block.unconditional.fields
+    true = e.evaluate.reference + len(rows.floor(e)) + block.conditions
+    before_and_after = 2 * (len(e.debias.maps) + 1) * e.debias.held_out
+    return [
+      Item("samples", fine * drawn * block.series.frames),
+      Item("true fields", fine * true),
+      Item("coarse rows", coarse * (before_and_after + e.evaluate.reference)),
+    ]
+
+  def written(self) -> list[Item]:
+    return [Item("of tables and figures", REPORT_BYTES)]
+
+
+def evidence_of(work: Workdir) -> results.Evidence:
+  """Everything the report is made from, read back from the work folder."""
+  e, op = work.experiment, worlds.operator(work.experiment)
+  length, default = e.sampling.series.frames, e.debias.map
+
+  def coarsen(x):
+    return np.asarray(op.apply(x[..., None]))[..., 0]
+
+  reference = rows.judged(e, "hfhr", "reference", e.evaluate.reference)
+  fine = rows.of(work, "hfhr", "reference", reference).read()[..., 0]
+  floor = rows.of(work, "hfhr", "floor", rows.floor(e)).read()[..., 0]
+  truth = rows.true_fields(work, e.sampling.conditions)[..., 0]
+  held_out = _ordered(work, rows.mapped(work, "held_out"))
+  fitted = _ordered(work, rows.mapped(work, "in_sample"))
+  drawn, conditions, misfits, in_time = _drawn(work)
+  cubic = f"{default}+cubic"
+  behind = rows.condition_fields(work, default)[..., 0]
+  conditions[cubic] = time_series.as_rows(behind, e, 1)
+  drawn[cubic] = interpolation.cubic(conditions[cubic][..., None], op)[:, None, ..., 0]
+  known = {"true+diffusion"} & {*drawn}  # sets of which the truth is known
+  guesses = {n: interpolation.cubic(conditions[n][..., None], op)[..., 0] for n in known}
+  diagnostics = files.read_json(work.folder("debias") / "diagnostics.json")
+  facts = diagnostics["maps"]
+  targets = "effective_targets"
+  solve = facts.get("entropic") or {}
+  return results.Evidence(
+    experiment=e.experiment,
+    default=default,
+    coarse=held_out | {f"{n} in-sample": x for n, x in fitted.items() if n != "lflr"},
+    sources={f"{n} in-sample": fitted["lflr"] for n in fitted if n != "lflr"},
+    origins=_origins(work, drawn, len(fine)),
+    step=None if length == 1 else e.data.spacing,
+    draws=e.evaluate.draws,
+    seed=e.seed,
+    quadratic=debiasing.quadratic_term(e),
+    effective_targets={n: found[targets] for n, found in facts.items() if targets in found},
+    health=diagnostics.get("health", []),
+    coarse_reference=coarsen(fine),
+    coarse_floor=coarsen(floor),
+    group=worlds.group(e),
+    coarse_moves=worlds.coarse_moves(e),
+    moves=worlds.moves(e),
+    samples=drawn,
+    conditions=conditions,
+    misfits=misfits,
+    truth={n: time_series.as_rows(truth, e, 1) for n in known},
+    series=None if length == 1 else _in_time(work, in_time, truth, coarsen),
+    guesses=guesses,
+    fine_reference=fine,
+    fine_floor=floor,
+    operator=op,
+    history=solve.get("history"),
+    mean_cost=solve.get("mean_cost"),
+    threshold=solve.get("threshold"),
+    loss=metric_writer.read_scalars(work.folder("train"), "loss"),
+    symbol=e.physics.SYMBOL,
+    length=worlds.equation(e, "hfhr").length,
+    provenance=report_provenance(work),
+  )
+
+
+def _ordered(work: Workdir, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Rows of the report, without channels: lflr, the default map, the other maps."""
+  first = ("lflr", work.experiment.debias.map)
+  names = [*first, *(name for name in stored if name not in first)]
+  return {name: stored[name][..., 0] for name in names}
+
+
+def _drawn(work: Workdir) -> tuple[dict, dict, dict, dict]:
+  """Of each set: samples as rows, conditions as rows, misfits, samples with their axis of time."""
+  e = work.experiment
+  found, conditions, misfits, in_time = {}, {}, {}, {}
+  for name, source in samples.sources(e).items():
+    path = work.folder("samples") / f"{name}.zarr"
+    with readable(path, "sample"):
+      stored = ensemble.read(path)
+      data = np.asarray(stored["sample"])
+      if "misfit" in stored:
+        misfits[name] = np.asarray(stored["misfit"])
+    in_time[name] = data if source else data.swapaxes(0, 1)
+    found[name] = time_series.as_rows(in_time[name], e, 2)
+    if source:
+      behind = rows.condition_fields(work, source)[..., 0]
+      conditions[name] = time_series.as_rows(behind, e, 1)
+  return found, conditions, misfits, in_time
+
+
+def _origins(work: Workdir, drawn: dict, reference: int) -> dict[str, bootstrap.Rows]:
+  """Trajectory and time of every row that is judged, and of the true rows that judge it."""
+  e = work.experiment
+  held = rows.judged(e, "lflr", "test", e.debias.held_out)
+  fitted = rows.balanced(e, "lflr", "train", e.debias.points)[rows.in_sample(work)]
+  numbers = dict.fromkeys(("lflr", *e.debias.maps), held)
+  numbers |= {f"{name} in-sample": fitted for name in e.debias.maps}
+  for name, source in samples.sources(e).items():
+    if source:
+      numbers[name] = rows.conditions(e, source)
+  numbers[f"{e.debias.map}+cubic"] = rows.conditions(e, e.debias.map)
+  numbers["reference"] = rows.judged(e, "hfhr", "reference", reference)
+  numbers["floor"] = rows.floor(e)
+  found = {name: rows.origin(e, of_name.reshape(-1)) for name, of_name in numbers.items()}
+  if "unconditional" in drawn:
+    found["unconditional"] = _without_origin(work, len(drawn["unconditional"]))
+  return found
+
+
+def _without_origin(work: Workdir, count: int) -> bootstrap.Rows:
+  """Rows that were drawn without a condition: each a trajectory of its own.
+
+  The prior knows fields of all times alike, so that they get the times in turn.
+  """
+  e, number = work.experiment, np.arange(count)
+  length = e.sampling.series.frames
+  if length > 1:
+    return bootstrap.Rows(number // length, e.data.spacing * (number % length))
+  return bootstrap.Rows(number, rows.origin(e, number % e.data.snapshots).time)
+
+
+def _in_time(work: Workdir, drawn: dict, truth: np.ndarray, coarsen) -> increments.Series:
+  """What the report knows of time. truth: [K, L, *space]."""
+  e = work.experiment
+  plan, most = time_series.plan(e), max(map(len, drawn.values()))
+  count = -(-e.evaluate.reference // plan.series)
+  reference = rows.stretches(work, "hfhr", "reference", count)[..., 0]
+  sets = samples.sources(e).items()
+  return increments.Series(
+    samples=drawn,
+    truth={name: truth for name in ("true+diffusion",) if name in drawn},
+    conditions={n: rows.condition_fields(work, source)[..., 0] for n, source in sets if source},
+    coarse_reference=coarsen(reference),
+    reference=reference,
+    floor=rows.stretches(work, "hfhr", "floor", most)[..., 0],
+    seams=plan.seams,
+    spacing=e.data.spacing,
+  )
+
+
+# ---------------------------------------------------------------- where numbers come from
+
+
+def report_provenance(work: Workdir) -> dict:
+  """Who made the report's numbers: command, config, versions, times, which rows a fit has seen."""
+  e = work.experiment
+  coarse = ["lflr", *e.debias.maps]
+  markers = {name: _marker(work, name) for name in ("data", "debias", "train", "samples")}
+  held_out = dict.fromkeys((*coarse, *samples.sources(e), f"{e.debias.map}+cubic"), "held-out")
+  in_sample = {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"}
+  return {
+    "config_hash": stage_folder.config_hash(e.identity("report")),
+    "config": stage_folder.plain(e.everything()),
+    "versions": provenance.versions(),
+    "commit": provenance.commit(),
+    "command": work.command,
+    "times": {name: marker.get("seconds") for name, marker in markers.items()},
+    "cost": cost(work),
+    "seeds": {"config.seed": e.seed},
+    "sizes": {"debias.points": e.debias.points},
+    "rows": held_out | in_sample,
+  }
+
+
+def cost(work: Workdir) -> dict[str, dict]:
+  """{stage: what it made, how many of them, seconds and devices of all its calls}.
+
+  Markers and stores say so.
+  """
+  e = work.experiment
+  sets = [work.folder("samples") / f"{name}.units" for name in samples.sources(e)]
+  drawn = [files.read_json(path / stage_folder.MARKER)["summary"]["fields"] for path in sets]
+  snapshots = 0
+  for which in ("hfhr", "lflr"):
+    splits = worlds.dataset(e, work.path, which).info.splits.values()
+    snapshots += sum(split.num_examples for split in splits)
+  made = {
+    "data": snapshots,
+    "train": _marker(work, "train")["summary"]["steps"],
+    "samples": sum(drawn),
+  }
+  found = {}
+  for stage, count in made.items():
+    marker = _marker(work, stage)
+    devices = marker.get("devices", [])
+    found[stage] = {"count": count, "seconds": marker.get("seconds"), "devices": devices}
+  found["train"]["batch"] = e.train.batch
+  steps = metric_writer.read_scalars(work.folder("train"), "seconds_per_step", "speed")[1]
+  if steps:
+    found["train"]["median"] = float(np.median(steps))
+  return found
+
+
+def _marker(work: Workdir, stage: str) -> dict:
+  return files.read_json(work.folder(stage) / stage_folder.MARKER)
