@@ -19,7 +19,6 @@ row, for TensorBoard. Size small is a check of this program on a CPU: its figure
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import pathlib
@@ -29,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling import build
+from downscaling import experiment
+from downscaling.assembly import prior, samples, worlds
 from downscaling.debias.entropic import pallas_kernel, sinkhorn, soft_min
 from downscaling.diffusion import train_loop, train_state
 from downscaling.fields import statistics
@@ -37,7 +37,6 @@ from downscaling.runtime import mesh as meshes
 from downscaling.runtime import program_cost, provenance
 from downscaling.sampling import ensemble
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FULL = {
   "training": [
     ("ks", "full", "float32", 1024),
@@ -66,20 +65,15 @@ SMALL = {
 
 
 def config_of(name, variant, **changes):
-  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(variant)
-  config.update_from_flattened_dict(changes)
-  return config
+  return experiment.load(f"{name}:{variant}", **changes)
 
 
 def network_of(config):
-  shape = (*build.space(config), 1)
+  shape = (*worlds.space(config), 1)
   stats = statistics.Statistics(
     np.zeros(1, np.float32), np.ones(1, np.float32), np.ones(shape, np.float32)
   )
-  return stats, build.denoising_network(config, stats)
+  return stats, prior.network(config, stats)
 
 
 def repeated(call, seconds):
@@ -98,14 +92,14 @@ def training_row(mesh, seconds, trace, name, variant, dtype, batch):
   c = config_of(name, variant, **{"model.dtype": dtype, "train.batch": batch})
   stats, network = network_of(c)
   start, target, specs = train_state.make(
-    mesh, build.initial_state(c, network, 1), jax.random.key(0), jax.random.key(1)
+    mesh, prior.initial_state(c, network, 1), jax.random.key(0), jax.random.key(1)
   )
   example = jax.ShapeDtypeStruct(
-    (batch, *build.space(c), 1), jnp.float32, sharding=meshes.rows(mesh)
+    (batch, *worlds.space(c), 1), jnp.float32, sharding=meshes.rows(mesh)
   )
   began = time.perf_counter()
   program, flops = train_loop.compiled(
-    build.update(c, stats, network, mesh, specs.params), target, {"x": example}
+    prior.update(c, stats, network, mesh, specs.params), target, {"x": example}
   )
   row = {
     "compile_seconds": time.perf_counter() - began,
@@ -140,12 +134,14 @@ def training_row(mesh, seconds, trace, name, variant, dtype, batch):
 def sampling_row(mesh, seconds, trace, name, variant, dtype):
   c = config_of(name, variant, **{"model.dtype": dtype})
   stats, network = network_of(c)
-  space, unit = build.space(c), tuple(c.sampling.unit)
+  space, unit = worlds.space(c), c.sampling.unit
   init = lambda key: network.init(key, jnp.zeros((1, *space, 1)), jnp.ones(1))["params"]
   params = jax.jit(init, out_shardings=meshes.replicated(mesh))(jax.random.key(0))
-  draw, devices = build.sampler(c, stats, network, build.stand_in_table(c)), [*mesh.devices.flat]
+  draw, devices = samples.sampler(c, stats, network, prior.stand_in_table(c)), [*mesh.devices.flat]
   y = (
-    np.random.default_rng(1).normal(size=(unit[0], *build.operator(c).coarse, 1)).astype(np.float32)
+    np.random.default_rng(1)
+    .normal(size=(unit[0], *worlds.operator(c).coarse, 1))
+    .astype(np.float32)
   )
   layout = ensemble.layout_of(
     draw, params, conditions=unit[0], members=unit[1], space=space, coarse=y.shape[1:], unit=unit

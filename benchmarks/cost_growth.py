@@ -28,7 +28,6 @@ import argparse
 import dataclasses
 import math
 import pathlib
-import runpy
 import shlex
 import sys
 import time
@@ -38,14 +37,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling import build
+from downscaling import experiment
+from downscaling.assembly import prior, samples, worlds
 from downscaling.diffusion import train_loop, train_state
 from downscaling.equations import kolmogorov, ks
 from downscaling.fields import statistics
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import program_cost
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MEASURED, PAPER = (64, 128, 256), (512, 1024)
 
 
@@ -64,16 +63,19 @@ class Cost:
 
 def config(name: str, points: int, stem: int, batch: int, members: int):
   """configs/NAME.py with another grid, net's stem, batch and unit, for one device."""
-  c = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]("full" if name == "ks" else "cpu")
-  c.grid.points, c.model.stem, c.train.batch = points, stem, batch
+  keys = {
+    "grid.points": points,
+    "model.stem": stem,
+    "train.batch": batch,
+    "sampling.unit": (1, members),
+    "sampling.members": members,
+    # A table would be a constant of 200 MB.
+    "sampling.guidance.name": "wiener",
+    "sampling.resample.strength": 0.0,
+  }
   if name == "kolmogorov":
-    c.fine.dt = 1.28 / points
-  c.sampling.unit, c.sampling.members = (1, members), members
-  c.sampling.guidance.name, c.sampling.resample.strength = (
-    "wiener",
-    0.0,
-  )  # a table would be a constant of 200 MB
-  return c
+    keys["fine.dt"] = 1.28 / points
+  return experiment.load("ks:full" if name == "ks" else "kolmogorov:cpu", **keys)
 
 
 def best(run: Callable[[], object], seconds: float) -> float:
@@ -121,21 +123,21 @@ def solver(of, batch: int, transforms: int, steps: int, seconds: float | None) -
 
 def network(c) -> tuple:
   """(statistics of a unit field, denoiser, mesh of one device)."""
-  unit = np.ones((*build.space(c), 1), np.float32)
+  unit = np.ones((*worlds.space(c), 1), np.float32)
   stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), unit)
-  return stats, build.denoising_network(c, stats), meshes.make(1)
+  return stats, prior.network(c, stats), meshes.make(1)
 
 
 def train_step(c, seconds: float | None) -> Cost:
   """One training step at the config's batch."""
   stats, net, mesh = network(c)
   keys = jax.random.key(0), jax.random.key(1)
-  start, target, specs = train_state.make(mesh, build.initial_state(c, net, 1), *keys)
+  start, target, specs = train_state.make(mesh, prior.initial_state(c, net, 1), *keys)
   x = jax.ShapeDtypeStruct(
-    (c.train.batch, *build.space(c), 1), jnp.float32, sharding=meshes.rows(mesh)
+    (c.train.batch, *worlds.space(c), 1), jnp.float32, sharding=meshes.rows(mesh)
   )
   program, flops = train_loop.compiled(
-    build.update(c, stats, net, mesh, specs.params), target, {"x": x}
+    prior.update(c, stats, net, mesh, specs.params), target, {"x": x}
   )
   a_step = None
   if seconds:
@@ -159,9 +161,9 @@ def member_step(c, seconds: float | None) -> Cost:
   members.
   """
   stats, net, _ = network(c)
-  members, op, loops = c.sampling.members, build.operator(c), 4
-  c.sampling.levels.steps = loops
-  draw, keys = build.sampler(c, stats, net), jax.random.split(jax.random.key(0), members)
+  members, op, loops = c.sampling.members, worlds.operator(c), 4
+  c = c.changed(**{"sampling.levels.steps": loops})
+  draw, keys = samples.sampler(c, stats, net), jax.random.split(jax.random.key(0), members)
   y = jax.ShapeDtypeStruct((members, *op.coarse, 1), jnp.float32)
   init = lambda: net.init(jax.random.key(0), jnp.zeros((1, *op.fine, 1)), jnp.ones(1))["params"]
   params = jax.eval_shape(init)

@@ -46,7 +46,6 @@ error against time, and against α.
 
 import argparse
 import ast
-import importlib.util
 import pathlib
 import sys
 
@@ -55,6 +54,7 @@ import sampling_bench
 import sampling_cases
 import sampling_rival
 
+from downscaling import experiment
 from downscaling.report import themes
 from downscaling.runtime import files, provenance, stage_folder
 
@@ -88,14 +88,8 @@ class Page:
 
 
 def config_of(where, changes):
-  path, _, variant = where.partition(":")
-  spec = importlib.util.spec_from_file_location("config", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(*([variant] if variant else []))
   pairs = (change.split("=", 1) for change in changes)
-  config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in pairs})
-  return config
+  return experiment.load(where, **{key: ast.literal_eval(value) for key, value in pairs})
 
 
 def line(name, row, formats=FORMATS):

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from downscaling import build, context
+from downscaling import jobs
+from downscaling.assembly import prior, samples, worlds
 from downscaling.baselines import interpolation
 from downscaling.datasets import simulated
 from downscaling.diffusion import error_table, train_loop
 from downscaling.metrics import calibration, distances, spectra
 from downscaling.runtime import mesh as meshes
-from downscaling.runtime import program_cost, progress, random_keys, stage_folder, supervision
+from downscaling.runtime import program_cost, progress, random_keys, supervision
 from downscaling.sampling import conditional_sampler
 
 BLOCK = 32  # conditions that are drawn together; the cases take turns block by block
@@ -46,35 +47,35 @@ class Drawn(NamedTuple):
   wall: float
 
 
-def fine_fields(ctx: context.Context, split: str, count: int) -> np.ndarray:
+def fine_fields(ctx: jobs.Workdir, split: str, count: int) -> np.ndarray:
   """Held-out fine fields [count, *space, 1], balanced over trajectories and times.
 
   They are read from the data set, or simulated anew where the work folder has none. Both ways give
   the same fields, as a trajectory is a function of the config's seed and of its number.
   """
-  data = ctx.config.data
-  rows = simulated.balanced(data.hfhr[split], data.snapshots, count)
-  dataset = build.dataset(ctx.config, ctx.workdir, "hfhr")
+  data = ctx.experiment.data
+  rows = simulated.balanced(data.trajectories("hfhr")[split], data.snapshots, count)
+  dataset = worlds.dataset(ctx.experiment, ctx.path, "hfhr")
   if not dataset.info.initialized:
     return simulate_fields(ctx, split, rows)
   ctx.need("data", "generate")  # refuses a data set of another config
   return simulated.load(dataset, split, index=rows)["u"]
 
 
-def simulate_fields(ctx: context.Context, split: str, rows: np.ndarray) -> np.ndarray:
+def simulate_fields(ctx: jobs.Workdir, split: str, rows: np.ndarray) -> np.ndarray:
   """Rows of a split, [len(rows), *space, 1], from their trajectories alone."""
-  trajectory, snapshot = np.divmod(rows, ctx.config.data.snapshots)
+  trajectory, snapshot = np.divmod(rows, ctx.experiment.data.snapshots)
   needed, place = np.unique(trajectory, return_inverse=True)
   ids = simulated.FIRST_TRAJECTORY[split] + needed
-  mesh = build.simulating(ctx.config, "hfhr", ctx.mesh)
-  width = min(ctx.config.data.shard, len(ids))
+  mesh = worlds.simulating(ctx.experiment, "hfhr", ctx.mesh)
+  width = min(ctx.experiment.data.shard, len(ids))
   width = -(-width // mesh.size) * mesh.size
   blocks = []
   with (
     jax.enable_x64(True),
     progress.Progress(f"simulate {split}", len(ids), "trajectories") as bar,
   ):
-    plan = build.generation(ctx.config, ctx.workdir, "hfhr", meshes.rows(mesh))
+    plan = worlds.generation(ctx.experiment, ctx.path, "hfhr", meshes.rows(mesh))
     for first in range(0, len(ids), width):
       some = ids[first : first + width]
       padded = np.concatenate([some, np.full(width - len(some), some[0])])
@@ -96,28 +97,23 @@ class Bench:
   def __init__(self, config, workdir, seed=0, **observed):
     self.mesh, self.seed = meshes.make(), seed
     folder = pathlib.Path(workdir).absolute()
-    self.ctx = context.Context(config, folder, self.mesh, supervision.Stop(), "")
+    self.ctx = jobs.Workdir(config, folder, self.mesh, supervision.Stop())
     stage = self.ctx.need("train", "train")
-    self.stats = context.stage_statistics(self.ctx)
-    self.network = build.denoising_network(config, self.stats)
-    prior, space, channels = (
-      stage_folder.config_hash(stage.identity),
-      build.space(config),
-      len(self.stats.mean),
+    self.stats = self.ctx.statistics()
+    self.network = prior.network(config, self.stats)
+    space, channels = worlds.space(config), len(self.stats.mean)
+    self.params = train_loop.load_prior(
+      stage.path, stage.hash, self.network, space, channels, self.mesh
     )
-    self.params = train_loop.load_prior(stage.path, prior, self.network, space, channels, self.mesh)
-    self.table = error_table.load(stage.path, prior)
-    self.config = config.copy_and_resolve_references()
-    self.config.update_from_flattened_dict(
-      {f"grid.{key}": value for key, value in observed.items()}
-    )
+    self.table = error_table.load(stage.path, stage.hash)
+    self.config = config.changed(**{f"grid.{key}": value for key, value in observed.items()})
     have = config.data.hfhr.reference * config.data.snapshots
     self.reference = fine_fields(self.ctx, "reference", min(REFERENCE, have))[..., 0]
     self._programs = {}
 
   def conditions(self, split: str, count: int) -> Conditions:
     truth = fine_fields(self.ctx, split, count)
-    return Conditions(split, truth, np.asarray(build.operator(self.config).apply(truth)))
+    return Conditions(split, truth, np.asarray(worlds.operator(self.config).apply(truth)))
 
   def draw(self, cases: dict[str, dict], at: Conditions, members: int) -> dict[str, Drawn]:
     """Every case on the same conditions with the same keys.
@@ -197,24 +193,20 @@ class Bench:
   def baselines(self, at: Conditions) -> dict[str, calibration.Reference]:
     """Scores of climatology and of an interpolation."""
     truth = at.truth[..., 0]
-    guess = interpolation.cubic(at.y, build.operator(self.config))[..., 0]
+    guess = interpolation.cubic(at.y, worlds.operator(self.config))[..., 0]
     return {
       "climatology": calibration.climatology(self.reference[:256], truth),
       "interpolation": calibration.single(guess, truth),
     }
 
   def _settled(self, overrides: dict, unit: tuple[int, int]):
-    config = self.config.copy_and_resolve_references()
-    config.update_from_flattened_dict(
-      {f"sampling.{key}": value for key, value in overrides.items()}
-    )
-    with config.ignore_type():
-      config.sampling.observation_noise = 0.0  # y′ is C′x itself here
-    config.sampling.unit = unit
-    return config
+    # y′ is C′x itself here.
+    fixed = {"sampling.observation_noise": 0.0, "sampling.unit": unit}
+    given = {f"sampling.{key}": value for key, value in overrides.items()}
+    return self.config.changed(**given | fixed)
 
-  def _sampler(self, config):
-    return build.sampler(config, self.stats, self.network, self.table)
+  def _sampler(self, config, alpha=None):
+    return samples.sampler(config, self.stats, self.network, self.table, alpha)
 
   def _program(self, overrides: dict, block: int, members: int):
     """(compiled (α, keys, y, params) -> (fields, misfit), α). One compilation serves every α."""
@@ -225,16 +217,13 @@ class Bench:
       config = self._settled(fixed, (block, members))
 
       def draw(alpha, keys, y, params):
-        free = config.copy_and_resolve_references()
-        with free.ignore_type():
-          free.sampling.guidance.alpha = alpha
-        return self._sampler(free)(keys, y, params)
+        return self._sampler(config, alpha)(keys, y, params)
 
       self._programs[known] = self._compiled(draw, block, members)
     return self._programs[known], alpha
 
   def _compiled(self, draw, block: int, members: int):
-    rows, coarse = meshes.rows(self.mesh), build.operator(self.config).coarse
+    rows, coarse = meshes.rows(self.mesh), worlds.operator(self.config).coarse
     keys = self._keys("test", np.zeros(block, int), members)
     y = jax.ShapeDtypeStruct((block * members, *coarse, 1), np.float32, sharding=rows)
     return jax.jit(draw).lower(np.float32(0), keys, y, self.params).compile()
@@ -249,7 +238,7 @@ class Bench:
     return jax.jit(fold, out_shardings=meshes.rows(self.mesh))(conditions.repeat(members), member)
 
   def _flops(self, config) -> float:
-    members, op = config.sampling.unit[1], build.operator(config)
+    members, op = config.sampling.unit[1], worlds.operator(config)
     keys = jax.eval_shape(lambda: jax.random.split(random_keys.key(0, "plans"), members))
     y = jax.ShapeDtypeStruct((members, *op.coarse, 1), np.float32)
     return program_cost.flops(self._sampler(config), keys, y, self.params)

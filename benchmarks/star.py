@@ -14,12 +14,13 @@ the law moves all of them alike.
 import argparse
 import os
 import pathlib
-import runpy
 
 import jax
 import numpy as np
 
-from downscaling import build, context
+from downscaling import experiment, jobs
+from downscaling.assembly import debiasing, samples, worlds
+from downscaling.jobs import rows
 from downscaling.metrics import bootstrap, judge, replicates
 from downscaling.metrics.reference import Reference
 from downscaling.runtime import mesh as meshes
@@ -30,9 +31,9 @@ FIRST = 2_000_000_000  # ids beyond those of every split
 
 def simulated(config, count: int, first: int, mesh) -> np.ndarray:
   """[count, snapshots, *space] of trajectories that no split has."""
-  mine = build.simulating(config, "hfhr", mesh)
+  mine = worlds.simulating(config, "hfhr", mesh)
   with jax.enable_x64(True):
-    plan = build.generation(config, pathlib.Path("unused"), "hfhr", meshes.rows(mine))
+    plan = worlds.generation(config, pathlib.Path("unused"), "hfhr", meshes.rows(mine))
     ids = np.arange(first, first + -(-count // mine.size) * mine.size)
     fields = plan.rollout(jax.device_put(ids, meshes.rows(mine)))
   return np.asarray(fields, np.float32)[:count, ..., 0]
@@ -41,32 +42,32 @@ def simulated(config, count: int, first: int, mesh) -> np.ndarray:
 def like(config, source: str) -> bootstrap.Rows:
   """The structure of the coarse rows, or of the samples of true conditions."""
   if source == "coarse":
-    numbers = context.held_out_numbers(config, "lflr", "test", config.debias.held_out)
+    numbers = rows.judged(config, "lflr", "test", config.debias.held_out)
   else:
-    numbers = context.condition_numbers(config, build.TRUE)
-  return context.origin(config, numbers.reshape(-1))
+    numbers = rows.conditions(config, samples.TRUE)
+  return rows.origin(config, numbers.reshape(-1))
 
 
 def judged_by(ctx, level: str) -> judge.Judge:
   """The judge of the report's coarse rows or of its samples."""
-  c, op = ctx.config, build.operator(ctx.config)
+  c, op = ctx.experiment, worlds.operator(ctx.experiment)
   fields, origins = {}, {}
   numbers = {
-    "reference": context.held_out_numbers(c, "hfhr", "reference", c.evaluate.reference),
-    "floor": context.floor_numbers(c),
+    "reference": rows.judged(c, "hfhr", "reference", c.evaluate.reference),
+    "floor": rows.floor(c),
   }
-  for split, rows in numbers.items():
-    fields[split] = context.load_numbered(ctx, "hfhr", split, rows)
-    origins[split] = context.origin(c, rows)
+  for split, of_split in numbers.items():
+    fields[split] = rows.of(ctx, "hfhr", split, of_split).read()
+    origins[split] = rows.origin(c, of_split)
   if level == "coarse":
     fields = {split: np.asarray(op.apply(x)) for split, x in fields.items()}
     of_grid = {
-      "moves": build.coarse_moves(c),
-      "group": build.group(c),
-      "quadratic": context.quadratic_of(c),
+      "moves": worlds.coarse_moves(c),
+      "group": worlds.group(c),
+      "quadratic": debiasing.quadratic_term(c),
     }
   else:
-    of_grid = {"moves": build.moves(c)}
+    of_grid = {"moves": worlds.moves(c)}
   fields = {split: x[..., 0] for split, x in fields.items()}
   return judge.Judge(
     Reference(fields["reference"]), origins["reference"], fields["floor"], origins["floor"],
@@ -78,15 +79,15 @@ def count_stars(
   ctx, level: str, sets: int
 ) -> tuple[bootstrap.Rows, dict[str, int], dict[str, list[float]]]:
   """(structure, {metric: how many of `sets` lie inside}, {metric: floor})."""
-  c, op = ctx.config, build.operator(ctx.config)
-  judged, rows = judged_by(ctx, level), like(ctx.config, level)
-  floor = judged.floor(rows)
+  c, op = ctx.experiment, worlds.operator(ctx.experiment)
+  judged, structure = judged_by(ctx, level), like(ctx.experiment, level)
+  floor = judged.floor(structure)
   inside = dict.fromkeys(floor, 0)
-  number = np.unique(rows.block, return_inverse=True)[1]
-  snapshot = np.round((rows.time - c.data.burn_in) / c.data.spacing).astype(int)
+  number = np.unique(structure.block, return_inverse=True)[1]
+  snapshot = np.round((structure.time - c.data.burn_in) / c.data.spacing).astype(int)
   with progress.Progress(f"star {level}", sets, "sets") as bar:
     for turn in range(sets):
-      x = simulated(c, rows.blocks, FIRST + turn * 1_000_000, ctx.mesh)[number, snapshot]
+      x = simulated(c, structure.blocks, FIRST + turn * 1_000_000, ctx.mesh)[number, snapshot]
       if level == "coarse":
         x = np.asarray(op.apply(x[..., None]))[..., 0]
       even = np.ones((1, len(x)), np.float32)
@@ -101,7 +102,7 @@ def count_stars(
       for key, (value,) in found.items():
         inside[key] += judge.inside(float(value), floor[key])
       bar.advance(1)
-  return rows, inside, floor
+  return structure, inside, floor
 
 
 def main():
@@ -113,13 +114,12 @@ def main():
   parser.add_argument("--sets", type=int, default=12)
   parser.add_argument("--out", type=pathlib.Path)
   args = parser.parse_args()
-  path, _, variant = args.config.partition(":")
-  config = runpy.run_path(path)["get_config"](*([variant] if variant else []))
-  ctx = context.Context(config, args.workdir.absolute(), meshes.make(), supervision.Stop(), "")
+  config = experiment.load(args.config)
+  ctx = jobs.Workdir(config, args.workdir.absolute(), meshes.make(), supervision.Stop())
   lines = [f"{args.sets} independent true sets, how many lie inside the floor (95 % expected)"]
   for level in ("coarse", "fine"):
-    rows, inside, floor = count_stars(ctx, level, args.sets)
-    lines.append(f"{level}: {len(rows)} fields of {rows.blocks} trajectories")
+    structure, inside, floor = count_stars(ctx, level, args.sets)
+    lines.append(f"{level}: {len(structure)} fields of {structure.blocks} trajectories")
     for key, count in inside.items():
       low, middle, high = floor[key]
       lines.append(

@@ -86,6 +86,10 @@ class Experiment(Settings):
     """A copy with other values: changed(**{"sampling.members": 4})."""
     return type(self).of(merged(self.differences(), keys))
 
+  def defaults(self) -> dict[str, Any]:
+    """All keys with their default values, of the same equation."""
+    return type(self).of({"data": {"name": self.data.name}}).everything()
+
   def differences(self, results_only: bool = False) -> dict[str, Any]:
     """What differs from the defaults, as JSON has it. `of` makes the same experiment of it."""
     found = super().differences(results_only)

@@ -2,9 +2,7 @@
 
 import importlib.util
 import os
-import pathlib
 import re
-import runpy
 import types
 
 import jax
@@ -12,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling import build
+from downscaling import experiment
+from downscaling.assembly import worlds
 from downscaling.equations import rollouts
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import target_devices
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 INSTALLED = {
   "v5e:2x2": "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None,
   "h200:2x2": importlib.util.find_spec("jax_cuda12_plugin") is not None,
@@ -36,7 +34,7 @@ EACH = pytest.mark.parametrize(
 
 
 def smoke(equation):
-  return runpy.run_path(CONFIGS / f"{equation}.py")["get_config"]("smoke")
+  return experiment.load(f"{equation}:smoke")
 
 
 @pytest.mark.parametrize("devices", ["abc", "0", "v5e:x2", "h200:"])
@@ -67,9 +65,9 @@ def test_float64_beside_a_tpu_is_the_hosts_cpu():
   chip = types.SimpleNamespace(platform="tpu", process_index=0)
   pod = types.SimpleNamespace(devices=np.array([[chip]], object))
   assert meshes.platform(meshes.exact(pod)) == "cpu"
-  assert build.simulating(smoke("ks"), "hfhr", pod).devices.flat[0].platform == "cpu"
+  assert worlds.simulating(smoke("ks"), "hfhr", pod).devices.flat[0].platform == "cpu"
   here = meshes.make(4)
-  assert meshes.exact(here) == build.simulating(smoke("ks"), "lflr", here) == meshes.local(here)
+  assert meshes.exact(here) == worlds.simulating(smoke("ks"), "lflr", here) == meshes.local(here)
   with meshes.float64():
     assert jnp.ones(1).dtype == np.float64
 
@@ -104,9 +102,9 @@ def test_every_program_of_a_pipeline_compiles(command, execute, tmp_path, name, 
 def test_solvers_compile(name, equation, which):
   """Where they compute: KS in float64, so on the host beside a TPU."""
   c = smoke(equation)
-  mesh = build.simulating(c, which, meshes.make(devices=target_devices.devices(name)))
+  mesh = worlds.simulating(c, which, meshes.make(devices=target_devices.devices(name)))
   with jax.enable_x64(True):
-    program = rollouts._compiled(build.equation(c, which), 2, 2, 2, meshes.rows(mesh))
+    program = rollouts._compiled(worlds.equation(c, which), 2, 2, 2, meshes.rows(mesh))
     program.lower(
       np.uint32(0), jax.ShapeDtypeStruct((8,), jnp.uint32, sharding=meshes.rows(mesh))
     ).compile()

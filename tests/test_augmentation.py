@@ -1,23 +1,17 @@
 """Training fields moved by symmetries of the equation: what moves, how a config asks for it."""
 
-import pathlib
-
 import numpy as np
 import pytest
 
-from downscaling import build, stages
+from downscaling import checks, experiment
+from downscaling.assembly import prior
 from downscaling.equations import kolmogorov, ks
 from downscaling.fields import statistics
 from downscaling.runtime import mesh as meshes
-from downscaling.runtime import stage_folder
 
 
-def smoke(name):
-  scope = {}
-  exec(
-    (pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py").read_text(), scope
-  )  # as config_flags does
-  return scope["get_config"]("smoke")
+def smoke(name, **changes):
+  return experiment.load(f"{name}:smoke", **changes)
 
 
 @pytest.mark.parametrize("room", [ks, kolmogorov], ids=["ks", "kolmogorov"])
@@ -50,29 +44,27 @@ def test_a_static_field_by_an_unknown_name_is_refused_and_none_is_the_prior_of_b
     smoke("kolmogorov"),
     statistics.Statistics(*np.ones((2, 1), np.float32), np.ones((64, 64, 1), np.float32)),
   )
-  assert build.denoising_network(c, stats).static.shape == (64, 64, 1)
-  shown = stages.identity(c, "train")
-  c.model.static = ()
-  assert build.denoising_network(c, stats).static is None
-  assert "static" not in stages.identity(c, "train")["model"]
-  assert stages.identity(c, "train") != shown
-  c.model.static = ("orography",)
+  assert prior.network(c, stats).static.shape == (64, 64, 1)
+  without = c.changed(**{"model.static": ()})
+  assert prior.network(without, stats).static is None
+  assert "static" not in without.identity("train")["model"]
+  assert without.identity("train") != c.identity("train")
+  c = c.changed(**{"model.static": ("orography",)})
   with pytest.raises(
     ValueError, match=r"config.model.static='orography' is unknown; use one of \['forcing'\]"
   ):
-    build.denoising_network(c, stats)
+    prior.network(c, stats)
 
 
 def test_fields_are_moved_before_they_are_normalised():
   """A sampled mean is not 0, and a sign that acts on what is left of it would be no symmetry."""
-  c = smoke("ks")
-  c.train.augment = True
+  c = smoke("ks", **{"train.augment": True})
   rng = np.random.default_rng(1)
   u = rng.normal(0.3, 2.0, (192, 1)).astype(np.float32)
   stats = statistics.Statistics(
     np.full(1, 0.3, np.float32), np.full(1, 2.0, np.float32), np.ones((192, 1), np.float32)
   )
-  count, move = build.augmentation(c, stats)
+  count, move = prior.augmentation(c, stats)
   assert count == 384
   for element in (5, 192 + 7):
     want = stats.normalise(np.asarray(ks.move(u[:, 0], element))[:, None])
@@ -83,16 +75,14 @@ def test_fields_are_moved_before_they_are_normalised():
 
 def test_augmented_priors_are_other_priors_and_plain_ones_stay_what_they_were():
   c = smoke("ks")
-  plain = stages.identity(c, "train")
+  plain = c.identity("train")
   assert "augment" not in plain["train"]
-  c.train.augment = True
-  assert stage_folder.config_hash(stages.identity(c, "train")) != stage_folder.config_hash(plain)
+  assert c.changed(**{"train.augment": True}).identity("train") != plain
 
 
 def test_two_worlds_forced_by_different_waves_are_refused():
-  c = smoke("kolmogorov")
-  c.fine.wave, c.coarse.wave = 4, 2
+  c = smoke("kolmogorov", **{"fine.wave": 4, "coarse.wave": 2})
   with pytest.raises(
     ValueError, match=r"config.fine.wave=4 and config.coarse.wave=2: .* Set both to the same wave"
   ):
-    build.check(c, meshes.make(1))
+    checks.check(c, meshes.make(1))

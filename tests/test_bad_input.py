@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from downscaling import build, jobs
+from downscaling import jobs
 from downscaling import main as program
 from downscaling.datasets import simulated
 from downscaling.runtime import files, metric_writer, stage_folder, supervision
@@ -65,7 +65,7 @@ def config():
 
 
 def do(job, context):
-  build.check(context.config, context.mesh)
+  checks.check(context.experiment, context.mesh)
   return jobs.run(job, context)
 
 
@@ -76,7 +76,7 @@ def attempt(config):
   """
 
   def attempt(job, workdir, **overrides):
-    context = jobs.Context(
+    context = jobs.Workdir(
       config(**overrides), pathlib.Path(workdir), meshes.make(), supervision.Stop(), "test"
     )
     with pytest.raises(program.EXPECTED) as caught:
@@ -254,17 +254,17 @@ def test_the_variants_themselves_pass_the_door():
   scope = {}
   exec((ROOT / "configs" / "ks.py").read_text(), scope)
   for variant in scope["VARIANTS"]:
-    build.check(scope["get_config"](variant), meshes.make())
+    checks.check(scope["get_config"](variant), meshes.make())
 
 
 def test_a_key_too_many_or_too_few_in_a_config_file(config):
   c = config().unlock()
   c.model.chanels = (8, 16)
   with pytest.raises(ValueError, match=r"has a key that nothing takes.*'chanels'"):
-    build.check(c, meshes.make())
+    checks.check(c, meshes.make())
   del c.model.chanels, c.noise
   with pytest.raises(ValueError, match=r"or lacks one: .*noise"):
-    build.check(c, meshes.make())
+    checks.check(c, meshes.make())
 
 
 def test_a_refused_value_leaves_no_trace_in_the_way_of_the_right_one(execute, command, tmp_path):
@@ -370,7 +370,7 @@ def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(fitted, finished
   assert tree(workdir / "train", workdir / "debias") == before
   (workdir / "train" / "prior").rename(workdir / "damaged")
   assert "run `downscaling train` first" in attempt("sample", workdir, **data)
-  context = jobs.Context(config(**data), workdir, meshes.make(), supervision.Stop(), "test")
+  context = jobs.Workdir(config(**data), workdir, meshes.make(), supervision.Stop(), "test")
   assert jobs.run("train", context).startswith(
     "wrote"
   )  # from its checkpoint of the last step: no step is taken again
@@ -446,7 +446,7 @@ def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, 
 
   def run(job, **overrides):
     return do(
-      job, jobs.Context(config(**overrides), workdir, meshes.make(), supervision.Stop(), "test")
+      job, jobs.Workdir(config(**overrides), workdir, meshes.make(), supervision.Stop(), "test")
     )
 
   assert run("sample", **few).startswith("wrote")

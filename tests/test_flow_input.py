@@ -3,19 +3,17 @@ that do not fit.
 """
 
 import dataclasses
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from downscaling import build, jobs
+from downscaling import checks, experiment, jobs
+from downscaling.assembly import worlds
 from downscaling.datasets import generate, simulated
 from downscaling.equations import kolmogorov
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import supervision
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -67,11 +65,8 @@ def config():
   """
 
   def make(**overrides):
-    scope = {}
-    exec((ROOT / "configs" / "kolmogorov.py").read_text(), scope)  # as config_flags does
-    c = scope["get_config"]("smoke")
-    c.update_from_flattened_dict({"data.burn_in": 0.5, "data.spacing": 0.5} | overrides)
-    return c.lock()
+    short = {"data.burn_in": 0.5, "data.spacing": 0.5}
+    return experiment.load("kolmogorov:smoke", **short | overrides)
 
   return make
 
@@ -85,43 +80,43 @@ def test_a_blow_up_stops_the_job(config, monkeypatch, tmp_path):
   """
   monkeypatch.setattr(kolmogorov, "FASTEST", 0.1)
   c = config(**{"coarse.dt": 0.25})
-  build.check(c, meshes.make())
-  context = jobs.Context(c, tmp_path, meshes.make(), supervision.Stop(), "test")
+  checks.check(c, meshes.make())
+  context = jobs.Workdir(c, tmp_path, meshes.make(), supervision.Stop(), "test")
   with pytest.raises(
     FloatingPointError,
     match=r"trajectory \d+ (is not finite|has an rms of \S+) at t = \d.*smaller dt",
   ):
     jobs.run("generate", context)
-  assert len(simulated.load(build.dataset(c, tmp_path, "hfhr"), "train")["u"]) == 64
-  assert not list(build.dataset(c, tmp_path, "lflr").data_path.iterdir())
+  assert len(simulated.load(worlds.dataset(c, tmp_path, "hfhr"), "train")["u"]) == 64
+  assert not list(worlds.dataset(c, tmp_path, "lflr").data_path.iterdir())
   assert not context.done("data")
 
 
 def test_a_blow_up_leaves_the_shards_before_it_whole(config, monkeypatch, tmp_path):
-  """The last shard of three blows up: the others are as a healthy run writes them, and it is not
+  """The last shard of four blows up: the others are as a healthy run writes them, and it is not
   there.
   """
-  trajectories, mesh = {"data.lflr": {"train": 16, "test": 8}}, meshes.make()
+  trajectories, mesh = {"data.lflr": {"train": 16, "calibration": 8, "test": 8}}, meshes.make()
   with jax.enable_x64(True):
     plan, healthy = (
-      build.generation(config(**trajectories), tmp_path / name, "lflr", meshes.rows(mesh))
+      worlds.generation(config(**trajectories), tmp_path / name, "lflr", meshes.rows(mesh))
       for name in ("run", "healthy")
     )
     monkeypatch.setattr(kolmogorov, "FASTEST", 0.1)
-    wild = build.generation(
+    wild = worlds.generation(
       config(**trajectories | {"coarse.dt": 0.25}), tmp_path, "lflr", meshes.rows(mesh)
     )
     plan = dataclasses.replace(
       plan,
       check=wild.check,
-      rollout=lambda ids: (wild if np.asarray(ids)[0] == 8 else healthy).rollout(ids),
+      rollout=lambda ids: (wild if np.asarray(ids)[0] == 1_500_000_000 else healthy).rollout(ids),
     )
     with pytest.raises(
-      FloatingPointError, match=r"trajectory (8|9|1\d) .* at t = .*--config\.coarse\.dt"
+      FloatingPointError, match=r"trajectory 150000000\d .* at t = .*--config\.coarse\.dt"
     ):
       generate.generate(plan, mesh, lambda: False)
     generate.generate(healthy, mesh, lambda: False)
-  before = [path for *_, path in plan.shards()][:2]
+  before = [path for *_, path in plan.shards()][:3]
   assert {path.name for path in plan.builder.data_path.iterdir()} == {path.name for path in before}
   for path, same in zip(before, healthy.shards(), strict=False):
     assert path.read_bytes() == same[-1].read_bytes()

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import xarray
 
-from downscaling import build
+from downscaling import experiment
+from downscaling.assembly import prior
 from downscaling.datasets import simulated
 from downscaling.diffusion import error_table, train_loop
 from downscaling.fields import statistics
@@ -276,25 +277,16 @@ def goes_on(argv, execute):
   return done
 
 
-def prior(workdir, data):
+def trained(workdir, data):
   """The parameters that sampling reads, as a user's own program would."""
-  config = _config()
   stats = statistics.load(data / "statistics.npz")
-  network = build.denoising_network(config, stats)
+  network = prior.network(experiment.load("ks:smoke"), stats)
   marker = files.read_json(workdir / "train" / stage_folder.MARKER)
   return jax.device_get(
     train_loop.load_prior(
       workdir / "train", marker["config_hash"], network, (192,), 1, meshes.make()
     )
   )
-
-
-def _config():
-  scope = {}
-  exec(
-    (pathlib.Path(__file__).parents[1] / "configs" / "ks.py").read_text(), scope
-  )  # as config_flags does
-  return scope["get_config"]("smoke")
 
 
 def same_tree(a, b):
@@ -352,7 +344,7 @@ def test_kill_9_while_training(finished, command, execute, tmp_path):
   assert not (tmp_path / "train" / "prior").exists()
   done = goes_on(argv, execute)
   assert "train: going on from step " in done.stderr
-  same_tree(prior(workdir, workdir / "data"), prior(tmp_path, workdir / "data"))
+  same_tree(trained(workdir, workdir / "data"), trained(tmp_path, workdir / "data"))
   one, two = (
     metric_writer.read_scalars(w / "train", "validation/error") for w in (workdir, tmp_path)
   )
@@ -365,7 +357,7 @@ def test_sigterm_while_training(finished, command, execute, tmp_path):
   argv = command("train", tmp_path, **{"data.dir": workdir / "data"})
   stopped_politely(argv, "train", lambda: list(tmp_path.glob("train/checkpoints/[0-9]")))
   goes_on(argv, execute)
-  same_tree(prior(workdir, workdir / "data"), prior(tmp_path, workdir / "data"))
+  same_tree(trained(workdir, workdir / "data"), trained(tmp_path, workdir / "data"))
 
 
 @pytest.mark.slow

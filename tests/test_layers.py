@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "downscaling"
+BELOW_ALL = ("fields", "runtime", "equations", "datasets", "debias", "diffusion", "sampling")
 BELOW = {
   "fields": set(),
   "runtime": set(),
@@ -17,6 +18,9 @@ BELOW = {
   "baselines": {"fields", "runtime", "diffusion"},
   "metrics": {"fields", "runtime"},
   "report": {"fields", "runtime", "metrics"},
+  # The top floor: what an experiment is, the objects that it makes, and the jobs that use them.
+  "assembly": {*BELOW_ALL, "experiment"},
+  "jobs": {*BELOW_ALL, "experiment", "assembly", "baselines", "metrics", "report"},
 }
 
 
@@ -42,11 +46,37 @@ def test_no_room_imports_from_upstairs():
   )
 
 
-def test_only_build_reads_configs():
-  readers = {
-    p.name for p in PACKAGE.rglob("*.py") if any("ml_collections" in n for n in _imports(p))
-  }
-  assert readers <= {"build.py", "context.py", "main.py"}
+def test_the_rooms_know_no_config():
+  """Rooms take arguments. Only the top floor sees an Experiment, and its keys are typed attributes:
+  no key of a config is read by its name, as in config["train"]["batch"].
+  """
+  top = {"assembly", "jobs"}
+  for path in PACKAGE.rglob("*.py"):
+    room = path.relative_to(PACKAGE).parts[0]
+    names = [*_imports(path)]
+    assert not any("ml_collections" in name for name in names), path
+    known = any(name.startswith("downscaling.experiment") for name in names)
+    known |= "downscaling.experiment" in names
+    if known:
+      assert room in top or room in FACES, path
+      read = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if _by_name(node)]
+      assert not read, f"{path} reads keys by name: {read}"
+
+
+FACES = ("experiment.py", "checks.py", "main.py", "downscaler.py")
+HOLDERS = ("experiment", "e", "block", "self.experiment", "work.experiment")
+
+
+def _by_name(node) -> bool:
+  """Is it experiment["..."], getattr(experiment, ...) or experiment.get("...")?"""
+  if isinstance(node, ast.Subscript):
+    by_number = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int)
+    return ast.unparse(node.value) in HOLDERS and not by_number
+  if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+    return ast.unparse(node.args[0]).split(".")[0] in ("experiment", "e")
+  if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+    return node.func.attr == "get" and ast.unparse(node.func.value) in HOLDERS
+  return False
 
 
 def test_configs_import_nothing_of_ours():
@@ -57,7 +87,7 @@ def test_configs_import_nothing_of_ours():
 def test_import_changes_no_flag_and_brings_nothing_slow():
   code = (
     "import jax, sys; before = dict(jax.config.values);"
-    "import downscaling.jobs; after = dict(jax.config.values);"
+    "import downscaling, downscaling.jobs; after = dict(jax.config.values);"
     "changed = [k for k in after if before.get(k) != after[k]]; assert not changed, changed;"
     # what few jobs need is imported where they do: every command, and every process of a job,
     # starts sooner

@@ -1,34 +1,30 @@
 """--dry_run: the plan's figures are the job's own, and nothing is written."""
 
-import importlib.util
 import pathlib
 import re
-import runpy
 
 import numpy as np
 import pytest
 
-from downscaling import build, jobs, plans, stages
+from downscaling import checks, experiment, jobs
+from downscaling.assembly import prior, samples, worlds
 from downscaling.datasets import simulated
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import supervision
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+VARIANTS = {
+  "ks": ("quick", "full", "smoke", "series", "stationary"),
+  "kolmogorov": ("8x", "16x", "cpu", "smoke"),
+}
 
 
 def _context(workdir, variant="smoke", name="ks", **changes):
-  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config(variant)
-  config.update_from_flattened_dict(changes)
-  return jobs.Context(
-    config, pathlib.Path(workdir), meshes.make(), supervision.Stop(), "downscaling"
-  )
+  found = experiment.load(f"{name}:{variant}", **changes)
+  return jobs.Workdir(found, pathlib.Path(workdir), meshes.make(), supervision.Stop())
 
 
 def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
-  text = plans.describe("pipeline", _context(tmp_path / "run"))
+  text = jobs.plan("pipeline", _context(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
   assert "4 × cpu" in text
   assert (
@@ -55,40 +51,38 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
 
 def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
   with pytest.raises(ValueError, match=r"Set --config.train.batch=4 or 8"):
-    plans.describe("train", _context(tmp_path, **{"train.batch": 6}))
+    jobs.plan("train", _context(tmp_path, **{"train.batch": 6}))
   with pytest.raises(ValueError, match=r"factor 7 does not divide the grid of 192 points"):
-    plans.describe("generate", _context(tmp_path, **{"grid.factor": 7}))
+    jobs.plan("generate", _context(tmp_path, **{"grid.factor": 7}))
 
 
 @pytest.mark.parametrize(
   ("name", "variant"),
-  [
-    *(("ks", v) for v in ("quick", "full", "smoke", "series", "stationary")),
-    *(("kolmogorov", v) for v in ("8x", "16x", "cpu", "smoke")),
-  ],
+  [(name, variant) for name, variants in VARIANTS.items() for variant in variants],
 )
 def test_every_variant_builds(tmp_path, name, variant):
   """What a typo in a config would break: every block is accepted by its constructor, and sizes fit
   each other.
   """
   ctx = _context(tmp_path, variant, name)
-  c = ctx.config
-  build.check(c, ctx.mesh)
-  build.group(c)
-  stats = plans._statistics(c, ctx)
-  build.denoising_network(c, stats)
-  build.optimizer(c)
-  build.noise_levels(c)
-  build.sampler(c, stats, build.denoising_network(c, stats))
+  c = ctx.experiment
+  checks.check(c, ctx.mesh)
+  worlds.group(c)
+  stats = prior.unit_statistics(c)
+  prior.network(c, stats)
+  prior.optimizer(c)
+  prior.noise_levels(c)
+  samples.sampler(c, stats, prior.network(c, stats))
   rows = {
-    which: {k: n * c.data.snapshots for k, n in c.data[which].items()} for which in ("hfhr", "lflr")
+    which: {k: n * c.data.snapshots for k, n in c.data.trajectories(which).items()}
+    for which in ("hfhr", "lflr")
   }
   assert min(rows["hfhr"]["train"], rows["lflr"]["train"]) >= c.debias.points
   assert rows["lflr"]["test"] >= c.debias.held_out >= c.sampling.conditions
   assert rows["hfhr"]["test"] >= c.sampling.conditions
   assert rows["hfhr"]["reference"] == c.evaluate.reference  # whole trajectories
-  for stage in stages.IDENTITY:
-    assert "dir" not in stages.identity(c, stage).get("data", {})
+  for stage in experiment.DEPENDS:
+    assert "dir" not in c.identity(stage).get("data", {})
 
 
 @pytest.mark.parametrize("name", ["ks", "kolmogorov"])
@@ -96,17 +90,17 @@ def test_no_trajectory_has_two_uses(tmp_path, name):
   """What is tuned on a split is never reported on it: ids of all splits are apart, in every
   variant.
   """
-  module = runpy.run_path(str(CONFIGS / f"{name}.py"))
-  for variant in module["VARIANTS"]:
+  for variant in VARIANTS[name]:
     ctx = _context(tmp_path, variant, name)
     for which, splits in (("hfhr", simulated.SPLITS), ("lflr", simulated.SPLITS[:3])):
-      assert {*ctx.config.data[which]} == {*splits}
-      plan = build.generation(ctx.config, tmp_path, which, meshes.rows(ctx.mesh))
+      trajectories = ctx.experiment.data.trajectories(which)
+      assert {*trajectories} == {*splits}
+      plan = worlds.generation(ctx.experiment, tmp_path, which, meshes.rows(ctx.mesh))
       ids = {split: [] for split in splits}
-      for split, _, trajectories, _ in plan.shards():
-        ids[split].append(trajectories)
+      for split, _, found, _ in plan.shards():
+        ids[split].append(found)
       whole = np.concatenate([np.concatenate(found) for found in ids.values()])
-      assert len(np.unique(whole)) == len(whole) == sum(ctx.config.data[which].values())
+      assert len(np.unique(whole)) == len(whole) == sum(trajectories.values())
       assert whole.max() < 2**31  # ids are folded into keys as 32-bit words
 
 
@@ -144,30 +138,29 @@ def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_
 def test_prior_does_not_depend_on_the_coarse_world(tmp_path):
   """A new coarse solver must not cost a training run."""
   one, two = (
-    _context(tmp_path).config,
-    _context(tmp_path, **{"coarse.dt": 0.05, "data.lflr.train": 64}).config,
+    _context(tmp_path).experiment,
+    _context(tmp_path, **{"coarse.dt": 0.05, "data.lflr.train": 64}).experiment,
   )
-  assert stages.identity(one, "train") == stages.identity(two, "train")
-  assert stages.identity(one, "data") != stages.identity(two, "data")
-  assert stages.identity(one, "samples") != stages.identity(two, "samples")
+  assert one.identity("train") == two.identity("train")
+  assert one.identity("data") != two.identity("data")
+  assert one.identity("samples") != two.identity("samples")
 
 
 def test_one_prior_serves_every_operator(tmp_path):
   other = {"grid.factor": 4, "grid.operator": "block_mean", "train.dir": str(tmp_path / "prior")}
-  one, two = _context(tmp_path).config, _context(tmp_path, **other).config
-  assert stages.identity(one, "train") == stages.identity(two, "train")
-  assert stages.identity(one, "samples") != stages.identity(two, "samples")
-  assert stages.folder(two, tmp_path / "run", "train") == tmp_path / "prior"
-  assert stages.folder(one, tmp_path / "run", "train") == tmp_path / "run" / "train"
+  one, two = _context(tmp_path).experiment, _context(tmp_path, **other).experiment
+  assert one.identity("train") == two.identity("train")
+  assert one.identity("samples") != two.identity("samples")
+  assert two.folder(tmp_path / "run", "train") == tmp_path / "prior"
+  assert one.folder(tmp_path / "run", "train") == tmp_path / "run" / "train"
 
 
 def test_samples_do_not_depend_on_how_many_there_are(tmp_path):
   """So that an ensemble may grow, and its report with it."""
   counts = {"sampling.members": 4, "sampling.conditions": 8, "sampling.unconditional.fields": 8}
-  one, two = _context(tmp_path).config, _context(tmp_path, **counts).config
+  one, two = _context(tmp_path).experiment, _context(tmp_path, **counts).experiment
   for stage in ("samples", "report"):
-    assert stages.identity(one, stage) == stages.identity(two, stage)
-  assert stages.identity(one, "samples") != stages.identity(
-    _context(tmp_path, **{"sampling.unit": (4, 2)}).config, "samples"
-  )
-  assert stages.extent(one) != stages.extent(two)
+    assert one.identity(stage) == two.identity(stage)
+  unit = _context(tmp_path, **{"sampling.unit": (4, 2)}).experiment
+  assert one.identity("samples") != unit.identity("samples")
+  assert one.extent() != two.extent()

@@ -2,13 +2,13 @@
 
 import hashlib
 import pathlib
-import runpy
 
 import jax
 import numpy as np
 import pytest
 
-from downscaling import build, stages
+from downscaling import experiment
+from downscaling.assembly import prior, worlds
 from downscaling.debias import maps
 from downscaling.diffusion import error_table, train_loop
 from downscaling.fields import statistics
@@ -22,7 +22,7 @@ UNLISTED = ("README.md", "SHA256SUMS")
 
 @pytest.fixture(scope="module")
 def config():
-  return runpy.run_path(str(ROOT / "configs" / "ks.py"))["get_config"]("full")
+  return experiment.load("ks:full")
 
 
 def test_every_file_is_the_one_that_the_card_lists():
@@ -37,14 +37,16 @@ def test_every_file_is_the_one_that_the_card_lists():
 
 
 def test_the_prior_is_that_of_the_config(config):
-  prior = stage_folder.config_hash(stages.identity(config, "train"))
+  marker = files.read_json(KS / "train" / stage_folder.MARKER)
+  assert experiment.first_schema("train", marker["config"]) == config.identity("train")
+  made_by = marker["config_hash"]
   stats = statistics.load(KS / "data" / "statistics.npz")
-  network = build.denoising_network(config, stats)
+  network = prior.network(config, stats)
   params = train_loop.load_prior(
-    KS / "train", prior, network, build.space(config), 1, meshes.make()
+    KS / "train", made_by, network, worlds.space(config), 1, meshes.make()
   )
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-  table = error_table.load(KS / "train", prior)
+  table = error_table.load(KS / "train", made_by)
   # The network beats the best linear denoiser at σ = .3 of the data: .59 of its error is what was
   # measured.
   level = int(np.argmin(np.abs(table.sigmas - 0.3)))
@@ -54,9 +56,8 @@ def test_the_prior_is_that_of_the_config(config):
 
 
 def test_the_map_is_that_of_the_config(config):
-  assert files.read_json(KS / "debias" / "stage.json")["config"] == stage_folder.plain(
-    stages.identity(config, "debias")
-  )
+  marker = files.read_json(KS / "debias" / stage_folder.MARKER)
+  assert experiment.first_schema("debias", marker["config"]) == config.identity("debias")
   made = maps.load(KS / "debias" / config.debias.map)
   y = np.sin(np.arange(24) * 2 * np.pi * 3 / 24)[None, :, None].astype(np.float32)
   mapped = made(y)

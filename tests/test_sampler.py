@@ -3,34 +3,27 @@
 """
 
 import functools
-import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling import build, stages
+from downscaling import checks, experiment
+from downscaling.assembly import prior, samples, worlds
 from downscaling.fields import statistics
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import conditional_sampler, gaussian_gain
 
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-
 
 def _config(name="ks", **changes):
-  spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config("smoke")
-  config.update_from_flattened_dict({"sampling.unit": (2, 4), "sampling.members": 4} | changes)
-  return config
+  small = {"sampling.unit": (2, 4), "sampling.members": 4}
+  return experiment.load(f"{name}:smoke", **small | changes)
 
 
 def _parts(config):
   """Statistics of a steep spectrum, an untrained network and its parameters."""
-  space = build.space(config)
+  space = worlds.space(config)
   k = np.sqrt(
     sum(a**2 for a in np.meshgrid(*[np.fft.fftfreq(n, 1 / n) for n in space], indexing="ij"))
   )
@@ -39,17 +32,17 @@ def _parts(config):
   stats = statistics.Statistics(
     np.float32([0.5]), std, (spectrum / spectrum.mean())[..., None].astype(np.float32)
   )
-  network = build.denoising_network(config, stats)
+  network = prior.network(config, stats)
   init = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, *space, 1)), jnp.ones(1))
   return stats, network, init["params"]
 
 
 def _draw(config, parts, table):
   stats, network, params = parts
-  op, rows = build.operator(config), 8
+  op, rows = worlds.operator(config), 8
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1)))(jnp.arange(rows))
   y = jax.random.normal(jax.random.key(2), (2, *op.coarse, 1)).repeat(4, 0)
-  fields, misfit = jax.jit(build.sampler(config, stats, network, table))(keys, y, params)
+  fields, misfit = jax.jit(samples.sampler(config, stats, network, table))(keys, y, params)
   return op, y, np.asarray(fields), np.asarray(misfit)
 
 
@@ -62,15 +55,17 @@ def test_fields_and_misfits(name):
     name, **{"sampling.guidance.name": "measured", "sampling.resample.strength": 0.1}
   )
   parts = _parts(config)
-  op, y, fields, misfit = _draw(config, parts, build.stand_in_table(config))
-  assert fields.shape == (8, *build.space(config), 1)
+  op, y, fields, misfit = _draw(config, parts, prior.stand_in_table(config))
+  assert fields.shape == (8, *worlds.space(config), 1)
   np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)  # float32, fields of size 2
   assert misfit.shape == (8,)
   assert (misfit > 0).all()
   stats, network, params = parts
   keys = jax.random.split(jax.random.key(0), 4)
-  free, none = jax.jit(lambda k, p: build.sampler(config, stats, network)(k, None, p))(keys, params)
-  assert free.shape == (4, *build.space(config), 1)
+  free, none = jax.jit(lambda k, p: samples.sampler(config, stats, network)(k, None, p))(
+    keys, params
+  )
+  assert free.shape == (4, *worlds.space(config), 1)
   assert np.isnan(none).all()
 
 
@@ -78,19 +73,18 @@ def test_guided_levels():
   """By the table of the guidance, or by the spectrum if there is none; free fields need neither."""
   config = _config(**{"sampling.levels.name": "guided", "sampling.guidance.name": "measured"})
   parts = _parts(config)
-  op, y, fields, _ = _draw(config, parts, build.stand_in_table(config))
+  op, y, fields, _ = _draw(config, parts, prior.stand_in_table(config))
   np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)  # float32, fields of size 2
-  found = [build._noise_levels(config.sampling, _gain(config, parts, v))[0] for v in (1.0, 4.0)]
+  found = [samples._noise_levels(config, _gain(config, parts, v))[0] for v in (1.0, 4.0)]
   assert np.abs(np.log(found[0] / found[1])).max() > 0.02  # another gain, other levels
-  edm = config.copy_and_resolve_references()
-  edm.sampling.levels.name = "edm"
-  free = (build._noise_levels(c.sampling, _gain(config, parts, 1.0))[1] for c in (config, edm))
+  edm = config.changed(**{"sampling.levels.name": "edm"})
+  free = (samples._noise_levels(c, _gain(config, parts, 1.0))[1] for c in (config, edm))
   np.testing.assert_array_equal(*free)
 
 
 def _gain(config, parts, power):
   return gaussian_gain.Gain(
-    build.operator(config), gaussian_gain.prior_variance(parts[0].spectrum ** power)
+    worlds.operator(config), gaussian_gain.prior_variance(parts[0].spectrum ** power)
   )
 
 
@@ -128,11 +122,11 @@ def test_fields_that_ran_away_are_none():
   _, y, fields, _ = _draw(config, parts, None)
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(1)))(jnp.arange(8))
   far = jnp.where(jnp.arange(8)[:, None, None] < 4, 2e4, 1) * y
-  beside, _ = jax.jit(build.sampler(config, stats, network))(keys, far, params)
+  beside, _ = jax.jit(samples.sampler(config, stats, network))(keys, far, params)
   assert np.isnan(beside[:4]).all()
   np.testing.assert_array_equal(beside[4:], fields[4:])
-  config.sampling.solver.noise = 1e6
-  free, _ = jax.jit(lambda k, p: build.sampler(config, stats, network)(k, None, p))(keys, params)
+  config = config.changed(**{"sampling.solver.noise": 1e6})
+  free, _ = jax.jit(lambda k, p: samples.sampler(config, stats, network)(k, None, p))(keys, params)
   assert np.isnan(free).all()
 
 
@@ -142,7 +136,7 @@ def test_fields_that_ran_away_are_none():
 )
 def test_no_table_no_measured_error(changes):
   config = _config(**{f"sampling.{k}": v for k, v in changes.items()})
-  assert build.needs_table(config)
+  assert samples.needs_table(config)
   with pytest.raises(
     FileNotFoundError, match="run `downscaling train` with the same --config and --workdir"
   ):
@@ -152,18 +146,21 @@ def test_no_table_no_measured_error(changes):
 @pytest.mark.parametrize(
   ("changes", "words"),
   [
-    ({"spread": 0.0}, "need a factor > 0"),
+    ({"spread": 0.0}, "config.sampling.spread=0: need a finite number, above 0"),
     ({"unit": (4, 1)}, "among 1 member"),
     ({"unit": (4, 4), "solver.name": "dpm_solver_pp_2m"}, "part by noise alone"),
     ({"unit": (4, 4), "solver.eta": 0.0}, "part by noise alone"),
-    ({"unit": (4, 4), "resample.dead_zone": 0.5}, "drains the spread"),
-    ({"guidance.variance": "exact"}, "use one of"),
+    (
+      {"unit": (4, 4), "resample.dead_zone": 0.5},
+      "dead_zone=0.5: need a finite number, at least 1",
+    ),
+    ({"guidance.variance": "exact"}, "need one of gaussian, measured"),
     (
       {"guidance.name": "paper", "observation_noise": "0.1", "resample.strength": 0.0},
       "knows no observation noise",
     ),
-    ({"observation_noise": "automatic"}, "need a number >= 0.* or auto"),
-    ({"max_failed": 1.0}, "need the share of members that may fail"),
+    ({"observation_noise": "automatic"}, "need a number of at least 0, or auto"),
+    ({"max_failed": 1.0}, "max_failed=1: need a finite number, at least 0 and below 1"),
     (
       {"levels.sigma_max": 200.0},
       "config.sampling.levels from 0.003 to 200, but the schedule vp_linear knows",
@@ -172,15 +169,15 @@ def test_no_table_no_measured_error(changes):
     ({"unconditional.sigma_max": 160.0}, "config.sampling.unconditional from 0.003 to 160"),
     (
       {"guidance.name": "wiener", "observation_noise": "-1", "resample.strength": 0.0},
-      "need a number >= 0",
+      "need a number of at least 0",
     ),
   ],
 )
 def test_the_door(changes, words):
   base = {"sampling.resample.strength": 0.1, "sampling.members": 4, "sampling.unit": (4, 4)}
-  config = _config(**base | {f"sampling.{k}": v for k, v in changes.items()})
   with pytest.raises(ValueError, match=words):
-    build.check(config, meshes.make(4))
+    config = _config(**base | {f"sampling.{k}": v for k, v in changes.items()})
+    checks.check(config, meshes.make(4))
 
 
 def test_a_step_of_heun_above_the_schedule_is_refused():
@@ -194,21 +191,21 @@ def test_a_step_of_heun_above_the_schedule_is_refused():
     "resample.strength": 0.0,
   }
   config = _config(**{f"sampling.{k}": v for k, v in solver.items()})
-  build.check(config, meshes.make(4))
-  config.sampling.solver.churn = 40.0
+  checks.check(config, meshes.make(4))
+  config = config.changed(**{"sampling.solver.churn": 40.0})
   with pytest.raises(ValueError, match=r"levels from 0.003 to 169.\d+, but the schedule"):
-    build.check(config, meshes.make(4))
+    checks.check(config, meshes.make(4))
 
 
 def test_a_table_that_does_not_reach_the_levels_is_refused():
   config = _config()
   stats, network, _ = _parts(config)
-  table = build.stand_in_table(config)
+  table = prior.stand_in_table(config)
   short = table._replace(sigmas=table.sigmas[:20], errors=table.errors[:20])
   with pytest.raises(
     ValueError, match=r"config.sampling.levels asks for noise levels from 0.003 to 3, the prior's"
   ):
-    build.sampler(config, stats, network, short)
+    samples.sampler(config, stats, network, short)
 
 
 def test_a_field_that_ran_away_does_not_move_its_block():
@@ -230,11 +227,11 @@ def test_auto_is_no_noise_until_conditions_bring_it():
   """
   auto, none = _config(), _config(**{"sampling.observation_noise": "0"})
   assert auto.sampling.observation_noise == "auto"
-  assert stages.observation_noise(auto) is None
+  assert samples.observation_noise(auto) is None
   parts = _parts(auto)
-  table = build.stand_in_table(auto)
+  table = prior.stand_in_table(auto)
   for one, other in zip(_draw(auto, parts, table)[2:], _draw(none, parts, table)[2:], strict=True):
     np.testing.assert_array_equal(one, other)
   also = _config(**{"sampling.observation_noise": "0.00", "sampling.max_failed": 0.5})
-  assert stages.identity(none, "samples") == stages.identity(also, "samples")
-  assert stages.identity(none, "samples") != stages.identity(auto, "samples")
+  assert none.identity("samples") == also.identity("samples")
+  assert none.identity("samples") != auto.identity("samples")

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import ks
-from downscaling import build, context, jobs
+from downscaling import experiment, jobs
+from downscaling.assembly import prior, worlds
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import supervision
 
@@ -32,18 +32,18 @@ def bench():
   sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def few(folder):
+def few(folder, **changes):
   """A context of KS with few trajectories in small shards."""
-  config = ks.get_config("smoke")
-  config.data.shard = 8
-  config.data.hfhr = dict(train=8, calibration=8, test=12, reference=8, floor=8)
-  config.data.lflr = dict(train=8, calibration=8, test=8)
-  return context.Context(config, folder, meshes.make(), supervision.Stop(), "")
+  fine = dict(train=8, calibration=8, test=12, reference=8, floor=8)
+  coarse = dict(train=8, calibration=8, test=8)
+  keys = {"data.shard": 8, "data.hfhr": fine, "data.lflr": coarse} | changes
+  config = experiment.load("ks:smoke", **keys)
+  return jobs.Workdir(config, folder, meshes.make(), supervision.Stop())
 
 
 def test_fields_are_the_same_with_and_without_a_data_set(bench, tmp_path):
   made, bare = few(tmp_path / "made"), few(tmp_path / "bare")
-  jobs.generate_job(made)
+  jobs.run("generate", made)
   # 30 rows of 12 trajectories of 4: some give two rows, some three; 12 do not fill two shards of 8.
   for split, count in (("test", 30), ("test", 5), ("calibration", 8)):
     read = bench["bench"].fine_fields(made, split, count)
@@ -52,7 +52,7 @@ def test_fields_are_the_same_with_and_without_a_data_set(bench, tmp_path):
     np.testing.assert_array_equal(read, simulated)
   assert not (tmp_path / "bare").exists()  # nothing is written for it
   rows = simulated.balanced(12, 4, 5)
-  dataset = build.dataset(made.config, made.workdir, "hfhr")
+  dataset = worlds.dataset(made.experiment, made.path, "hfhr")
   assert list(simulated.load(dataset, "test", index=rows)["trajectory"]) == list(
     1_500_000_000 + rows // 4
   )
@@ -60,10 +60,10 @@ def test_fields_are_the_same_with_and_without_a_data_set(bench, tmp_path):
 
 def test_a_data_set_of_another_config_is_refused(bench, tmp_path):
   made = few(tmp_path)
-  jobs.generate_job(made)
-  made.config.data.burn_in = 12.5
+  jobs.run("generate", made)
+  other = few(tmp_path, **{"data.burn_in": 12.5})
   with pytest.raises(ValueError, match=r"data\.burn_in: 25\.0 -> 12\.5"):
-    bench["bench"].fine_fields(made, "test", 5)
+    bench["bench"].fine_fields(other, "test", 5)
 
 
 def parabola(best, runaway=math.inf):
@@ -198,16 +198,16 @@ def untrained(bench):
 
   An untrained network's last layer is 0, and D linear.
   """
-  config = ks.get_config("smoke")
+  config = experiment.load("ks:smoke")
   made = object.__new__(bench["bench"].Bench)
   made.mesh, made.seed, made.config, made._programs = meshes.make(), 0, config, {}
-  made.stats = build.statistics.Statistics(np.zeros(1), np.ones(1), np.ones((192, 1), np.float32))
-  made.network = build.denoising_network(config, made.stats)
+  made.stats = prior.unit_statistics(config)
+  made.network = prior.network(config, made.stats)
   x = np.zeros((1, 192, 1), np.float32)
   drawn = jax.jit(made.network.init)(jax.random.key(0), x, np.ones(1, np.float32))["params"]
   rng = np.random.default_rng(1)
   made.params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), drawn)
-  made.table = build.stand_in_table(config)
+  made.table = prior.stand_in_table(config)
   return made
 
 

@@ -3,20 +3,20 @@ data.
 """
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 import xarray
 
-from downscaling import build, context, jobs, series, stages
+from downscaling import checks, experiment, jobs
+from downscaling.assembly import prior, samples, time_series, worlds
 from downscaling.fields import statistics
+from downscaling.jobs import rows, sample
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import stage_folder, supervision
 from downscaling.sampling import ensemble
 
-ROOT = pathlib.Path(__file__).parents[1]
 # Trajectories of 6 frames, series of all 6 by windows of 4 that have 2 in common.
 TINY = {
   "grid.frames": 4, "sampling.series.overlap": 2, "data.snapshots": 6,
@@ -38,36 +38,30 @@ TINY = {
 
 
 def config(variant="series", **changes):
-  scope = {}
-  exec((ROOT / "configs" / "ks.py").read_text(), scope)  # as config_flags does
-  c = scope["get_config"](variant)
-  c.update_from_flattened_dict(changes)
-  return c.lock()
+  return experiment.load(f"ks:{variant}", **changes)
 
 
 # ---------------------------------------------------------------- identities
 
 
-@pytest.mark.parametrize("stage", stages.IDENTITY)
-def test_single_frames_leave_no_trace_in_an_identity(stage):
-  """Work folders that are older than series stay valid: the hash is that of a config without the
-  new keys.
-  """
+@pytest.mark.parametrize("stage", experiment.DEPENDS)
+def test_what_does_not_decide_a_result_leaves_no_trace_in_an_identity(stage):
+  """Single frames, and keys that may change between restarts: folders stay valid."""
   c = config("quick")
-  older = c.copy_and_resolve_references().unlock()
-  del older.grid.frames, older.sampling.series
-  blocks = {key: stage_folder.plain(older[key]) for key in stages.IDENTITY[stage]}
-  found = stages.identity(c, stage)
-  unseen = ("factor", "operator") if stage == "train" else ()
-  assert found["grid"] == {k: v for k, v in blocks["grid"].items() if k not in unseen}
-  assert found.get("debias", {}).keys() <= blocks.get("debias", {}).keys()
-  if "sampling" in blocks:
-    assert found["sampling"].keys() == blocks["sampling"].keys() - {
-      "conditions",
-      "members",
-      "sets",
-      "max_failed",
-    }
+  assert "frames" not in c.identity(stage).get("grid", {})
+  assert "series" not in c.identity(stage).get("sampling", {})
+  free = {
+    "sampling.members": 3,
+    "sampling.conditions": 5,
+    "sampling.max_failed": 0.5,
+    "debias.path": "fused",
+    "train.dir": "elsewhere",
+    "plan.log_every": 7,
+    "memory.microbatches": 2,
+    "mesh.fsdp": 2,
+    "label": "other",
+  }
+  assert c.changed(**free).identity(stage) == c.identity(stage)
 
 
 def test_first_conditions_are_of_many_trajectories():
@@ -75,13 +69,13 @@ def test_first_conditions_are_of_many_trajectories():
   time.
   """
   c = config("quick", **{"debias.held_out": 2048, "data.lflr.test": 64})
-  order = series.condition_rows(c)
+  order = time_series.condition_rows(c)
   np.testing.assert_array_equal(np.sort(order), np.arange(2048))
   trajectory, turn = np.divmod(order[:96], 32)
   assert len(set(trajectory)) >= 60  # the widest gap, 34, may pass one over
   apart = [np.diff(np.sort(turn[trajectory == t])) for t in range(64)]
   assert np.concatenate(apart).min() >= 13  # gaps are numbers of Fibonacci's: 13, 21, 34
-  assert stages.identity(c, "samples")["sampling"]["order"]
+  assert c.identity("samples")["sampling"]["order"]
 
 
 @pytest.mark.parametrize("changes", [{"debias.held_out": 64, "data.lflr.test": 64}, TINY])
@@ -90,8 +84,8 @@ def test_where_conditions_keep_the_order_of_the_rows(changes):
   stay.
   """
   c = config("series" if changes is TINY else "quick", **changes)
-  assert series.condition_rows(c) is None
-  assert "order" not in stages.identity(c, "samples")["sampling"]
+  assert time_series.condition_rows(c) is None
+  assert "order" not in c.identity("samples")["sampling"]
 
 
 def test_what_depends_on_series_and_what_does_not():
@@ -105,7 +99,8 @@ def test_what_depends_on_series_and_what_does_not():
     "length": config(**TINY | {"sampling.series.frames": 4}),
   }
   changed = {
-    name: {s for s in stages.IDENTITY if _hash(base, s) != _hash(c, s)} for name, c in other.items()
+    name: {s for s in experiment.DEPENDS if _hash(base, s) != _hash(c, s)}
+    for name, c in other.items()
   }
   assert changed == {
     "frames": {"train", "samples", "report"},
@@ -115,7 +110,7 @@ def test_what_depends_on_series_and_what_does_not():
 
 
 def _hash(c, stage):
-  return stage_folder.config_hash(stages.identity(c, stage))
+  return stage_folder.config_hash(c.identity(stage))
 
 
 # ---------------------------------------------------------------- the door
@@ -128,7 +123,7 @@ def _hash(c, stage):
       {"grid.frames": 7, "sampling.series.frames": 7},
       r"config.grid.frames=7.*--config.grid.frames=6 or fewer",
     ),
-    ({"grid.frames": 0}, "at least one window of at least one frame"),
+    ({"grid.frames": 0}, "config.grid.frames=0: need a whole number, at least 1"),
     (
       {"sampling.series.frames": 8},
       r"config.sampling.series.frames=8, but a trajectory has .*snapshots=6",
@@ -147,18 +142,19 @@ def _hash(c, stage):
 )
 def test_the_door(changes, words):
   with pytest.raises(ValueError, match=words):
-    build.check(config(**TINY | changes), meshes.make())
+    checks.check(config(**TINY | changes), meshes.make())
 
 
 def test_what_attributes_say():
-  assert series.comment(config("quick")).startswith(
+  assert time_series.comment(config("quick")).startswith(
     "Members are independent in time: the prior knows single fields"
   )
-  assert "6 frames were drawn together, by windows of 4 frames with 2 in common" in series.comment(
-    config(**TINY)
+  assert (
+    "6 frames were drawn together, by windows of 4 frames with 2 in common"
+    in time_series.comment(config(**TINY))
   )
   alone = config(**TINY | {"grid.frames": 1, "sampling.series.overlap": 0})
-  assert series.comment(alone).startswith(
+  assert time_series.comment(alone).startswith(
     "Frames of a member are independent in time, but for their conditions"
   )
 
@@ -169,23 +165,19 @@ def test_what_attributes_say():
 @pytest.mark.parametrize(("name", "guidance"), [("ks", "measured"), ("kolmogorov", "moment")])
 def test_series_of_both_equations_meet_their_conditions(name, guidance):
   """Lines and planes, an untrained network: frames are an axis, each on its own coarse field."""
-  scope = {}
-  exec((ROOT / "configs" / f"{name}.py").read_text(), scope)
-  c = scope["get_config"]("smoke")
   small = {"sampling.levels.steps": 2, "sampling.guidance.name": guidance, "sampling.unit": (2, 2)}
-  c.update_from_flattened_dict(
-    small | {"grid.frames": 2, "sampling.series": {"frames": 4, "overlap": 1}}
-  )
-  space, op = build.space(c), build.operator(c)
+  in_time = {"grid.frames": 2, "sampling.series.frames": 4, "sampling.series.overlap": 1}
+  c = experiment.load(f"{name}:smoke", **small | in_time)
+  space, op = worlds.space(c), worlds.operator(c)
   ones = np.ones(1, np.float32)
   stats = statistics.Statistics(0 * ones, 2 * ones, np.ones((*space, 1), np.float32))
-  network = build.denoising_network(c, stats)
+  network = prior.network(c, stats)
   params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, *space, 2), np.float32), ones)[
     "params"
   ]
   y = jax.random.normal(jax.random.key(1), (2, 4, *op.coarse, 1))
   keys = jax.random.split(jax.random.key(2), 2)
-  fields, misfit = jax.jit(build.sampler(c, stats, network, build.stand_in_table(c)))(
+  fields, misfit = jax.jit(samples.sampler(c, stats, network, prior.stand_in_table(c)))(
     keys, y, params
   )
   assert fields.shape == (2, 4, *space, 1)
@@ -199,14 +191,9 @@ def test_series_of_both_equations_meet_their_conditions(name, guidance):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
   """A whole pipeline in this process."""
-  ctx = context.Context(
-    config(**TINY),
-    tmp_path_factory.mktemp("series") / "run",
-    meshes.make(),
-    supervision.Stop(),
-    "test",
-  )
-  build.check(ctx.config, ctx.mesh)
+  folder = tmp_path_factory.mktemp("series") / "run"
+  ctx = jobs.Workdir(config(**TINY), folder, meshes.make(), supervision.Stop())
+  checks.check(ctx.experiment, ctx.mesh)
   jobs.run("pipeline", ctx)
   return ctx
 
@@ -216,7 +203,7 @@ def test_the_pipeline_end_to_end(run):
   """Stores with an axis of time, conditions that are stretches in order of time, a report that
   knows both.
   """
-  for name, source in build.sources(run.config).items():
+  for name, source in samples.sources(run.experiment).items():
     with xarray.open_zarr(run.folder("samples") / f"{name}.zarr") as data:
       assert data["sample"].dims == ("condition", "member", "time", "x")
       assert data["sample"].shape == ((4, 2, 6, 192) if source else (1, 4, 6, 192))
@@ -229,7 +216,7 @@ def test_the_pipeline_end_to_end(run):
         np.testing.assert_allclose(
           seen, np.broadcast_to(field[:, None], seen.shape), atol=1e-4
         )  # float32, of size 3
-  true = context.true_rows(run, 4)
+  true = rows.true_fields(run, 4)
   assert true.shape == (4, 6, 192, 1)
   # A field keeps its shape from one frame to the next, as frames of different trajectories do not.
   along, across = np.diff(true, axis=1), true[1:] - true[:-1]
@@ -248,24 +235,19 @@ def test_the_pipeline_end_to_end(run):
 @pytest.mark.slow
 def test_members_do_not_depend_on_devices(run):
   """One device draws the same series as four, but for the order of float32 sums."""
-  c, stats = run.config, context.stage_statistics(run)
-  network = build.denoising_network(c, stats)
-  prior = run.stage("train")
-  params = jobs.train_loop.load_prior(
-    prior.path, stage_folder.config_hash(prior.identity), network, (192,), 4, run.mesh
-  )
-  params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), params)
-  table = jobs.error_table.load(prior.path, stage_folder.config_hash(prior.identity))
+  c, stats = run.experiment, run.statistics()
+  network = prior.network(c, stats)
+  params, table = sample.restored(run.stage("train"), c, network, 1, run.mesh)
   unit = ensemble.Unit(0, 4, 0, 2)
-  y = context.conditions_of(run, "true")
+  y = rows.condition_fields(run, "true")
   layout = ensemble.layout_of(
-    build.sampler(c, stats, network, table), params, conditions=4, members=2, space=(192,),
+    samples.sampler(c, stats, network, table), params, conditions=4, members=2, space=(192,),
     coarse=y.shape[1:],
     unit=(4, 2), frames=6,
   )  # fmt: skip
   with jax.default_device(jax.devices()[0]):
     ids, members, fields = ensemble.block(layout, unit, np.arange(4), y)
-    drawn, _ = jax.jit(build.sampler(c, stats, network, table))(
+    drawn, _ = jax.jit(samples.sampler(c, stats, network, table))(
       ensemble.keys(c.seed, ids, members), fields, params
     )
   with xarray.open_zarr(run.folder("samples") / "true+diffusion.zarr") as data:

@@ -2,12 +2,15 @@
 is none.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from downscaling import build, soft_conditions
-from downscaling.context import Context
+from downscaling import jobs
+from downscaling.assembly import prior, samples
+from downscaling.jobs import fitted_noise
 from downscaling.runtime import files, supervision
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import conditional_sampler, ensemble, observation_noise
@@ -31,36 +34,35 @@ def setting(tmp_path, monkeypatch):
   config = _config(**{"sampling.conditions": 4})
   stats, network, params = _parts(config)
   rows = np.random.default_rng(0).normal(size=(16, 1, 24, 1)).astype(np.float32)
-  monkeypatch.setattr(soft_conditions, "stretches", lambda ctx, which, split, count: rows[:count])
-  monkeypatch.setattr(soft_conditions.maps, "load", lambda folder: Shifted())
-  ctx = Context(config, tmp_path, meshes.make(1), supervision.Stop(), "command")
-  return ctx, build.sampler(config, stats, network, build.stand_in_table(config)), params, stats
+  monkeypatch.setattr(fitted_noise, "stretches", lambda ctx, which, split, count: rows[:count])
+  monkeypatch.setattr(fitted_noise.maps, "load", lambda folder: Shifted())
+  ctx = jobs.Workdir(config, tmp_path, meshes.make(1), supervision.Stop())
+  return ctx, samples.sampler(config, stats, network, prior.stand_in_table(config)), params, stats
 
 
 def test_a_fit_is_made_once_said_and_handed_on(setting, tmp_path, capsys, monkeypatch):
   ctx, sampler, params, stats = setting
-  monkeypatch.setattr(soft_conditions, "LEAST", 5)  # three units of two conditions
-  first = soft_conditions.fits(ctx, tmp_path, sampler, params, stats)
+  monkeypatch.setattr(fitted_noise, "LEAST", 5)  # three units of two conditions
+  first = fitted_noise.fits(ctx, tmp_path, "of the prior", sampler, params, stats)
   assert set(first) == {SET, "entropic+diffusion", "gaussian+diffusion"} & set(
-    build.sources(ctx.config)
+    samples.sources(ctx.experiment)
   )
   said = capsys.readouterr().err
   assert (
     f"{SET}: observation noise {first[SET].std:g} of the data's standard deviation, χ²/d′" in said
   )
-  record = files.read_json(tmp_path / soft_conditions.FILE)[SET]
+  record = files.read_json(tmp_path / fitted_noise.FILE)[SET]
   assert record["map"] == "equivariant"
   assert record["rows"] == "lflr calibration, 6 conditions of 4 members"
   np.testing.assert_allclose(
     record["std_in_data_units"], 2 * first[SET].std
   )  # the data's standard deviation is 2
-  before = (tmp_path / soft_conditions.FILE).read_bytes()
-  monkeypatch.setattr(soft_conditions, "_fit", lambda *_: pytest.fail("fitted again"))
-  assert soft_conditions.fits(ctx, tmp_path, sampler, params, stats) == first
-  assert (tmp_path / soft_conditions.FILE).read_bytes() == before
+  before = (tmp_path / fitted_noise.FILE).read_bytes()
+  monkeypatch.setattr(fitted_noise, "_fit", lambda *_: pytest.fail("fitted again"))
+  assert fitted_noise.fits(ctx, tmp_path, "of the prior", sampler, params, stats) == first
+  assert (tmp_path / fitted_noise.FILE).read_bytes() == before
   assert (
-    soft_conditions.attributes(first[SET], stats)["observation_noise_chi_squared"]
-    == first[SET].chi2
+    fitted_noise.attributes(first[SET], stats)["observation_noise_chi_squared"] == first[SET].chi2
   )
 
 
@@ -69,12 +71,12 @@ def test_the_fit_sees_the_maps_fields_and_the_samplers_own_misfits(setting, monk
   of their own.
   """
   ctx, sampler, params, _ = setting
-  monkeypatch.setattr(soft_conditions, "LEAST", 4)
-  found = soft_conditions._fit(ctx, "equivariant", sampler, params, 1)
-  y = soft_conditions._conditions(ctx, "equivariant")
+  monkeypatch.setattr(fitted_noise, "LEAST", 4)
+  found = fitted_noise._fit(ctx, "equivariant", sampler, params, 1)
+  y = fitted_noise._conditions(ctx, "equivariant")
   assert y.mean() == pytest.approx(1, abs=0.5)
-  ids, members = (soft_conditions.FIRST_ID + np.arange(4)).repeat(4), np.tile(np.arange(4), 4)
-  keys = ensemble.keys(ctx.config.seed, ids.astype(np.uint32), members.astype(np.uint32))
+  ids, members = (fitted_noise.FIRST_ID + np.arange(4)).repeat(4), np.tile(np.arange(4), 4)
+  keys = ensemble.keys(ctx.experiment.seed, ids.astype(np.uint32), members.astype(np.uint32))
   _, misfit = jax.jit(sampler)(
     keys, y.repeat(4, 0), conditional_sampler.Soft(params, np.zeros((1, 1), np.float32))
   )
@@ -85,10 +87,10 @@ def test_the_fit_sees_the_maps_fields_and_the_samplers_own_misfits(setting, monk
 def test_what_the_sampler_is_handed(setting):
   _, _, params, _ = setting
   fit = observation_noise.Fit(0.05, 1.0, 0.999, (9.0, 1.0), ((0.0, 9.0, 1.0), (0.05, 1.0, 0.999)))
-  assert soft_conditions.weights(params, None, 1) is params
+  assert fitted_noise.weights(params, None, 1) is params
   exact = observation_noise.Fit(0.0, 1.0, 1.0, (1.0, 1.0), ((0.0, 1.0, 1.0),))
-  assert soft_conditions.weights(params, exact, 1) is params  # the very program of true conditions
-  soft = soft_conditions.weights(params, fit, 2)
+  assert fitted_noise.weights(params, exact, 1) is params  # the very program of true conditions
+  soft = fitted_noise.weights(params, fit, 2)
   assert soft.params is params
   np.testing.assert_allclose(soft.error, np.full((1, 1, 1), 0.0025))
 
@@ -109,7 +111,8 @@ def test_where_there_is_none(setting, tmp_path, capsys, changes, words):
   which is said.
   """
   ctx, sampler, params, stats = setting
-  ctx.config.update_from_flattened_dict({f"sampling.{k}": v for k, v in changes.items()})
-  assert soft_conditions.fits(ctx, tmp_path, sampler, params, stats) == {}
+  changes = {f"sampling.{k}": v for k, v in changes.items()}
+  ctx = dataclasses.replace(ctx, experiment=ctx.experiment.changed(**changes))
+  assert fitted_noise.fits(ctx, tmp_path, "of the prior", sampler, params, stats) == {}
   assert words in capsys.readouterr().err
-  assert not (tmp_path / soft_conditions.FILE).exists()
+  assert not (tmp_path / fitted_noise.FILE).exists()

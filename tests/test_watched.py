@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from downscaling import evaluators
 from downscaling.fields import statistics
+from downscaling.jobs import unconditional_fields
 from downscaling.report import themes
 from downscaling.runtime import mesh as meshes
 
@@ -17,9 +17,9 @@ from downscaling.runtime import mesh as meshes
 def test_a_gallery_has_a_panel_for_every_field(shape):
   """Of one field too: matplotlib then gives no array of axes unless it is told to."""
   fields = np.random.default_rng(0).normal(size=shape)
-  figure = evaluators.gallery(fields, 2 * fields)(themes.LIGHT)
+  figure = unconditional_fields.gallery(fields, 2 * fields)(themes.LIGHT)
   assert len(figure.axes) == 2 * len(fields)
-  assert themes.pixels(evaluators.gallery(fields, 2 * fields)).ndim >= 3
+  assert themes.pixels(unconditional_fields.gallery(fields, 2 * fields)).ndim >= 3
 
 
 @pytest.mark.parametrize("lost", [3, 8])
@@ -37,7 +37,7 @@ def test_fields_that_ran_away_are_counted_and_end_no_training(lost):
   stats = statistics.Statistics(
     np.zeros(1, np.float32), np.ones(1, np.float32), np.ones((64, 1), np.float32)
   )
-  found = evaluators.unconditional(sampler, mesh, 8, truth, stats, 0)(
+  found = unconditional_fields.evaluator(sampler, mesh, 8, truth, stats, 0)(
     types.SimpleNamespace(ema=[{}])
   )
   assert found["diverged"] == lost

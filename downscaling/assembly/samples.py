@@ -56,6 +56,7 @@ def sampler(
   stats: statistics.Statistics,
   network: denoiser.Denoiser,
   table: error_table.ErrorTable | None = None,
+  alpha: jax.Array | None = None,
 ) -> Callable:
   """(keys [B], coarse fields [B, *coarse, C] or None, parameters) -> (fields, misfit [B]).
 
@@ -65,8 +66,9 @@ def sampler(
   Args:
     stats: of single frames.
     table: error_table.load of the prior, where `needs_table` says so.
+    alpha: in place of sampling.guidance.alpha; it may be traced, so that one program serves a sweep.
   """
-  draw = _folded(experiment, stats, network, table)
+  draw = _folded(experiment, stats, network, table, alpha)
   length = time_series.plan(experiment).series
   return draw if length == 1 else stitching.over_time(draw, length)
 
@@ -85,7 +87,7 @@ def watching_sampler(
   return _folded(window, stats, network)
 
 
-def _folded(experiment: Experiment, stats, network, table=None) -> Callable:
+def _folded(experiment: Experiment, stats, network, table=None, alpha=None) -> Callable:
   """The sampler, the frames of a series folded into channels."""
   block, op = experiment.sampling, worlds.operator(experiment)
   plan = time_series.plan(experiment)
@@ -120,7 +122,7 @@ def _folded(experiment: Experiment, stats, network, table=None) -> Callable:
       start=block.start,
       prior=prior_gain,
       guide=guide,
-      guidance=_guidance(experiment),
+      guidance=_guidance(experiment, alpha),
       select=resampling(experiment),
       spread=block.spread,
       members=block.unit[1],
@@ -143,9 +145,15 @@ def _measured_gain(op, table, plan, noise):
   return gaussian_gain.Gain(op, gaussian_gain.measured_variance(table.sigmas, errors), noise)
 
 
-def _guidance(experiment: Experiment) -> dict:
+def _guidance(experiment: Experiment, alpha) -> dict:
   """Keywords of the guidance."""
-  return {k: v for k, v in experiment.sampling.guidance.asdict().items() if k != "variance"}
+  block = experiment.sampling.guidance
+  return {
+    "name": block.name,
+    "alpha": block.alpha if alpha is None else alpha,
+    "normalise": block.normalise,
+    "final": block.final,
+  }
 
 
 def check_noise_levels(experiment: Experiment, table: error_table.ErrorTable | None) -> None:
@@ -175,12 +183,17 @@ def _noise_levels(
 
   "guided" levels follow what the gain leaves open; without a condition they are those of "edm".
   """
-  block, alone = experiment.sampling.levels.asdict(), experiment.sampling.unconditional
-  free = block | {"sigma_max": alone.sigma_max, "steps": alone.steps}
-  if block["name"] != "guided":
-    return schedules.levels(**block), schedules.levels(**free)
-  low = gaussian_gain.levels(gain, block["steps"], block["sigma_max"], block["sigma_min"])
-  return low, schedules.levels(**free | {"name": "edm"})
+  block, alone = experiment.sampling.levels, experiment.sampling.unconditional
+  name = "edm" if block.name == "guided" else block.name
+
+  def levels(steps: int, sigma_max: float) -> np.ndarray:
+    return schedules.levels(name, steps, sigma_max, block.sigma_min, block.rho)
+
+  free = levels(alone.steps, alone.sigma_max)
+  if block.name == "guided":
+    low = gaussian_gain.levels(gain, block.steps, block.sigma_max, block.sigma_min)
+    return low, free
+  return levels(block.steps, block.sigma_max), free
 
 
 def resampling(experiment: Experiment) -> Resampling | None:

@@ -69,7 +69,7 @@ class Sample(Job):
       devices=[*meshes.local(work.mesh).devices.flat],
       seed=e.seed,
       identity=identity,
-      converted=converted,
+      stored={"converted": converted, "defaults": {"config": e.defaults()}},
       attrs=fitted_noise.attributes(noise, stats) | about,
       coordinates=worlds.coordinates(e),
       sample_attrs={"units": "1"},

@@ -58,6 +58,7 @@ class Workdir:
         self.experiment.identity(name),
         about={"experiment": self.experiment.differences()},
         converted=functools.partial(experiments.first_schema, name),
+        defaults=self.experiment.defaults(),
       )
 
     return processes.main_first(f"stage/{name}", opened)

@@ -51,12 +51,19 @@ def config_hash(config: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-  """Keys whose values differ, as 'block.key: old -> new'."""
+def differences(old: Any, new: Any, defaults: Any = None, path: str = "") -> Iterator[str]:
+  """Keys whose values differ, as 'block.key: old -> new'.
+
+  defaults: values of keys that one of them lacks, nested; "absent" where there is none.
+  """
   if isinstance(old, dict) and isinstance(new, dict):
+    known = defaults if isinstance(defaults, dict) else {}
     for key in sorted({*old, *new}):
+      default = known.get(key)
+      either = old.get(key, new.get(key))
+      fallback = {} if isinstance(either, dict) else ("absent" if default is None else default)
       inner = f"{path}.{key}" if path else key
-      yield from differences(old.get(key, "absent"), new.get(key, "absent"), inner)
+      yield from differences(old.get(key, fallback), new.get(key, fallback), default, inner)
   elif old != new:
     yield f"{path}: {old} -> {new}"
 
@@ -116,6 +123,7 @@ def open_stage(
   *,
   about: Mapping[str, Any] | None = None,
   converted: Callable[[dict], dict] | None = None,
+  defaults: Mapping[str, Any] | None = None,
 ) -> Stage:
   """Opens the stage's folder, creating and marking it if it is new.
 
@@ -126,6 +134,7 @@ def open_stage(
     about: what else a new marker says; it is never compared.
     converted: the identity of a marker of the first schema -> what it would be today; None if it
       would be the same. The marker stays as it is.
+    defaults: values of the settings that an identity leaves out, for messages.
   Raises:
     FileExistsError: the folder holds files but no marker of ours.
     ValueError: other settings or another schema made it; the message names the first keys that
@@ -135,7 +144,7 @@ def open_stage(
   marker = path / MARKER
   if marker.exists():
     record = files.read_json(marker)
-    _check_same(path, record, identity, converted)
+    _check_same(path, record, identity, converted, plain(defaults or {}))
   else:
     _make(path)
     record = {
@@ -152,7 +161,7 @@ def open_stage(
   return Stage(path, name, identity, record["config_hash"])
 
 
-def _check_same(path: pathlib.Path, record: dict, identity: dict, converted) -> None:
+def _check_same(path: pathlib.Path, record: dict, identity: dict, converted, defaults) -> None:
   """Raises ValueError if the marker's settings are not `identity`."""
   schema = record.get("schema")
   if schema not in (FIRST, SCHEMA):
@@ -163,7 +172,7 @@ def _check_same(path: pathlib.Path, record: dict, identity: dict, converted) -> 
   found = record["config"]
   if schema == FIRST and converted is not None:
     found = converted(found)
-  changed = list(differences(found, identity))
+  changed = list(differences(found, identity, defaults))
   if changed:
     shown = "; ".join(changed[:4])
     if len(changed) > 4:

@@ -93,7 +93,7 @@ def write_ensemble(
   interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
   frames: int = 1,
   max_failed: float = 0.0,
-  converted: Callable[[dict], dict] | None = None,
+  stored: Mapping[str, Any] | None = None,
 ) -> dict:
   """Draws what is missing of the ensemble and returns its summary.
 
@@ -132,7 +132,8 @@ def write_ensemble(
     interruptible: what is done -> a block in which this process may be ended, as nothing could be
       lost (supervision).
     max_failed: the share of all members that may fail, in [0, 1).
-    converted: identity of a store of the first schema -> today's; see stage_folder.open_stage.
+    stored: converted and defaults, for what is compared with `identity`; see
+      stage_folder.open_stage.
   Raises:
     ValueError: impossible sizes, NaN in a condition, a store of another identity (keys are named),
       fewer conditions or members than it holds.
@@ -154,7 +155,7 @@ def write_ensemble(
   with contextlib.ExitStack() as held:
 
     def prepare() -> tuple[ensemble_store.Found, locks.Lock]:
-      stage = ensemble_store.open_stage(path, layout, seed, identity, converted)
+      stage = ensemble_store.open_stage(path, layout, seed, identity, **(stored or {}))
       lock = held.enter_context(locks.hold(stage.path / "lock.json", str(path)))
       ensemble_store.grow(path, stage, layout, ids, conditions)
       ensemble_store.create(path, layout, variables, attrs, about)

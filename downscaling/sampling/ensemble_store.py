@@ -19,8 +19,8 @@ import hashlib
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore
@@ -107,11 +107,11 @@ def open_stage(
   layout: Layout,
   seed: int,
   identity: Mapping,
-  converted: Callable[[dict], dict] | None = None,
+  **stored: Any,
 ) -> stage_folder.Stage:
   """The folder of markers, refused if the samples there depend on anything else.
 
-  converted: as for stage_folder.open_stage.
+  stored: converted and defaults, as for stage_folder.open_stage.
   """
   fixed = {
     k: v for k, v in layout._asdict().items() if k not in ("conditions", "members", "frames")
@@ -130,7 +130,7 @@ def open_stage(
       f"{path} exists, but not its list of finished units {units}: it was not made by this job, or "
       "the list was moved. Nothing was touched: use another sampling.name or --workdir."
     )
-  return stage_folder.open_stage(units, "sample", full, converted=converted)
+  return stage_folder.open_stage(units, "sample", full, **stored)
 
 
 def grow(path: pathlib.Path, stage: stage_folder.Stage, layout: Layout, ids, conditions) -> None:
