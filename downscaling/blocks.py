@@ -116,7 +116,7 @@ class Data(Settings, key="data"):
 
   name: str = choice("ks", ("kolmogorov", "ks"), "the equation")
   dir: str = text("", "where the data lie, WORKDIR/data by default", words=FOLDER,
-                  read=local_folder, free=True)  # fmt: skip
+                  read=local_folder, free=True, example="/data/ks")  # fmt: skip
   burn_in: float = number(25.0, "time before the first snapshot", least=0)
   spacing: float = number(12.5, "time between snapshots", above=0)
   snapshots: int = count(4, "snapshots a trajectory")
@@ -232,7 +232,7 @@ class Train(Settings, key="train"):
   ema_decay: tuple = numbers((0.999,), "decays of the averages; the first average is the prior",
                              least=0, below=1)  # fmt: skip
   dir: str = text("", "where the prior lies, WORKDIR/train by default", words=FOLDER,
-                  read=local_folder, free=True)  # fmt: skip
+                  read=local_folder, free=True, example="/data/ks")  # fmt: skip
   augment: bool = flag(False, "move every field by a random symmetry, anew in each step")
 
 

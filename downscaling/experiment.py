@@ -42,6 +42,7 @@ class Experiment(Settings):
     words=blocks.LABEL,
     read=blocks.file_name,
     free=True,
+    example="second",
   )
   seed: int = count(0, "seed of all random numbers", least=0)
   mesh: blocks.Mesh = blocks.inner(blocks.Mesh)

@@ -119,7 +119,7 @@ def parse(argv: list[str], overrides: dict) -> list[str]:
     fail(f"--config came {len(configs)} times ({', '.join(configs)}): give one.")
   overrides.update(keys)
   if configs:
-    rest.append(f"--config={configs[0]}")
+    rest.insert(1, f"--config={configs[0]}")
   try:
     return FLAGS(rest)
   except flags.Error as error:

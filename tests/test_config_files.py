@@ -49,19 +49,19 @@ def test_what_is_not_there_is_told_with_the_names_that_are(tmp_path, monkeypatch
   assert "\n" not in said
 
 
-def test_only_the_value_of_config_is_replaced(tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  path = f"{CONFIGS / 'ks.py'}:smoke"
-  rest = ["--workdir=ks", "--config.label=ks", "--config.seed=1"]
-  for given, resolved in (
-    (["--config=ks:smoke"], [f"--config={path}"]),
-    (["-config=ks:smoke"], [f"-config={path}"]),
-    (["--config", "ks:smoke"], ["--config", path]),
-    (["--config"], ["--config"]),  # absl tells that its value is missing
-  ):
-    assert config_files.resolve_flags(["downscaling", "train", *rest, *given]) == [
-      "downscaling",
-      "train",
-      *rest,
-      *resolved,
-    ]
+def test_config_and_its_keys_are_split_off_a_command_line():
+  """Both --config=VALUE and --config VALUE, with one dash or two; other flags stay as they are."""
+  rest = ["downscaling", "train", "--workdir=ks", "--dry_run"]
+  keys = ["--config.seed=1", "-config.model.channels=(8,16)", "--config.label", "one"]
+  read = {"seed": 1, "model.channels": (8, 16), "label": "one"}
+  for given in (["--config=ks:smoke"], ["-config=ks:smoke"], ["--config", "ks:smoke"]):
+    found = config_files.from_arguments([*rest, *given, *keys])
+    assert found == (["ks:smoke"], read, rest)
+  assert config_files.from_arguments(["--config=a", "--config=b"])[0] == ["a", "b"]
+
+
+def test_values_are_literals_or_text():
+  """A number that is not finite stays text, so that an error can quote it."""
+  for text, value in (("3", 3), ("(1,2)", (1, 2)), ("ks", "ks"), ("True", True), ("", "")):
+    assert config_files.literal(text) == value
+  assert config_files.literal("1e999") == "1e999"

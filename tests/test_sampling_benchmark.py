@@ -14,6 +14,7 @@ import pytest
 
 from downscaling import experiment, jobs
 from downscaling.assembly import prior, worlds
+from downscaling.datasets import simulated
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import supervision
 
@@ -47,9 +48,9 @@ def test_fields_are_the_same_with_and_without_a_data_set(bench, tmp_path):
   # 30 rows of 12 trajectories of 4: some give two rows, some three; 12 do not fill two shards of 8.
   for split, count in (("test", 30), ("test", 5), ("calibration", 8)):
     read = bench["bench"].fine_fields(made, split, count)
-    simulated = bench["bench"].fine_fields(bare, split, count)
+    anew = bench["bench"].fine_fields(bare, split, count)
     assert read.shape == (count, 192, 1)
-    np.testing.assert_array_equal(read, simulated)
+    np.testing.assert_array_equal(read, anew)
   assert not (tmp_path / "bare").exists()  # nothing is written for it
   rows = simulated.balanced(12, 4, 5)
   dataset = worlds.dataset(made.experiment, made.path, "hfhr")

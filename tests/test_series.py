@@ -75,7 +75,7 @@ def test_first_conditions_are_of_many_trajectories():
   assert len(set(trajectory)) >= 60  # the widest gap, 34, may pass one over
   apart = [np.diff(np.sort(turn[trajectory == t])) for t in range(64)]
   assert np.concatenate(apart).min() >= 13  # gaps are numbers of Fibonacci's: 13, 21, 34
-  assert c.identity("samples")["sampling"]["order"]
+  assert c.identity("samples")["order"]
 
 
 @pytest.mark.parametrize("changes", [{"debias.held_out": 64, "data.lflr.test": 64}, TINY])
@@ -85,7 +85,7 @@ def test_where_conditions_keep_the_order_of_the_rows(changes):
   """
   c = config("series" if changes is TINY else "quick", **changes)
   assert time_series.condition_rows(c) is None
-  assert "order" not in c.identity("samples")["sampling"]
+  assert "order" not in c.identity("samples")
 
 
 def test_what_depends_on_series_and_what_does_not():

@@ -89,10 +89,10 @@ def validation_rows(experiment: Experiment) -> int:
 
 def schedule(experiment: Experiment) -> schedules.Schedule:
   """The noise schedule, with those keys that it takes."""
-  block = experiment.schedule.asdict()
-  make = SCHEDULES[block["name"]]
+  block = experiment.schedule
+  make = SCHEDULES[block.name]
   taken = inspect.signature(make).parameters
-  return make(**{key: value for key, value in block.items() if key in taken})
+  return make(**{key: value for key, value in block.asdict().items() if key in taken})
 
 
 def noise_levels(experiment: Experiment) -> Callable:

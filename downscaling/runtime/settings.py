@@ -26,19 +26,21 @@ class Rule:
     help: what the key means.
     read: value -> the value as the program uses it; raises ValueError or TypeError otherwise.
     free: the key may change between restarts, as no result depends on it.
+    example: what an error suggests to type; None for the default.
   """
 
   words: str
   help: str
   read: Callable[[Any], Any]
   free: bool = False
+  example: Any = None
 
-  def check(self, key: str, value: Any, example: Any) -> Any:
+  def check(self, key: str, value: Any, default: Any) -> Any:
     """The value as the program uses it. Raises ValueError naming `key` for any other value."""
     try:
       return self.read(value)
     except (ValueError, TypeError, OverflowError):
-      typed = str(shown(example)).replace(" ", "")
+      typed = shown(default if self.example is None else self.example).replace(" ", "")
       raise ValueError(
         f"config.{key}={shown(value)}: need {self.words} ({self.help}). E.g. --config.{key}={typed}"
       ) from None
@@ -193,9 +195,9 @@ def flag(default: bool, help: str, *, free=False):
 _BOOLEANS = ("true", "false")
 
 
-def text(default: str, help: str, *, words: str = "text", read=str, free=False):
+def text(default: str, help: str, *, words="text", read=str, free=False, example=None):
   """A string, or whatever `read` makes of one."""
-  return _made(default, Rule(words, help, read, free))
+  return _made(default, Rule(words, help, read, free, example))
 
 
 @dataclasses.dataclass(frozen=True)
