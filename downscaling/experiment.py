@@ -166,22 +166,31 @@ def first_schema(stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
   found: the marker's blocks. Raises ValueError for keys that no longer exist.
   """
-  given = merged(found, {})
-  generator, stretches = given.pop("generator", None), given.pop("stretches", None)
-  debias, sampling = given.get("debias"), given.get("sampling")
-  if debias is not None:
-    given["debias"] = BEFORE["debias"] | debias
-    stretches = debias.pop("stretches", stretches)
-    given["debias"].pop("stretches", None)
-  order = sampling.pop("order", None) if sampling else None
-  if stretches:
-    given["sampling"] = {"series": {"frames": stretches}} | (given.get("sampling") or {})
-  identity = Experiment.of(given).identity(stage)
-  for key, value in (("generator", generator), ("order", order)):
+  identity = of_blocks(found).identity(stage)
+  told = {"generator": found.get("generator"), "order": found.get("sampling", {}).get("order")}
+  for key, value in told.items():
     identity.pop(key, None)
     if value is not None:
       identity[key] = value
   return identity
+
+
+def of_blocks(found: Mapping[str, Any]) -> Experiment:
+  """The experiment of a marker's blocks, or of several markers' blocks together.
+
+  Markers of the first schema hold a few entries that are no keys: they tell how rows were chosen.
+  """
+  given = merged(found, {})
+  given.pop("generator", None)
+  debias, sampling = given.get("debias"), given.get("sampling")
+  if sampling is not None:
+    sampling.pop("order", None)
+  if debias is not None:
+    stretches = debias.pop("stretches", None)
+    given["debias"] = BEFORE["debias"] | debias
+    if stretches:
+      given["sampling"] = {"series": {"frames": stretches}} | (sampling or {})
+  return Experiment.of(given)
 
 
 # ---------------------------------------------------------------- keywords of solvers

@@ -197,7 +197,7 @@ def read_experiment(overrides: dict):
 
 
 def plan_for(devices: str) -> None:
-  """Sets up jax, which is not imported yet, for --devices; ends the program if it makes no sense."""
+  """Sets up jax, not imported yet, for --devices; ends the program if that makes no sense."""
   if not FLAGS.dry_run:
     fail(f"--devices={devices} is for a plan: add --dry_run. A job takes the devices it finds.")
   if not re.fullmatch(r"[1-9]\d*|\w+:\d+(x\d+)*", devices):

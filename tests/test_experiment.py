@@ -1,4 +1,4 @@
-"""A typed experiment: what it refuses and in which words, what it accepts, what decides a result."""
+"""A typed experiment: what it refuses and in which words, what it accepts, what it identifies."""
 
 import pathlib
 import subprocess

@@ -66,7 +66,8 @@ def sampler(
   Args:
     stats: of single frames.
     table: error_table.load of the prior, where `needs_table` says so.
-    alpha: in place of sampling.guidance.alpha; it may be traced, so that one program serves a sweep.
+    alpha: in place of sampling.guidance.alpha. It may be traced, so that one program serves a
+      sweep.
   """
   draw = _folded(experiment, stats, network, table, alpha)
   length = time_series.plan(experiment).series

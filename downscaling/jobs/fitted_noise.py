@@ -24,7 +24,7 @@ from downscaling.runtime import files, processes, progress
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import conditional_sampler, ensemble, observation_noise
 
-FILE = "observation_noise.json"
+FILE = observation_noise.FILE
 LEAST = 64  # calibration conditions of a fit
 FIRST_ID = 2**31  # of calibration conditions in keys: no condition of an ensemble has it
 WITHOUT_GAIN = ("paper", "scaled", "none")  # guidance that knows no observation noise
@@ -87,8 +87,8 @@ def plan(experiment: Experiment) -> list[str]:
     return []
   tries = observation_noise.MOST
   return [
-    f"observation noise of {', '.join(sets)}: fitted on {_count(experiment)} calibration conditions "
-    f"of {experiment.sampling.unit[1]} members each, drawn at most {tries} times"
+    f"observation noise of {', '.join(sets)}: fitted on {_count(experiment)} calibration "
+    f"conditions of {experiment.sampling.unit[1]} members each, drawn at most {tries} times"
   ]
 
 

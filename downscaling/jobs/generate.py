@@ -57,9 +57,9 @@ class Generate(Job):
       trajectories = sum(plan.trajectories.values())
       found.append(
         f"{which}: {plan.trajectories} trajectories of {round(plan.times[-1] / solver.dt)} steps, "
-        f"{len(plan.times)} snapshots each, {trajectories * len(plan.times)} fields {shape} float32 "
-        f"in {len(plan.shards())} shards; computed in {worlds.precision(self.experiment, which)} on "
-        f"{meshes.platform(mesh)}, {-(-plan.shard // mesh.size)} a device at a time"
+        f"{len(plan.times)} snapshots each, {trajectories * len(plan.times)} fields {shape} "
+        f"float32 in {len(plan.shards())} shards; computed in "
+        f"{worlds.precision(self.experiment, which)} on {meshes.platform(mesh)}, {-(-plan.shard // mesh.size)} a device at a time"
       )
     return found
 

@@ -20,8 +20,8 @@ BLOCK_BYTES = 2**26  # of fine fields that are in memory at a time while they ar
 class Rows:
   """Snapshots of one split of one world, in data units; nothing is read before `read`.
 
-  builder, split: where they lie. numbers: which rows of the split, [S]. operator: C′ that is applied
-  to each, or None.
+  builder, split: where they lie. numbers: which rows of the split, [S]. operator: C′ that is
+  applied to each, or None.
   """
 
   builder: simulated.FieldsBuilder

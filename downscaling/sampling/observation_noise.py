@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 SMALLEST, LARGEST = 1e-3, 0.1  # of s; an ε of .1 alone gives a correlation of .995
+FILE = "observation_noise.json"  # of a set of samples: what was fitted to each map
 LEAST = 0.995  # of corr(y′, C′x): keeps the weather of y′
 CLOSE = 0.05  # |ln χ²/d′| below which a few dozen conditions cannot tell it from 0
 MOST = 9  # evaluations in one fit
