@@ -71,9 +71,13 @@ def attempt(config):
   """
 
   def attempt(job, workdir, **overrides):
-    with pytest.raises(program.EXPECTED) as caught:
-      folder = pathlib.Path(workdir)
+    folder = pathlib.Path(workdir)
+
+    def whole():
       do(job, jobs.Workdir(config(**overrides), folder, meshes.make(), supervision.Stop()))
+
+    with pytest.raises(program.EXPECTED) as caught:
+      whole()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
     return str(caught.value)

@@ -175,9 +175,9 @@ def test_no_table_no_measured_error(changes):
 )
 def test_the_door(changes, words):
   base = {"sampling.resample.strength": 0.1, "sampling.members": 4, "sampling.unit": (4, 4)}
+  keys = base | {f"sampling.{k}": v for k, v in changes.items()}
   with pytest.raises(ValueError, match=words):
-    config = _config(**base | {f"sampling.{k}": v for k, v in changes.items()})
-    checks.check(config, meshes.make(4))
+    checks.check(_config(**keys), meshes.make(4))
 
 
 def test_a_step_of_heun_above_the_schedule_is_refused():

@@ -165,9 +165,9 @@ def check_noise_levels(experiment: Experiment, table: error_table.ErrorTable | N
   block, schedule = experiment.sampling, prior.schedule(experiment)
   churn = block.solver.churn if block.solver.name == "heun" else 0.0
 
-  def met(sigma_max: float, steps: int) -> list[float]:
-    highest = sigma_max * (1 + solvers.churned(churn, max(steps, 1)))
-    return [block.levels.sigma_min, highest]
+  def met(sigma_max: float, steps: int) -> np.ndarray:
+    highest = sigma_max * (1 + solvers.churned(churn, steps))
+    return np.array([block.levels.sigma_min, highest])
 
   conditional = met(block.levels.sigma_max, block.levels.steps)
   schedule.check_levels(conditional, "config.sampling.levels")

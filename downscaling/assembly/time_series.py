@@ -22,8 +22,8 @@ FRAME_BY_FRAME = (
 )
 CONTINUOUS = (
   "A member goes on in time: its {series} frames were drawn together, by windows of {frames} "
-  "frames with {overlap} in common. Members of different conditions are independent: member m of one does "
-  "not go on in member m of the next"
+  "frames with {overlap} in common. Members of different conditions are independent: member m of "
+  "one does not go on in member m of the next"
 )
 GOLDEN_SECTION = 0.6180339887
 

@@ -55,6 +55,11 @@ class FieldsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def __init__(self, **kwargs):
     super().__init__(file_format="array_record", **kwargs)
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of a field, [*space, C]."""
+    return (*self.builder_config.space, self.builder_config.channels)
+
   def _info(self) -> tfds.core.DatasetInfo:
     config = self.builder_config
     return tfds.core.DatasetInfo(

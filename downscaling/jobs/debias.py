@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class Debias(Job):
     group = worlds.group(self.experiment)
     quadratic = debiasing.quadratic_term(self.experiment)
 
-    def against_truth(before, after):
+    def against_truth(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
       return scoring.measure(
         after[..., 0], reference, group=group, source=before[..., 0], quadratic=quadratic
       )

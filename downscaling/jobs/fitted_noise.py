@@ -76,8 +76,8 @@ def fitted_sets(experiment: Experiment) -> dict[str, str]:
   """{set: its map} whose observation noise is to be fitted; none unless the config says "auto"."""
   if samples.observation_noise(experiment) is not None:
     return {}
-  sets = samples.sources(experiment).items()
-  return {name: source for name, source in sets if source in experiment.debias.maps}
+  sets, fitted = samples.sources(experiment).items(), experiment.debias.maps
+  return {name: source for name, source in sets if source is not None and source in fitted}
 
 
 def plan(experiment: Experiment) -> list[str]:

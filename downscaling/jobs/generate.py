@@ -52,14 +52,15 @@ class Generate(Job):
     found = []
     for which in WORLDS:
       plan, mesh = self.simulation(which), self.mesh(which)
-      shape = plan.builder.info.features["u"].shape
+      shape = plan.builder.shape
       solver = worlds.equation(self.experiment, which)
       trajectories = sum(plan.trajectories.values())
+      precision = worlds.precision(self.experiment, which)
       found.append(
         f"{which}: {plan.trajectories} trajectories of {round(plan.times[-1] / solver.dt)} steps, "
         f"{len(plan.times)} snapshots each, {trajectories * len(plan.times)} fields {shape} "
-        f"float32 in {len(plan.shards())} shards; computed in "
-        f"{worlds.precision(self.experiment, which)} on {meshes.platform(mesh)}, {-(-plan.shard // mesh.size)} a device at a time"
+        f"float32 in {len(plan.shards())} shards; computed in {precision} on "
+        f"{meshes.platform(mesh)}, {-(-plan.shard // mesh.size)} a device at a time"
       )
     return found
 
@@ -68,7 +69,7 @@ class Generate(Job):
     found = []
     for which in WORLDS:
       plan = self.simulation(which)
-      shape = plan.builder.info.features["u"].shape
+      shape = plan.builder.shape
       shard = plan.shard * len(plan.times) * math.prod(shape)
       width = 8 if worlds.precision(self.experiment, which) == "float64" else 4
       found.append(Item(f"two shards of {which}", 2 * width * shard))
@@ -79,6 +80,6 @@ class Generate(Job):
     for which in WORLDS:
       plan = self.simulation(which)
       fields = sum(plan.trajectories.values()) * len(plan.times)
-      shape = plan.builder.info.features["u"].shape
+      shape = plan.builder.shape
       found.append(Item(which, fields * (4 * math.prod(shape) + RECORD)))
     return found

@@ -32,7 +32,7 @@ class Rows:
   @property
   def stored(self) -> tuple[int, ...]:
     """Shape of a field on disk, [*space, C]."""
-    return self.builder.info.features["u"].shape
+    return self.builder.shape
 
   @property
   def shape(self) -> tuple[int, ...]:

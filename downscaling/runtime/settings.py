@@ -195,7 +195,15 @@ def flag(default: bool, help: str, *, free=False):
 _BOOLEANS = ("true", "false")
 
 
-def text(default: str, help: str, *, words="text", read=str, free=False, example=None):
+def text(
+  default: str,
+  help: str,
+  *,
+  words: str = "text",
+  read: Callable[[Any], Any] = str,
+  free: bool = False,
+  example: str | None = None,
+):
   """A string, or whatever `read` makes of one."""
   return _made(default, Rule(words, help, read, free, example))
 
