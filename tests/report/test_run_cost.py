@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 
+from downscaling import experiment
 from downscaling.report import results, run_cost
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,16 +60,14 @@ def test_nothing_recorded():
 
 def test_the_figures_of_ks_are_those_of_its_committed_run():
   metrics = json.loads((ROOT / "docs" / "results" / "ks" / "metrics.json").read_text())
-  scope = {}
-  exec((ROOT / "configs" / "ks.py").read_text(), scope)
-  config = scope["get_config"]("full")
+  config = experiment.load("ks:full")
   data = config.data
   sets = [
     v for k, v in metrics["sizes"].items() if k.startswith("samples.") and not k.endswith("cubic")
   ]
   assert "--config.train" not in metrics["command"]  # else its steps are not the config's
   counts = {
-    "data": data.snapshots * sum(sum(data[world].values()) for world in ("hfhr", "lflr")),
+    "data": data.snapshots * sum(sum(data.trajectories(world).values()) for world in ("hfhr", "lflr")),
     "train": config.train.total_steps,
     "samples": sum(k * m for k, m, _ in sets),
   }
