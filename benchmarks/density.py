@@ -102,9 +102,9 @@ def _docstring_lines(source: str) -> set[int]:
   """Lines on which a docstring begins."""
   lines = set()
   for node in ast.walk(ast.parse(source)):
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-      if isinstance(node.value.value, str):
-        lines.add(node.lineno)
+    is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    if is_constant and isinstance(node.value.value, str):
+      lines.add(node.lineno)
   return lines
 
 

@@ -83,7 +83,7 @@ def documented(path: pathlib.Path) -> bool:
 
 
 def rewritten(text: str, source: str, page: str) -> str:
-  """`text` of the repository's file `source`, its links made fit for the page `page` of the site."""
+  """`text` of the repository's file `source`, its links made fit for `page` of the site."""
 
   def replace(match: re.Match) -> str:
     image, words, target = match.groups()

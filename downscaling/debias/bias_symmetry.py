@@ -240,7 +240,7 @@ def _varies(cloud: Profile) -> np.ndarray:
 
 
 def _with_average(values: np.ndarray) -> np.ndarray:
-  """Values [..., n] and their mean over all points, [..., n + 1]: a shift of all is seen best so."""
+  """Values [..., n] and their mean, [..., n + 1], which shows a shift of all points best."""
   return np.concatenate([values, values.mean(axis=-1, keepdims=True)], axis=-1)
 
 

@@ -161,9 +161,11 @@ def of_group(verdicts: Sequence[bias_symmetry.Verdict], used: str) -> list[Findi
   if others:
     say += " (" + ", ".join(f"{each.name!r}: {each.worst:.1f}" for each in others) + ")"
   if used in [each.name for each in broken]:
-    say += f"; config.debias.group keeps {used!r}, and maps cannot mend that: set --config.debias.group=auto."
+    say += f"; config.debias.group keeps {used!r}, and maps cannot mend that: set "
+    say += "--config.debias.group=auto."
   else:
-    say += f"; maps are fitted with the group {used!r}. --config.debias.group={first.name} would keep the symmetry."
+    say += f"; maps are fitted with the group {used!r}. --config.debias.group={first.name} would "
+    say += "keep the symmetry."
   return [finding(f"symmetry of the bias: {first.name}", first.worst, first.limit, say), *found]
 
 
@@ -227,8 +229,8 @@ def _amplitude(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) ->
       f"true amplitude (1 ± {allowed:.2f} is healthy): does the bias differ from place to place? "
       "Set --config.debias.group=auto, or look at that point's raw data."
     )
-  return [*found, finding("amplitude ratio at a point", ratio[place], 1 + math.copysign(allowed, ratio[place] - 1), say,
-                          "warning", name)]  # fmt: skip
+  limit = 1 + math.copysign(allowed, ratio[place] - 1)
+  return [*found, finding("amplitude ratio at a point", ratio[place], limit, say, "warning", name)]
 
 
 def _shrinkage(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) -> Finding:

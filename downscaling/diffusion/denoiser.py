@@ -3,10 +3,12 @@ variance.
 
 Three preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4), inp = 1/√(σ²+1):
 
-  edm       scalars skip = 1/(σ²+1), out = σ/√(σ²+1) (Karras et al. 2022, arXiv:2206.00364, Table 1);
-  wiener    skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²), out_k = √(S_k σ²/(S_k+σ²)),
-            with S the spectrum of the training data: a silent net is then the exact denoiser of a Gaussian field of
-            that spectrum, and the net's output is coloured by what is left to know. A steep tail of the data is free.
+  edm       scalars skip = 1/(σ²+1), out = σ/√(σ²+1) (Karras et al. 2022, arXiv:2206.00364,
+            Table 1);
+  wiener    skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²),
+            out_k = √(S_k σ²/(S_k+σ²)), with S the spectrum of the training data. A silent net is
+            then the exact denoiser of a Gaussian field of that spectrum, and the net's output is
+            coloured by the variance that is left. A steep tail of the data costs nothing.
   adaptive  wiener, whose net also sees z, in which all modes that stand out of the noise have one
             height, and returns a and b for a + b·z. b is a gain that follows the field: where it is
             rough the filter opens, where it is calm it closes (the local Wiener filter of Lee 1980,

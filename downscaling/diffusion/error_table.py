@@ -158,7 +158,10 @@ def load(folder: str | os.PathLike, config_hash: str) -> ErrorTable:
   another prior.
   """
   path = pathlib.Path(folder) / FILE
-  again = "run `downscaling train` with the same --config and --workdir: it keeps the prior and tabulates its error"
+  again = (
+    "run `downscaling train` with the same --config and --workdir: it keeps the prior and "
+    "tabulates its error"
+  )
   if not path.exists():
     raise FileNotFoundError(
       f"{path} is missing, which guidance by the measured error reads: {again}."

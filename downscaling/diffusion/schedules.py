@@ -186,7 +186,7 @@ def exponential(
   sigma_min: float = 1e-3,
   preserving: bool = True,
 ) -> Schedule:
-  """σ = σ_max (e^{rate·t} − 1)/(e^{rate} − 1): even in ln σ once rate·t is large, and 0 at t = 0."""
+  """σ = σ_max (e^{rate·t} − 1)/(e^{rate} − 1): even in ln σ for large rate·t, and 0 at t = 0."""
   if not rate > 0:
     raise ValueError(f"exponential schedule with rate={rate}: need > 0, for σ must grow with t.")
   height = math.expm1(rate)
@@ -250,7 +250,8 @@ def levels(
   """Noise levels to sample along, descending from sigma_max to sigma_min, [steps + 1] float32.
 
     exponential   σ_k = σ_max (σ_min/σ_max)^{k/steps}           (the paper's)
-    edm           σ_k = (σ_max^{1/ρ} + k/steps (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ   (Karras et al. 2022, eq. 5)
+    edm           σ_k = (σ_max^{1/ρ} + k/steps (σ_min^{1/ρ} − σ_max^{1/ρ}))^ρ (Karras et al. 2022,
+                  eq. 5)
 
   A third kind goes by the prior and the operator: sampling.gaussian_gain.levels.
 

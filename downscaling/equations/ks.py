@@ -160,7 +160,7 @@ class Fine:
     return move(u, element)
 
 
-# ---------------------------------------------------------------- fluxes of ½u²: cell values [n] -> faces i + ½, [n]
+# ----------------------------------- fluxes of ½u²: cell values [n] -> faces i + ½, [n]
 
 
 def van_leer(back: jax.Array, ahead: jax.Array) -> jax.Array:
@@ -187,7 +187,7 @@ def godunov(u: jax.Array) -> jax.Array:
 
 
 def rusanov(u: jax.Array) -> jax.Array:
-  """Mean flux of the reconstructed states less the largest wave speed there times half their jump."""
+  """Mean flux of the reconstructed states less the largest wave speed times half their jump."""
   left, right = _faces(u)
   return (left**2 + right**2) / 4 - jnp.maximum(jnp.abs(left), jnp.abs(right)) * (right - left) / 2
 

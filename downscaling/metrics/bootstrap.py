@@ -4,7 +4,8 @@ A block is a trajectory: its rows are alike, so they are drawn together. A repli
 weights, one whole number a row; every metric of a replicate is then a metric of weighted rows
 (replicates.py).
 
-    judged    the blocks of the judged set, drawn with replacement (Efron 1979): how far its value might have been off
+    judged    the blocks of the judged set, drawn with replacement (Efron 1979): the error of its
+              value
     true_sets what another true set of the same structure would have given: the sampling floor
 
 A plain bootstrap of true rows would give floors that are too high, because it adds the pool's own
@@ -122,7 +123,7 @@ def _patterns(like: Rows) -> dict[tuple[float, ...], int]:
 
 
 def _nearest(rows: np.ndarray, time: np.ndarray, wanted: tuple[float, ...]) -> np.ndarray:
-  """Of `rows`, those nearest in time to each of `wanted`; each once, as long as there are enough."""
+  """Of `rows`, those nearest in time to each of `wanted`; each once, while there are enough."""
   free, found = list(rows), []
   for moment in wanted:
     free = free or list(rows)

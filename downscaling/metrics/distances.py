@@ -53,7 +53,7 @@ def rows(x: np.ndarray, name: str, least: int = 2) -> np.ndarray:
 
 
 def pair(pred: np.ndarray, ref: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Both sets as rows. Raises ValueError, naming the set, for NaN, too few rows, or another grid."""
+  """Both sets as rows. Raises ValueError naming a set with NaN, too few rows or another grid."""
   pred, ref = rows(pred, "pred"), rows(ref, "ref")
   if pred.shape[1] != ref.shape[1]:
     raise ValueError(
@@ -124,7 +124,7 @@ def positive(square: float) -> float:
 
 
 def _covariance_product(x: np.ndarray, y: np.ndarray, tile: int = 256) -> float:
-  """⟨Cov_x, Cov_y⟩_F = Σ_ij (x_i·y_j)² / ((S − 1)(R − 1)) for centred rows, without a [D, D] array."""
+  """⟨Cov_x, Cov_y⟩_F = Σ_ij (x_i·y_j)² / ((S − 1)(R − 1)) of centred rows; no [D, D] array."""
   mean_x, mean_y = (a.mean(axis=0, dtype=np.float64) for a in (x, y))
   total = 0.0
   for i in range(0, len(x), tile):
@@ -338,7 +338,7 @@ def variability(ensemble: np.ndarray) -> float | None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _misfit(operator: Operator, x, y):
-  """(|C′x − y|², |C′x|²) summed over space and channel; x [B, M, *fine, C], y [B, 1, *coarse, C]."""
+  """(|C′x − y|², |C′x|²) over space and channel; x [B, M, *fine, C], y [B, 1, *coarse, C]."""
   seen = operator.apply(x)
   axes = tuple(range(2, seen.ndim))
   return ((seen - y) ** 2).sum(axes), (seen**2).sum(axes)

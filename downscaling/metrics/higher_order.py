@@ -5,7 +5,7 @@ Covariance and spectra, the paper's columns, are right after any Gaussian map. E
 bispectrum, flatness and the covariance of squares are not, and differ between fields that look
 alike in every other column.
 
-    stats = higher_order(rows, quadratic, group)      of the reference once, of each map, of the floor
+    stats = higher_order(rows, quadratic, group)   of the reference once, of each map, of the floor
     errors(stats, reference)                          relative errors, each ≥ 0
 
 Rows are [S, N] or [S, N, N], periodic, without a channel axis. Sums run over blocks of rows.

@@ -16,8 +16,10 @@ from downscaling.metrics.judge import Judge
 from downscaling.metrics.reference import Reference
 
 KEYS = (
-  "cov_rmse", "melr_unweighted", "melr_weighted", "melr_energy", "kld_sum", "kld_mean", "wass1", "mmd",
-  "sym_cov_rmse", "auc", "variability", "constraint_rmse", "corr_condition", "misfit", "failed", "n", "blocks",
+  "cov_rmse", "melr_unweighted", "melr_weighted", "melr_energy", "kld_sum", "kld_mean", "wass1",
+  "mmd",
+  "sym_cov_rmse", "auc", "variability", "constraint_rmse", "corr_condition", "misfit", "failed",
+  "n", "blocks",
 )  # fmt: skip
 HIGHER = (
   "bispectrum",
@@ -32,7 +34,8 @@ COMPARED = (*KEYS[:10], *HIGHER)  # what has a floor
 # Not every row has members or an input, nor every equation a quadratic term, and only lines have a
 # bispectrum.
 MAY_BE_NULL = (
-  "variability", "constraint_rmse", "corr_condition", "misfit", "corr_input", "displacement", "excess", "persistence",
+  "variability", "constraint_rmse", "corr_condition", "misfit", "corr_input", "displacement",
+  "excess", "persistence",
   "bispectrum", "transfer", "sym_cov_rmse", "auc",
 )  # fmt: skip
 RANGES = ("interval", "floor")  # {metric: quantiles} of a row

@@ -74,7 +74,10 @@ def section(e: Evidence) -> Section:
     f"{np.median(raw):.3g} before the map, {np.median(apart):.3g} behind it, "
     f"{np.median(usual):.3g} for other true fields."
   )
-  lead = "The statistics of a set say nothing of one field. Is T y a field that the truth could have made?"
+  lead = (
+    "The statistics of a set say nothing of one field. Is T y a field that the truth could "
+    "have made?"
+  )
   return Section(
     "cases", title, lead, "", [Panel("cases", draw, "Debiased fields beside true ones", text)]
   )

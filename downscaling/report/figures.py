@@ -43,8 +43,10 @@ def spectrum(
     if cut < k[-1]:
       for axes in (top, low):
         axes.axvline(cut + 0.5, color=theme.muted, linewidth=0.7, linestyle=(0, (1, 2)))
-      top.annotate("← 99.9999 %\nof the energy", (cut + 0.5, reference.max() * 1.3), ha="left", va="top",
-                   fontsize=8.5, color=theme.muted, xytext=(4, 0), textcoords="offset points")  # fmt: skip
+      top.annotate("← 99.9999 %\nof the energy", (cut + 0.5, reference.max() * 1.3), ha="left",
+      va="top",
+                   fontsize=8.5, color=theme.muted, xytext=(4, 0),
+                   textcoords="offset points")  # fmt: skip
     gaps = [np.abs(np.log(_ratio(e, reference)[held])).max() for e in rows.values()]
     reach = float(np.clip(np.exp(max(gaps, default=0.0)) * 1.15, 1.15, 30.0))
     low.set_ylim(1 / reach, reach)
@@ -131,7 +133,8 @@ def curves(x: np.ndarray, panels: list[dict], row: str, symbol: str, unit: str) 
           x, panel["truth"], color=theme.ink, linewidth=1.1, linestyle=(0, (3, 1.5)), label="truth"
         )
       if panel.get("condition") is not None:
-        axes.plot(panel["at"], panel["condition"], "o", color=theme.ink, markersize=3.2, markeredgecolor=theme.paper,
+        axes.plot(panel["at"], panel["condition"], "o", color=theme.ink, markersize=3.2,
+        markeredgecolor=theme.paper,
                   markeredgewidth=0.5, label="condition y′")  # fmt: skip
       axes.set(ylabel=symbol, xlim=(x[0], x[-1]))
       axes.yaxis.set_major_locator(MaxNLocator(3))
@@ -343,7 +346,8 @@ def spread_error(rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Draw:
     ends = (every.min() / 1.3, every.max() * 1.3) if every.size else (1e-3, 1.0)
     axes.loglog(ends, ends, color=theme.ink, linewidth=0.9, label="spread = error")
     for name, (spread, error) in rows.items():
-      axes.loglog(spread, error, "o", color=theme.line(name)["color"], alpha=0.45, markersize=3, markeredgewidth=0,
+      axes.loglog(spread, error, "o", color=theme.line(name)["color"], alpha=0.45, markersize=3,
+      markeredgewidth=0,
                   label=label(name))  # fmt: skip
     axes.set(
       xlabel="spread of the members (rms = 1)",

@@ -19,7 +19,10 @@ def gallery(e: Evidence) -> Section:
     chosen = np.unique(np.linspace(0, len(x) - 1, GALLERY).astype(int))
     if x.ndim == 3:
       draw = _curves(e, name, chosen)
-      text = f"{label(name)}: {_of_members(x)}. Dots are the coarse values each sample was asked to pass through"
+      text = (
+        f"{label(name)}: {_of_members(x)}. Dots are the coarse values each sample was asked "
+        f"to pass through"
+      )
       text += ", the dashed line the true field." if truth is not None else "."
     else:
       draw = _maps(
@@ -96,16 +99,25 @@ def rows(e: Evidence) -> Section:
     true = true[kept]
     order = _by_phase(true)[:STRIPES]
     shown = {"truth": true[order], "one sample": x[order], "difference": x[order] - true[order]}
-    text = f"{label(name)}: {len(order)} held-out fields as rows, a sample of each from its coarse points, the difference."
+    text = (
+      f"{label(name)}: {len(order)} held-out fields as rows, a sample of each from its coarse "
+      f"points, the difference."
+    )
     panels.append(_stripes(e, f"rows_{name}", shown, text))
   wanted = (f"{e.default}+diffusion", "raw+diffusion", "unconditional")
   chosen = {label(n): scoring.first_members(e.samples[n], n)[1] for n in wanted if n in e.samples}
   sets = {"reference": e.fine_reference, **dict(list(chosen.items())[:2])}
   count = min(STRIPES, *(len(x) for x in sets.values()))
   shown = {name: x[:count][_by_phase(x[:count])] for name, x in sets.items()}
-  text = f"{count} fields of each set, a row each: unpaired, so rows of one image have no partners in the others."
+  text = (
+    f"{count} fields of each set, a row each: unpaired, so rows of one image have no partners "
+    f"in the others."
+  )
   panels.insert(0, _stripes(e, "rows_reference", shown, text))
-  lead = "Each row of an image is one field, coloured by its value. Rows are ordered by the phase of the strongest wave."
+  lead = (
+    "Each row of an image is one field, coloured by its value. Rows are ordered by the phase "
+    "of the strongest wave."
+  )
   return Section("pictures", "Fields beside fields", lead, "", panels)
 
 

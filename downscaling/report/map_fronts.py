@@ -53,7 +53,10 @@ def note(e: Evidence) -> str:
     "not at all.</p>"
   )
   if e.default:
-    text += f"<p class='note'>Samples are drawn behind the map <b>{html_page.escape(e.default)}</b>, the default.</p>"
+    text += (
+      f"<p class='note'>Samples are drawn behind the map "
+      f"<b>{html_page.escape(e.default)}</b>, the default.</p>"
+    )
   return text
 
 

@@ -252,7 +252,8 @@ class Evidence:
       kept = np.isfinite(errors) & (errors > 0) & (epsilon > 0)
     except (KeyError, TypeError, ValueError):
       raise ValueError(
-        f"a Sinkhorn record {str(self.history)[:80]!r} came; need {{'iteration': [...], 'epsilon': [...], "
+        f"a Sinkhorn record {str(self.history)[:80]!r} came; need "
+        f"{{'iteration': [...], 'epsilon': [...], "
         "'error': [...]} of one length. Was diagnostics.json made by another version?"
       ) from None
     return (

@@ -56,7 +56,8 @@ def section(e: Evidence) -> Section:
     "again."
   )
   note = (
-    '<p class="note">KS: 192 points from 24, training batch 128, the run of docs/results/ks, on two cores of an AMD '
+    '<p class="note">KS: 192 points from 24, training batch 128, the run of docs/results/ks, '
+    "on two cores of an AMD "
     "EPYC beside other work; compare it with runs on such a machine only.</p>"
   )
   return Section("cost", title, lead, html_page.table(head, rows) + (note if beside else ""), [])

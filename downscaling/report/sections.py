@@ -80,7 +80,8 @@ def scores(e: Evidence) -> Section:
     )
     if e.experiment in published.NUMBERS:
       body += (
-        '<p class="note">Paper: Wan et al. 2023, Table 1. Its sample sizes, and so its floors, are not published; '
+        '<p class="note">Paper: Wan et al. 2023, Table 1. Its sample sizes, and so its '
+        "floors, are not published; "
         "its KLD is read as a sum over dimensions. Its OT is an entropic map.</p>"
       )
     body += '<p class="note">symcov: covRMSE after averaging over the equation’s symmetries.</p>'
@@ -97,7 +98,8 @@ def scores(e: Evidence) -> Section:
       e, "samples", terminal.MEMBER_COLUMNS
     )
     body += (
-      '<p class="note">One member a condition is compared with the reference; variab. (spread of a condition’s '
+      '<p class="note">One member a condition is compared with the reference; variab. '
+      "(spread of a condition’s "
       "members, in units of the field) and constr. (‖C′x − y′‖ / ‖C′x‖) see all members. MELRe: "
       "MELRu over the shells that hold 99.9999 % of the reference’s energy; beyond them rounding "
       "is measured. KLD is summed over points, in nats. corr(C′x): correlation of C′x with y′, "
@@ -159,8 +161,14 @@ def spectrum(e: Evidence) -> Section:
     held = spectra.energy_holding_shells(reference)
     draw = figures.spectrum(reference, drawn, _band(e, level), held)
     text = {
-      "coarse": "Coarse fields. A debiased spectrum should lie in the grey band, where other true fields lie.",
-      "fine": "Fine samples, one a condition. Right of the dotted line less than a millionth of the energy is left.",
+      "coarse": (
+        "Coarse fields. A debiased spectrum should lie in the grey band, where other true fields "
+        "lie."
+      ),
+      "fine": (
+        "Fine samples, one a condition. Right of the dotted line less than a millionth of the "
+        "energy is left."
+      ),
     }[level]
     panels.append(Panel(f"spectrum_{level}", draw, f"Energy spectra of {level} fields", text))
   lead = (
@@ -194,7 +202,10 @@ def density(e: Evidence) -> Section:
         f"{level.capitalize()} values, all points pooled.",
       )
     )
-  lead = "How often each value occurs, all points together, on a log axis: the tails are where debiasing is hardest."
+  lead = (
+    "How often each value occurs, all points together, on a log axis: the tails are where "
+    "debiasing is hardest."
+  )
   return Section(
     "densities",
     "One-point densities",
@@ -264,7 +275,10 @@ def transfer(e: Evidence) -> Section:
   name, first = next(iter(rows.items()))
   band = judged.transfer_band(e.origins.get(name) or bootstrap.single(len(first)))
   draw = figures.transfer(reference, drawn, band, e.symbol)
-  text = "Any Gaussian map has the right spectrum; only a map with the right third moments has the right transfer."
+  text = (
+    "Any Gaussian map has the right spectrum; only a map with the right third moments has "
+    "the right transfer."
+  )
   lead = "What the equation’s quadratic term takes from and gives to each shell, in coarse fields."
   return Section("transfer", title, lead, "", [Panel("transfer", draw, "Transfer by shell", text)])
 
@@ -293,7 +307,10 @@ def fits(e: Evidence) -> Section:
   if record := e.convergence():
     unit = "of mean cost" if e.mean_cost else "absolute"
     steps, epsilon, error = (values[-1] for values in record)
-    caption = f"Sinkhorn: after {int(steps):,} iterations, ε at {epsilon:.2g} ({unit}), the error is {error:.1e}."
+    caption = (
+      f"Sinkhorn: after {int(steps):,} iterations, ε at {epsilon:.2g} ({unit}), the error is "
+      f"{error:.1e}."
+    )
     draw = figures.convergence(*record, e.threshold, unit)
     panels.append(Panel("sinkhorn", draw, "Marginal error by iteration", caption))
   else:
@@ -301,7 +318,10 @@ def fits(e: Evidence) -> Section:
   if e.loss is not None and len(e.loss[0]):
     steps, values = (np.asarray(v, np.float64) for v in e.loss)
     tail = values[-max(len(values) // 20, 1) :].mean()
-    caption = f"Training: {int(steps[-1]):,} steps; mean loss over the last twentieth of the record {tail:.4g}."
+    caption = (
+      f"Training: {int(steps[-1]):,} steps; mean loss over the last twentieth of the record "
+      f"{tail:.4g}."
+    )
     panels.append(Panel("loss", figures.loss(steps, values), "Training loss by step", caption))
   else:
     text += html_page.job("train", "No record of the training loss:")
@@ -317,7 +337,10 @@ def _health(e: Evidence) -> str:
     (f"{found['level']}, {label(found['map'] or 'all maps')}", found["message"]) for found in told
   ]
   fine = len(e.health) - len(told)
-  note = f"{fine} of {len(e.health)} checks of rows and maps found nothing; all of them stand in diagnostics.json."
+  note = (
+    f"{fine} of {len(e.health)} checks of rows and maps found nothing; all of them stand in "
+    "diagnostics.json."
+  )
   body = html_page.facts(pairs) if pairs else ""
   return f"<h3>Health of the maps</h3>{body}<p class='note'>{note}</p>"
 
@@ -381,7 +404,8 @@ def truth(e: Evidence) -> Section:
         )
       )
   note = (
-    '<p class="note">Mean RMSE: of the ensemble mean. spread / error carries the factor √((M + 1)/M) that a finite '
+    '<p class="note">Mean RMSE: of the ensemble mean. spread / error carries the factor √((M '
+    "+ 1)/M) that a finite "
     "ensemble needs. CRPS is the fair one; energy is the same score of whole fields. Climatology: "
     "other true fields as members. Pinned points, which the constraint fixes, are left out of "
     "ranks and intervals. Ideal: what a perfect ensemble of M members covers.</p>"
@@ -390,15 +414,20 @@ def truth(e: Evidence) -> Section:
     Panel("ranks", figures.ranks({n: c.ranks for n, c in found.items()}), "Rank histogram",
           "Where the truth ranks among the members: ∪ means too little spread, ∩ too much, a "
           "slope bias."),
-    Panel("spread_error", figures.spread_error({n: calibration.by_condition(*e.whole(n)) for n in found}),
-          "Spread and error by condition", "One dot a condition: does the ensemble know which conditions are hard?"),
+    Panel(
+      "spread_error",
+      figures.spread_error({n: calibration.by_condition(*e.whole(n)) for n in found}),
+      "Spread and error by condition",
+      "One dot a condition: does the ensemble know which conditions are hard?",
+    ),
   ]  # fmt: skip
   return Section("truth", title, lead, html_page.table(head, rows) + note, panels)
 
 
 def run(e: Evidence) -> Section:
   m, given = e.metrics, e.provenance
-  body = f"<h3>Command</h3><pre class=wrap>{html_page.escape(given.get('command') or 'not recorded')}</pre>"
+  command = html_page.escape(given.get("command") or "not recorded")
+  body = f"<h3>Command</h3><pre class=wrap>{command}</pre>"
   seconds = [(stage, _duration(s)) for stage, s in m["seconds"].items()]
   if len(seconds) > 1:
     seconds.append(("together", _duration(sum(m["seconds"].values()))))

@@ -39,7 +39,8 @@ def section(e: Evidence) -> Section:
     else:
       rows.append(html_page.row(label(name), cells))
   note = (
-    '<p class="note">Across seams: steps at which another set of windows takes over; they should be like the others. '
+    '<p class="note">Across seams: steps at which another set of windows takes over; they '
+    "should be like the others. "
     "MELRw: mean |ln| of the increments’ energies over the truth’s, by shell. Members exchanged: "
     "the set above with each frame taken from another member, as good frame by frame, but "
     "independent in time beyond its condition. Its conditions: increments of the coarse series "
@@ -63,7 +64,10 @@ def _hovmoeller(e: Evidence, name: str) -> Panel:
   unit = f" ({e.length_unit})" if e.length_unit else ""
   extent = (0, e.length, 0, len(true) * e.series.spacing)
   draw = figures.images(shown, e.u, (f"x{unit}", "time"), extent)
-  text = f"{label(name)}: a held-out series, a member drawn from its coarse points, and one with a new member every frame."
+  text = (
+    f"{label(name)}: a held-out series, a member drawn from its coarse points, and one with a "
+    f"new member every frame."
+  )
   return Panel(
     f"hovmoeller_{name.replace('+', '_')}", draw, f"Hovmöller diagrams, {label(name)}", text
   )

@@ -10,11 +10,13 @@ from downscaling.metrics.judge import inside
 from downscaling.report import published
 
 DEBIAS_COLUMNS = {
-  "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu", "melr_weighted": "MELRw",
+  "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu",
+  "melr_weighted": "MELRw",
   "kld_sum": "KLD sum", "wass1": "Wass1", "mmd": "MMD",
 }  # fmt: skip
 HIGHER_COLUMNS = {
-  "bispectrum": "bispectrum", "transfer": "transfer", "flatness": "flatness", "gradient_flatness": "grad. fl.",
+  "bispectrum": "bispectrum", "transfer": "transfer", "flatness": "flatness",
+  "gradient_flatness": "grad. fl.",
   "square_covariance": "squares", "auc": "AUC",
 }  # fmt: skip
 KEPT_COLUMNS = {

@@ -44,7 +44,8 @@ class Theme:
     not.
     """
     kinds = {
-      "lflr": (self.raw, (0, (5, 1.5))), "raw": (self.raw, (0, (5, 1.5))), "equivariant": (self.debiased, "-"),
+      "lflr": (self.raw, (0, (5, 1.5))), "raw": (self.raw, (0, (5, 1.5))),
+      "equivariant": (self.debiased, "-"),
       "unconditional": (self.free, (0, (1, 1.2))), "true": (self.true, (0, (7, 1.5, 1, 1.5))),
       "entropic": (self.free, (0, (4, 1.2))), "gaussian": (self.true, (0, (1, 1.2))),
       "reference": (self.ink, "-"), "floor": (self.muted, (0, (1, 2))),
@@ -66,9 +67,11 @@ class Theme:
 
 
 LIGHT = Theme(
-  "light", paper="#ffffff", ink="#20262b", muted="#737b82", grid="#e6e4df", debiased="#2a78b0", raw="#cc5a3b",
+  "light", paper="#ffffff", ink="#20262b", muted="#737b82", grid="#e6e4df", debiased="#2a78b0",
+  raw="#cc5a3b",
   cubic="#7d8a1f", free="#8562b0", true="#b8860b", low="#0c2f4f", high="#5e1a0c",
 )  # fmt: skip
+
 
 def label(row: str) -> str:
   """What a row is called in print: equivariant+diffusion is "equivariant + diffusion"."""
@@ -77,12 +80,16 @@ def label(row: str) -> str:
 
 def _style(theme: Theme) -> dict:
   return {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5, "axes.titlesize": 9.5,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.5,
+    "axes.titlesize": 9.5,
     "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
-    "figure.facecolor": theme.paper, "axes.facecolor": theme.paper, "savefig.facecolor": theme.paper,
-    "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.titlecolor": theme.ink, "axes.edgecolor": theme.muted,
+    "figure.facecolor": theme.paper, "axes.facecolor": theme.paper,
+    "savefig.facecolor": theme.paper,
+    "text.color": theme.ink, "axes.labelcolor": theme.ink, "axes.titlecolor": theme.ink,
+    "axes.edgecolor": theme.muted,
     "xtick.color": theme.muted, "ytick.color": theme.muted, "xtick.labelcolor": theme.ink,
-    "ytick.labelcolor": theme.ink, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.7,
+    "ytick.labelcolor": theme.ink, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.linewidth": 0.7,
     "axes.grid": False, "grid.color": theme.grid, "grid.linewidth": 0.6, "legend.frameon": False,
     "legend.handlelength": 2.2, "axes.titlelocation": "left", "image.interpolation": "nearest",
     "lines.solid_capstyle": "round", "mathtext.default": "regular",

@@ -37,11 +37,9 @@ def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
       pictures.append(html_page.picture(png, panel.alt, panel.caption))
     inner = part.html + (f'<div class="figures">{"".join(pictures)}</div>' if pictures else "")
     body.append(html_page.section(part.anchor, part.title, part.lead, inner))
-  temporary = folder / f".report.html.{os.getpid()}.tmp"
-  temporary.write_text(
-    html_page.document(f"{evidence.title}: statistical downscaling", "\n".join(body)), "utf-8"
-  )
-  os.replace(temporary, folder / "report.html")
+  html = html_page.document(f"{evidence.title}: statistical downscaling", "\n".join(body))
+  with files.all_or_nothing(folder / "report.html") as file:
+    file.write(html.encode("utf-8"))
   files.write_json(folder / "metrics.json", metrics)
   return metrics
 
@@ -49,9 +47,11 @@ def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
 def _head(e: Evidence, parts: list[sections.Section]) -> str:
   links = "".join(f'<a href="#{p.anchor}">{html_page.escape(p.title)}</a>' for p in parts)
   tiles = "".join(_tiles(e))
+  if tiles:
+    tiles = f'<div class="tiles">{tiles}</div>'
   return (
     f'<header><p class="kicker">Statistical downscaling</p><h1>{html_page.escape(e.title)}</h1>'
-    f'<p class="lead">{html_page.escape(headline(e))}</p>{f"""<div class="tiles">{tiles}</div>""" if tiles else ""}'
+    f'<p class="lead">{html_page.escape(headline(e))}</p>{tiles}'
     f'<nav aria-label="sections">{links}</nav></header>'
   )
 
@@ -74,7 +74,8 @@ def headline(e: Evidence) -> str:
       f"a diffusion prior then drew {shape[1]:,} fine field{'s' if shape[1] > 1 else ''} of "
       f"{_points(shape[2:])} for each of {shape[0]:,} of them"
       if e.coarse
-      else f"a diffusion prior drew {shape[1]:,} fields of {_points(shape[2:])} for each of {shape[0]:,} coarse ones"
+      else f"a diffusion prior drew {shape[1]:,} fields of {_points(shape[2:])} for each of "
+      f"{shape[0]:,} coarse ones"
     )
   text = "; ".join(said) + "." if said else "No stage has finished yet."
   text = text[0].upper() + text[1:]

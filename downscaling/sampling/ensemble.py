@@ -68,7 +68,9 @@ _SAY_DONE_SECONDS = 20.0  # between rewrites of the attribute done_fraction
 MISFIT = {
   "long_name": "chi-squared of the misfit to the condition; 1 is what the prior expects",
   "units": "1",
-  "comment": "NaN: no misfit is known. Infinity: the member failed, and its field is NaN throughout.",
+  "comment": (
+    "NaN: no misfit is known. Infinity: the member failed, and its field is NaN throughout."
+  ),
 }
 
 

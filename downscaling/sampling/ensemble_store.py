@@ -1,12 +1,13 @@
 """The ensemble on disk: one Zarr v3 store that grows, and beside it what is finished.
 
-NAME.zarr    sample (condition, member, [time,] [y,] x[, channel]) float32, NaN where not yet drawn; misfit (condition,
-             member) where the sampler tells it; coordinates; the coarse fields it was drawn from as condition_field.
-             One shard a unit, so one writer a shard. A member that failed is NaN throughout and has an
-             infinite misfit; the markers, not the NaN, say what is drawn.
-NAME.units   stage.json: what the samples depend on, and how many conditions and members there are; one marker a
-             finished unit, written after the unit's bytes are durable; beside it, where members of it
-             failed, how many of each condition; lock.json while a job writes.
+NAME.zarr    sample (condition, member, [time,] [y,] x[, channel]) float32, NaN where not yet drawn;
+             misfit (condition, member) where the sampler tells it; coordinates; the coarse fields
+             it was drawn from as condition_field. One shard a unit, so one writer a shard. A member
+             that failed is NaN throughout and has an infinite misfit. The markers, not the NaN, say
+             what is drawn.
+NAME.units   stage.json: what the samples depend on, and how many conditions and members there are;
+             one marker a finished unit, written after the unit's bytes are durable; beside it, if
+             members of it failed, how many of each condition; lock.json while a job writes.
 
 Counts are no part of what samples depend on: with more conditions or members the arrays grow and
 units are added. A unit at the old edge that grows is written once more, the fields that it had as
@@ -99,7 +100,7 @@ class Found(NamedTuple):
   parts: dict[int, Unit]
 
 
-# ---------------------------------------------------------------- opened by one process, under its lock
+# ----------------------------------- opened by one process, under its lock
 
 
 def open_stage(
@@ -204,14 +205,16 @@ def create(
     if name not in known:
       fill = np.nan if values.dtype.kind == "f" else 0
       group.create_array(
-        name, shape=values.shape, dtype=values.dtype, chunks=values.shape, dimension_names=dims, attributes=words,
+        name, shape=values.shape, dtype=values.dtype, chunks=values.shape, dimension_names=dims,
+        attributes=words,
         fill_value=fill,
       )  # fmt: skip
     elif group[name].shape != values.shape:
       group[name].resize(values.shape)
     group[name][...] = values
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-  did = f"{now} downscaling sample, commit {provenance.commit()}: {layout.conditions} conditions, {layout.members} members"
+  sizes = f"{layout.conditions} conditions, {layout.members} members"
+  did = f"{now} downscaling sample, commit {provenance.commit()}: {sizes}"
   history = "\n".join([*filter(None, [group.attrs.get("history")]), did])
   about_it = {
     "Conventions": "CF-1.11",
@@ -308,7 +311,7 @@ def variables(
   return found
 
 
-# ---------------------------------------------------------------- written by every process, each its own units
+# ----------------------------------- written by every process, each its own units
 
 
 class Writer:

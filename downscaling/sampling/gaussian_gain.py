@@ -126,7 +126,7 @@ class Gain:
       self._check_error()
 
   def _check_error(self) -> None:
-    """Raises ValueError unless R broadcasts against coarse fields, and is white on the dense path."""
+    """Raises ValueError unless R broadcasts against coarse fields; the dense path needs white."""
     coarse, came = self.operator.coarse, jnp.shape(self.error)
     fits = len(came) == len(coarse) + 1
     fits = fits and all(n in (1, full) for n, full in zip(came[:-1], coarse, strict=True))
@@ -265,7 +265,7 @@ class Gain:
     return self.operator.matrix()
 
   def _solve_dense(self, r, spread):
-    """One factorisation a level, [1] or [B] of them; samples of one level are its right-hand sides."""
+    """One factorisation a level, [1] or [B]; samples of one level are its right-hand sides."""
     levels, channels = len(spread), r.shape[-1]
     spread = jnp.broadcast_to(spread, (*spread.shape[:-1], channels))
     flat = r.reshape(levels, len(r) // levels, -1, channels)

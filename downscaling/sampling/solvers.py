@@ -39,7 +39,7 @@ START = random_keys.stream("start")  # the "step" whose noise a member starts fr
 def noise(
   keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...], dtype=jnp.float32
 ) -> jax.Array:
-  """Standard normal [B, *shape], row i from fold_in(keys[i], step); keys are [B] typed PRNG keys."""
+  """Standard normal [B, *shape], row i from fold_in(keys[i], step); keys: [B] typed PRNG keys."""
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, dtype))(keys)
 
 

@@ -157,7 +157,7 @@ def extended(values: np.ndarray, plan: Stitching) -> np.ndarray:
 
 
 def over_time(sampler: Callable, series: int) -> Callable:
-  """The sampler with frames as an axis: y [B, L, *coarse, C] or None -> fields [B, L, *space, C]."""
+  """The sampler with an axis of frames: y [B, L, *coarse, C] or None -> [B, L, *space, C]."""
 
   def draw(keys, y, *weights):
     fields, misfit = sampler(keys, None if y is None else fold(y), *weights)

@@ -62,12 +62,13 @@ def test_the_figures_of_ks_are_those_of_its_committed_run():
   metrics = json.loads((ROOT / "docs" / "results" / "ks" / "metrics.json").read_text())
   config = experiment.load("ks:full")
   data = config.data
+  trajectories = sum(sum(data.trajectories(world).values()) for world in ("hfhr", "lflr"))
   sets = [
     v for k, v in metrics["sizes"].items() if k.startswith("samples.") and not k.endswith("cubic")
   ]
   assert "--config.train" not in metrics["command"]  # else its steps are not the config's
   counts = {
-    "data": data.snapshots * sum(sum(data.trajectories(world).values()) for world in ("hfhr", "lflr")),
+    "data": data.snapshots * trajectories,
     "train": config.train.total_steps,
     "samples": sum(k * m for k, m, _ in sets),
   }

@@ -204,7 +204,7 @@ class _Run:
 
 
 def path_of(path: str, n: int, m: int, d: int, devices: int, elements: int = 1) -> str:
-  """The path that is meant, for clouds of d values a row that the devices can hold in equal parts."""
+  """The path to take, for clouds of n and m rows of d values in equal parts on the devices."""
   if path not in ("auto", *sinkhorn_steps.PATHS):
     raise ValueError(
       f"config.debias.path={path!r} is unknown; use one of {['auto', *sinkhorn_steps.PATHS]}."

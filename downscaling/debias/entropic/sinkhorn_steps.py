@@ -45,10 +45,8 @@ SCALE = 1e15
 DENSE_BYTES = (
   2**30
 )  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
-MORE_BYTES = (
-  2**31
-  # the same with a group, and for wide rows: there the others pay for so much more in every iteration
-)
+# The same with a group, and for wide rows: there other paths pay more in every iteration.
+MORE_BYTES = 2**31
 WIDE = 128  # values of a row from which a product costs more than an iteration
 TILE_NUMBERS = 2**21  # in a tile of `fused`: 8 MB in float32
 

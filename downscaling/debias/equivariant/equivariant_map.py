@@ -3,12 +3,16 @@ own weather.
 
 An EquivariantMap is a sequence of steps, each of which commutes with the group it was fitted for:
 
-    G  Gaussian      T(y) = b + A^−½ (A^½ B A^½)^½ A^−½ (y − a), optimal between group-averaged Gaussians
-    Q  Quantiles     a monotone function of each value, pooled over rows and over the points of an orbit
-    A  Transfer      y + Σ_k τ_k P_k N(y): the equation's quadratic term with one coefficient a shell k, until the
-                     energy that N moves into each shell, Re E[ŷ* N̂], is the target's; a G follows each
-    S  Quantiles     y + hᵀ∗(q(h∗y) − h∗y): Q on a random filter h that the group leaves alone up to a sign, |ĥ| ≤ 1
-    M  Matching      y + Σ_t λ_t ∇φ_t(y): statistics of second to fourth order matched by the least displacement
+    G  Gaussian      T(y) = b + A^−½ (A^½ B A^½)^½ A^−½ (y − a), optimal between group-averaged
+                     Gaussians
+    Q  Quantiles     a monotone function of each value, pooled over rows and the points of an orbit
+    A  Transfer      y + Σ_k τ_k P_k N(y): the equation's quadratic term with one coefficient a
+                     shell k, until the energy that N moves into each shell, Re E[ŷ* N̂], is the
+                     target's; a G follows each
+    S  Quantiles     y + hᵀ∗(q(h∗y) − h∗y): Q on a random filter h that the group leaves alone up to
+                     a sign, |ĥ| ≤ 1
+    M  Matching      y + Σ_t λ_t ∇φ_t(y): statistics of second to fourth order, matched by the least
+                     displacement
     N  Network       y + η ∇f(y): f the logit of a classifier that tells mapped rows from true ones
 
 recipes.py fits one from sums over blocks of rows (moments.py, matching.py). Unlike the entropic

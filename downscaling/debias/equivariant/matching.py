@@ -176,7 +176,7 @@ class Sums(NamedTuple):
 
 
 def gram(y: np.ndarray, quadratic: str | None, kept: np.ndarray) -> np.ndarray:
-  """Σ over rows of ∇φ_s · ∇φ_t of the kept statistics, [len(kept)]²; y [S, *space], less the mean."""
+  """Σ over rows of ∇φ_s · ∇φ_t of the kept statistics, [len(kept)]²; y [S, *space] is centred."""
   rows = max(1, min(ROWS, NUMBERS // (len(kept) * math.prod(y.shape[1:]))))
   return _sum(_gram(y.shape[1:], quadratic, tuple(map(int, kept))), y, rows)
 

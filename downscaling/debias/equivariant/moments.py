@@ -23,7 +23,7 @@ RIDGE = 0.05
 BINS, MOST = 2**16, 2**21  # of one histogram; of all histograms together
 
 
-# ---------------------------------------------------------------- second moments, in blocks where there are shifts
+# ----------------------------------- second moments, in blocks where there are shifts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,7 +161,7 @@ def optimal(a: np.ndarray, b: np.ndarray, cut: float = CUT) -> np.ndarray:
   return (out + out.conj().transpose(0, 2, 1)) / 2
 
 
-# ---------------------------------------------------------------- quadratic terms and the energy they transfer
+# ----------------------------------- quadratic terms and the energy they transfer
 
 
 def burgers(u: np.ndarray, xp=np) -> np.ndarray:
@@ -277,7 +277,7 @@ def newton(gap: np.ndarray, matrix: np.ndarray, power: np.ndarray) -> np.ndarray
   return np.linalg.solve(matrix.T @ matrix + ridge * np.eye(len(gap)), matrix.T @ gap) * unit
 
 
-# ---------------------------------------------------------------- one-point laws, pooled over orbits
+# ----------------------------------- one-point laws, pooled over orbits
 
 
 class Pool(NamedTuple):

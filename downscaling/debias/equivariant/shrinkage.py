@@ -4,9 +4,10 @@ rows choose.
 Where no shifts cut it into blocks, a covariance of d points has d (d + 1)/2 numbers, each with the
 noise of all rows. Its structured version has far fewer: the standard deviation of every point, and
 
-    stationary   correlations that depend on the distance along the axes alone (their mean over all shifts); for laws
-                 that are alike everywhere one standard deviation as well; or
-    tapered      correlations times a taper that falls to 0 at a distance (Gaspari & Cohn 1999, eq. 4.10)
+    stationary   correlations that depend on the distance along the axes alone (their mean over all
+                 shifts); for laws that are alike everywhere one standard deviation as well; or
+    tapered      correlations times a taper that falls to 0 at a distance (Gaspari & Cohn 1999, eq.
+                 4.10)
 
 The first needs a periodic grid, the second does not. The estimate is (1 − w) C + w T(C). The weight
 makes it nearest to the covariance of rows that it was not made of, in the metric where T is the

@@ -7,7 +7,7 @@ judged on the others by the distance of
 
     mean, covariance      averaged over the group
     law                   quantiles of the values, pooled over orbits
-    energy, triads, ...   the statistics of matching.py that the group leaves alone, family by family
+    energy, triads, ...   the statistics of matching.py that the group leaves alone, by family
 
 each statistic squared and in units of what it differs by between two sets of true rows of that
 size, so that weak waves count as much as strong ones. A step is taken if the sum falls. One that
