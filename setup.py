@@ -1,21 +1,61 @@
 """Package metadata: loose ranges live here, the exact set in requirements.lock."""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
 
+ROOT = pathlib.Path(__file__).parent
+# The one place that says the version; read as text, as an import would need the requirements.
+SOURCE = (ROOT / "downscaling" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE).group(1)
+
+JAX = ">=0.10,<0.12"
 TEST = ["pytest>=8", "pytest-xdist>=3.6"]
 DEV = [
   *TEST,
+  # With its own node from the package index, so that it needs no network later.
+  "pyright[nodejs]>=1.1.400",
   "ruff>=0.9",
+  # The editable install builds without the network.
   "setuptools>=77",
-]  # setuptools: the editable install builds without the network
+]
+# The documentation site; launch/docs.sh installs these alone, without the package's own needs.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"]
 
 setup(
   name="downscaling",
-  version="0.1.0",
-  description="Statistical downscaling: debias coarsely by optimal transport, sample conditionally by diffusion.",
-  license="Apache-2.0",
+  version=VERSION,
+  description=(
+    "Statistical downscaling: debias coarsely by optimal transport, "
+    "sample conditionally by diffusion."
+  ),
+  long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license_expression="Apache-2.0",
+  license_files=["LICENSE"],
+  classifiers=[
+    "Development Status :: 3 - Alpha",
+    "Environment :: Console",
+    "Environment :: GPU :: NVIDIA CUDA",
+    "Intended Audience :: Science/Research",
+    "Operating System :: MacOS",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3 :: Only",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Atmospheric Science",
+    "Topic :: Scientific/Engineering :: Physics",
+    "Typing :: Typed",
+  ],
+  keywords=["downscaling", "diffusion models", "optimal transport", "jax", "debiasing"],
   python_requires=">=3.11",
-  packages=find_packages(include=["downscaling", "downscaling.*"]),
+  # Users read and edit configs/ at the root; a wheel holds a copy inside the package.
+  packages=[*find_packages(include=["downscaling", "downscaling.*"]), "downscaling.configs"],
+  package_dir={"downscaling.configs": "configs"},
+  package_data={"downscaling": ["py.typed"]},
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.5",
@@ -24,7 +64,9 @@ setup(
     "flax>=0.10",
     "grain>=0.2.18",
     "h5netcdf>=1.3",
-    "jax>=0.10,<0.12",
+    # h5netcdf leaves the choice of a reader of HDF5 to us.
+    "h5py>=3.11",
+    f"jax{JAX}",
     "matplotlib>=3.9",
     "ml-collections>=1.1",
     "numpy>=2.0",
@@ -43,9 +85,11 @@ setup(
   extras_require={
     "test": TEST,
     "dev": DEV,
-    # The names jax itself uses: pip install "downscaling[cuda13]".
-    "cuda13": ["jax[cuda13]>=0.10,<0.12"],
-    "tpu": ["jax[tpu]>=0.10,<0.12"],
+    "docs": DOCS,
+    # The names that jax itself uses: pip install "downscaling[cuda13]".
+    "cuda12": [f"jax[cuda12]{JAX}"],
+    "cuda13": [f"jax[cuda13]{JAX}"],
+    "tpu": [f"jax[tpu]{JAX}"],
   },
   entry_points={"console_scripts": ["downscaling = downscaling.main:run"]},
 )

@@ -1,7 +1,8 @@
 """What one machine's accelerators do with the three heavy jobs, in one call of at most nine
 minutes.
 
-  python benchmarks/accelerator.py [--size=full|small] [--seconds=15] [--limit=520] [--out=DIR] [--trace=DIR]
+  python benchmarks/accelerator.py [--size=full|small] [--seconds=15] [--limit=520] [--out=DIR]
+                                   [--trace=DIR]
 
 training: the compiled step of a config with a batch that lies on the devices; samples/s, model
   FLOP/s (products and convolutions, forward and backward) and their share of the chip's dense peak

@@ -1,20 +1,24 @@
 """How the cost of the flow grows with its grid, beside KS: solver, training step, member-step;
 measured, then on paper.
 
-  python benchmarks/cost_growth.py [--seconds=2] [--out=docs/results/kolmogorov]     5 minutes on two cores
+  python benchmarks/cost_growth.py [--seconds=2] [--out=docs/results/kolmogorov]
+
+Takes 5 minutes on two cores.
 
 Measured on KS (192 points, configs/ks.py:full) and on the flow at 64², 128² and 256²
 (configs/kolmogorov.py:cpu with another grid); 512² and 1024² are compiled and not run. One device;
 the least time of several, after a first that is not counted.
 
-  solver       seconds a time unit and trajectory, of Fine with the config's dt (the flow's: 1.28/N); one trajectory at
-               a time for the flow, 64 together for KS
+  solver       seconds a time unit and trajectory, of Fine with the config's dt (the flow's:
+               1.28/N); one trajectory at a time for the flow, 64 together for KS
   training     seconds a step: forward, backward, Adam, average; batch 4 for the flow, 128 for KS
   member-step  seconds a member and call of the network, within the sampler's loop with the gain and
                noise; 4 members together for the flow, 64 for KS
-  GFLOP        of the same unit: matrix products and convolutions; for solvers 2.5 n log₂ n a real transform of n points
+  GFLOP        of the same unit: matrix products and convolutions; for solvers 2.5 n log₂ n a real
+               transform of n points
   GB           memory traffic that the compiler expects of the same unit, for this device's program
-  memory       that the compiled program needs at its batch, arguments, results and temporaries, in GB
+  memory       that the compiled program needs at its batch, arguments, results and temporaries, in
+               GB
 
 Nets: "stem 2", whose blocks work on grids that grow with the field; "stem N/64", whose first layer
 grows instead, so that blocks always see 64². growth: exponent p of N^p from the row above.
@@ -173,7 +177,9 @@ def member_step(c, seconds: float | None) -> Cost:
 
 def lines(title: str, rows: dict[str, Cost]) -> list[str]:
   """A table; rows of one kind of name follow each other, with the exponents of their growth."""
-  head = f"{title:<34}{'seconds':>11}{'growth':>8}{'GFLOP':>11}{'growth':>8}{'GB':>10}{'growth':>8}{'memory':>9}"
+  growth = f"{'growth':>8}"
+  columns = f"{'seconds':>11}{growth}{'GFLOP':>11}{growth}{'GB':>10}{growth}{'memory':>9}"
+  head = f"{title:<34}{columns}"
   out, before = [head], {}
   for name, cost in rows.items():
     kind = name.partition("²")[2] if "²" in name else name

@@ -1,8 +1,9 @@
 """How good are the debiasing maps of Kuramoto–Sivashinsky snapshots, by points in the fit and by ε?
 
-  python benchmarks/debias_sweep.py [--points=1024,4096,16384,65536] [--epsilons=0.01,0.002,0.0005] [--most=16384]
-                                    [--maps=entropic,symmetric,gaussian,equivariant] [--bias=none,broken,cubic,square]
-                                    [--out=docs/results/ks]
+  python benchmarks/debias_sweep.py [--points=1024,4096,16384,65536] [--epsilons=0.01,0.002,0.0005]
+                                    [--most=16384]
+                                    [--maps=entropic,symmetric,gaussian,equivariant]
+                                    [--bias=none,broken,cubic,square] [--out=docs/results/ks]
 
 Rows are independent of the fit: 4096 held-out biased snapshots are carried over and compared with
 16 384 true ones.
@@ -46,7 +47,8 @@ BIASES = {
   "square": lambda u: u + 0.05 * u**2,
 }
 COLUMNS = {
-  "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu", "melr_weighted": "MELRw",
+  "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu",
+  "melr_weighted": "MELRw",
   "kld_sum": "KLD", "bispectrum": "bispec.", "transfer": "transf.", "flatness": "flatn.",
   "square_covariance": "sq.cov.", "corr_input": "corr", "excess": "excess",
 }  # fmt: skip

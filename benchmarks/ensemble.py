@@ -1,7 +1,9 @@
 """What the ensemble store costs: speed of writing, its share of wall time, and memory as an
 ensemble grows.
 
-  python benchmarks/ensemble.py                  two minutes on a laptop; --folder on the disk that counts
+  python benchmarks/ensemble.py [--folder=DIR]
+
+Takes two minutes on a laptop. DIR lies on the disk that counts.
 
 The device is a pretended one, which draws incompressible noise in a known time while the host is
 free, as an accelerator would.
@@ -73,8 +75,10 @@ def draw(path, points, conditions, unit, seconds=0.0):
 
   ensemble.compiled = lambda *_: [Device(points, unit[0] * unit[1], seconds)]
   ensemble.write_ensemble(
-    path, conditions=np.zeros((conditions, 4, 4, 1), np.float32), members=unit[1], space=(points, points), unit=unit,
-    sampler=lambda keys, y: jnp.zeros((len(keys), points, points, 1)), devices=jax.devices()[:1], seed=0, identity={},
+    path, conditions=np.zeros((conditions, 4, 4, 1), np.float32), members=unit[1],
+    space=(points, points), unit=unit,
+    sampler=lambda keys, y: jnp.zeros((len(keys), points, points, 1)), devices=jax.devices()[:1],
+    seed=0, identity={},
     attrs={}, stop=stop,
   )  # fmt: skip
   return time.monotonic() - began[0]
@@ -130,11 +134,14 @@ def share(folder, points, units, unit, milliseconds, speed):
 
 def peak(folder, points, units, unit):
   """MB, of a process of its own."""
+  store = folder / f"peak-{units}.zarr"
   code = (
     f"import sys; sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})\n"
     "import ensemble, pathlib\n"
-    f"ensemble.draw(pathlib.Path({str(folder / f'peak-{units}.zarr')!r}), {points}, {units * unit[0]}, {unit})\n"
-    "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))\n"
+    f"store = pathlib.Path({str(store)!r})\n"
+    f"ensemble.draw(store, {points}, {units * unit[0]}, {unit})\n"
+    "status = open('/proc/self/status').read().splitlines()\n"
+    "print(next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
   )
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True

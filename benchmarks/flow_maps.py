@@ -1,8 +1,8 @@
 """Debiasing maps of the Kolmogorov flow on 32² and 16² points: Table 1 of the paper, and what it
 does not show.
 
-  python benchmarks/flow_maps.py --data=runs/kolmogorov/data [--fine=128] [--points=32,16] [--maps=0.0003,G,GQG]
-                                 [--rows=2048] [--out=docs/results/kolmogorov]
+  python benchmarks/flow_maps.py --data=runs/kolmogorov/data [--fine=128] [--points=32,16]
+                                 [--maps=0.0003,G,GQG] [--rows=2048] [--out=docs/results/kolmogorov]
 
 DATA holds a finished `generate` of configs/kolmogorov.py:cpu. Fits see all training rows; --rows
 held-out biased rows are carried over and compared with as many true ones of the test split; floor:
@@ -28,8 +28,10 @@ from downscaling.equations import kolmogorov
 from downscaling.metrics import scoring
 
 COLUMNS = {
-  "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu", "melr_weighted": "MELRw",
-  "kld_sum": "KLDsum", "kld_mean": "KLD", "transfer": "transf.", "flatness": "flatn.", "gradient_flatness": "∇flatn.",
+  "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu",
+  "melr_weighted": "MELRw",
+  "kld_sum": "KLDsum", "kld_mean": "KLD", "transfer": "transf.", "flatness": "flatn.",
+  "gradient_flatness": "∇flatn.",
   "square_covariance": "sq.cov.", "corr_input": "corr", "excess": "excess",
 }  # fmt: skip
 PAPER = {32: "kolmogorov-8x", 16: "kolmogorov-16x"}
@@ -122,7 +124,8 @@ def main():
   args = parser.parse_args()
   sets = (
     rows(args.data, "lflr", args.fine, "train"), rows(args.data, "hfhr", args.fine, "train"),
-    rows(args.data, "lflr", args.fine, "test", args.rows), rows(args.data, "hfhr", args.fine, "test", args.rows),
+    rows(args.data, "lflr", args.fine, "test", args.rows),
+    rows(args.data, "hfhr", args.fine, "test", args.rows),
     rows(args.data, "hfhr", args.fine, "validation", args.rows),
   )  # fmt: skip
   count = min(len(sets[0]), len(sets[1]))

@@ -1,18 +1,23 @@
 """Does 128² stand for 256² as seen at 32² and 16²? The same flow states, carried on at 256², at
 128² and at 64².
 
-  python benchmarks/kolmogorov_audit.py [--states=12] [--snapshots=7] [--out=docs/results/kolmogorov]     10 minutes
+  python benchmarks/kolmogorov_audit.py [--states=12] [--snapshots=7]
+                                        [--out=docs/results/kolmogorov]
+
+Takes 10 minutes.
 
 Developed 128² states (t = 40), put on 256² through Fourier space, are carried on by Fine(256, .005)
 for 4 time units, in which the small scales that 128² has not can fill, and kept then and every 2.5
 units on; beside them the same states by Fine(128, .01) and, cut to 64², by Fine(64, .02). All are
 strided to 32² and to 16², as C′ has it. Columns:
 
-  Δ log E   log of the mean energy of a shell, less that at 256²; ± its standard error, by the jackknife over states: a
-            state's snapshots go together, and 256² and the other start from the same one. 2/3 dealiasing keeps waves to
-            85, 42 and 21; stride aliases those above 16 (8) onto the shells shown
+  Δ log E   log of the mean energy of a shell, less that at 256²; ± its standard error, by the
+            jackknife over states: a state's snapshots go together, and 256² and the other start
+            from the same one. 2/3 dealiasing keeps waves to 85, 42 and 21; stride aliases those
+            above 16 (8) onto the shells shown
   symcov    relative RMSE of the covariance, averaged over the flow's group, against 256²
-  floor     symcov between two 128² sets as large that have no state in common: what sampling alone leaves
+  floor     symcov between two 128² sets as large that have no state in common: what sampling alone
+            leaves
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """How wrong each coarse KS scheme is: the paper's four figures for every scheme kept in
 equations/ks.py.
 
-  python benchmarks/ks_coarse.py [--seed=0] [--trajectories=2048]     one to two minutes on two cores
+  python benchmarks/ks_coarse.py [--seed=0] [--trajectories=2048]
+
+Takes one to two minutes on two cores.
 
 Rows: Coarse(...) with the seed against Fine with the same seed, strided to 24 points, 4 snapshots a
 trajectory as configs/ks.py takes them. Floor: Fine with seed + 7 against Fine. Δ²: Σ (ln

@@ -1,7 +1,8 @@
 """How fast priors learn: training loss and held-out denoising error by step, of several work
 folders of the same data.
 
-  python benchmarks/learning_curves.py --runs=wiener=runs/a,adaptive=runs/b [--every=250] [--out=curves.png]
+  python benchmarks/learning_curves.py --runs=wiener=runs/a,adaptive=runs/b [--every=250]
+                                       [--out=curves.png]
 
 Each WORKDIR holds a `train` of its own, e.g. with another config.model.preconditioning; those of
 one seed and batch see the same fields and noise, so their losses differ by what the nets know. A

@@ -1,14 +1,15 @@
 """Minibatch fits against full solves on KS snapshots, at equal wall time: what the held-out rows of
 each map are worth.
 
-  python benchmarks/minibatch.py [--targets=4096] [--trajectories=16384] [--epsilon=0.001] [--batch=1024] [--whole]
+  python benchmarks/minibatch.py [--targets=4096] [--trajectories=16384] [--epsilon=0.001]
+                                 [--batch=1024] [--whole]
 
 d = 24, float32, 4 snapshots a trajectory, no trajectory in two sets: 3/4 are source rows and, of
 the true ones, targets; 1/8 are the test rows and their reference; 1/8 measure `rms` and `dual`, and
 are the floor.
 
-full:       debias/sinkhorn.fit of m source rows on m targets to an L1 marginal error of 1e-3; and the same ended with
-            its ladder of ε (70 iterations).
+full:       debias/sinkhorn.fit of m source rows on m targets to an L1 marginal error of 1e-3; and
+            the same ended with its ladder of ε (70 iterations).
 full, all:  every source row on m targets, cut at the wall time that `full` took: its ladder may not
             have ended; with --whole also to 1e-3, however long it takes.
 minibatch:  debias/minibatch.fit, streaming all source rows in shuffled passes, in that time and in

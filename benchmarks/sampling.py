@@ -1,8 +1,10 @@
 r"""Samplers on a trained prior, quality against cost: our default against the paper's Eq. 7 at its
 best; and many more.
 
-  python benchmarks/sampling.py --workdir=runs/ks [--config=configs/ks.py:full] [--set train.total_steps=6000 ...]
-    [--conditions=128] [--members=8] [--cases=rival|front|all|NAME,...] [--vary=solver.noise=1,1.03,1.06]
+  python benchmarks/sampling.py --workdir=runs/ks [--config=configs/ks.py:full]
+    [--set train.total_steps=6000 ...]
+    [--conditions=128] [--members=8] [--cases=rival|front|all|NAME,...]
+    [--vary=solver.noise=1,1.03,1.06]
     [--factor=16] [--operator=block_mean] [--split=calibration] [--spread] [--seed=0] [--out=DIR]
 
 WORKDIR holds the prior of that config, its error table and data/statistics.npz. Conditions are C′x
@@ -20,16 +22,19 @@ Other cases are named in sampling_cases.py. "default" is what the config draws w
 with each value of one key of config.sampling: fit what belongs to a prior, as solver.noise, with
 --split=calibration and compare on the test fields. Errors are over the field's rms.
 
-  calls       network calls a member: FLOPs of the whole sampler over those of one call, so a gradient (vjp) counts as
-              what it costs
-  ms, wall    milliseconds a member, medians over blocks in which the cases take turns; ms is processor time over the
+  calls       network calls a member: FLOPs of the whole sampler over those of one call, so a
+              gradient (vjp) counts as what it costs
+  ms, wall    milliseconds a member, medians over blocks in which the cases take turns; ms is
+              processor time over the
               cores (other work on the machine hardly changes it), wall is wall time
   member, mean  RMSE to the truth, of single members and of the ensemble mean crps, energy  fair
   CRPS and energy score; those of climatology and of a cubic interpolation stand above the table
   melre       MELR of members against the truths, over the shells that hold the energy
-  cov         covRMSE of members against fields of the reference split, over that of the truths: 1 is the floor
+  cov         covRMSE of members against fields of the reference split, over that of the truths: 1
+              is the floor
   s/e         spread over error, 1 is right; in50, in90: coverage of the central intervals
-  χ²          median misfit score at the lowest noise level; 1 where y′ is as far off as the prior expects
+  χ²          median misfit score at the lowest noise level; 1 where y′ is as far off as the prior
+              expects
   second half ×κ  with --spread: members with their distance from the mean of their condition scaled
               (sampling.spread) by κ = 1/(s/e) of the first half of the conditions; on the second
               half, as drawn in the row above it

@@ -183,7 +183,7 @@ class Bench:
     return {str(k): float(energy[k - 1] / truth[k - 1]) for k in shells if k and held[k - 1]}
 
   def halves(self, fields: np.ndarray, at: Conditions) -> tuple[float, dict, dict]:
-    """(κ fitted on the first half of the conditions, scores of the second as drawn, scores with κ)."""
+    """(κ fitted on the first half of the conditions, scores of the second as drawn, and with κ)."""
     half = len(fields) // 2
     first, second = (
       Conditions(at.split, at.truth[part], at.y[part]) for part in (slice(half), slice(half, None))

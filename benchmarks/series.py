@@ -33,7 +33,7 @@ OP = Strided.on((POINTS,), FACTOR)
 
 
 class Placed(Stitching):
-  """Windows whose frames count by another rule: `count` of their distance from the window's edges."""
+  """Windows whose frames count by another rule: `count` of the distance from the window's edges."""
 
   @functools.cached_property
   def weights(self):

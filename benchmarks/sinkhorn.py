@@ -1,21 +1,25 @@
 """Entropic transport between two clouds: our paths against ott (dense, online), POT (plain, log),
 on the same points.
 
-  python benchmarks/sinkhorn.py [--points=2048,4096] [--dimensions=24] [--epsilon=0.003] [--rounds=3] [--limit=150]
-                                [--once] [--solvers=...]      all: dense, fused, ring, ott, ott-online, pot, pot-log
-  python benchmarks/sinkhorn.py --memory                      compiled temporaries of fused and ring, nothing is run
+  python benchmarks/sinkhorn.py [--points=2048,4096] [--dimensions=24] [--epsilon=0.003]
+                                [--rounds=3] [--limit=150]
+                                [--once] [--solvers=...]
+                                solvers: dense, fused, ring, ott, ott-online, pot, pot-log
+  python benchmarks/sinkhorn.py --memory
+                                compiled temporaries of fused and ring; nothing is run
 
 d = 24: Kuramoto–Sivashinsky snapshots, biased against coarsened true ones; else Gaussian clouds of
 a falling spectrum. ε is a share of the mean cost. Every solver starts cold and runs to a marginal
 error of 1e-3; ours anneals and over- relaxes as the `debias` job does, the others run with their
 defaults. Each measurement is a process of its own:
 
-  seconds     of the second call (the first compiles), with --once of the first; the least over rounds in which the
-              solvers take turns
+  seconds     of the second call (the first compiles), with --once of the first; the least over
+              rounds in which the solvers take turns
   iterations  to the end (of all rungs together, ours)
-  error       the larger L1 error of the two marginals, measured afterwards for all by one float64 routine
-  memory      growth of the process's peak above what it held before solving, compilation included; 0 where making the
-              points took more
+  error       the larger L1 error of the two marginals, measured afterwards for all by one float64
+              routine
+  memory      growth of the process's peak above what it held before solving, compilation included;
+              0 where making the points took more
 
 ott-online needs a name that jax has removed, put back here in one line. POT is not installed with
 this package (`pip install pot`), works in float64 and stops by an L2 error, asked for as 1e-3/√n.
@@ -202,7 +206,8 @@ def table(n, d, args):
     best = best or row["seconds"]
     wrong = "" if row["error"] < 1.5 * THRESHOLD else "   not converged"
     print(
-      f"{solver:<12}{row['seconds']:>9.3f}{row['seconds'] / best:>8.2f}×{row['iterations']:>12}{row['error']:>10.1e}{row['memory'] / 1e6:>11.0f}{wrong}",
+      f"{solver:<12}{row['seconds']:>9.3f}{row['seconds'] / best:>8.2f}×{row['iterations']:>12}"
+      f"{row['error']:>10.1e}{row['memory'] / 1e6:>11.0f}{wrong}",
       flush=True,
     )
 

@@ -1,6 +1,7 @@
 r"""What a star means: how often independent true sets lie inside the floors of a report.
 
-  python benchmarks/star.py --workdir=runs/ks-full --config=configs/ks.py:full [--sets=12] [--out=DIR]
+  python benchmarks/star.py --workdir=runs/ks-full --config=configs/ks.py:full [--sets=12]
+                            [--out=DIR]
 
 WORKDIR holds a finished `generate` of that config. Each set has the size and the trajectories of
 the row that it stands

@@ -118,7 +118,7 @@ def matmul_rate(n=1024):
 
 
 def activations(space, batch, net):
-  """Bytes that the backward pass keeps of the forward one, counted from the residuals of jax.vjp."""
+  """Bytes that the backward pass keeps of the forward one, from the residuals of jax.vjp."""
   d, *_ = pieces(space, net)
   x, s = (
     jax.ShapeDtypeStruct((batch, *space, 1), jnp.float32),
@@ -158,7 +158,8 @@ def fit_seconds(folder, program, state, batches, mesh, first, count):
   began = time.perf_counter()
   with contextlib.suppress(supervision.Interrupted):
     train_loop.fit(
-      state=state, batches=chain(stream_first, stream), step_fn=program, plan=plan, evaluators={}, saver=saver,
+      state=state, batches=chain(stream_first, stream), step_fn=program, plan=plan, evaluators={},
+      saver=saver,
       watch=watch, stop=lambda: next(polls),
     )  # fmt: skip
   seconds = (time.perf_counter() - began) / count

@@ -10,7 +10,6 @@ same command goes on.
 """
 
 import functools
-import itertools
 import os
 import pathlib
 import re
@@ -22,11 +21,15 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from downscaling import config_files
 from downscaling.runtime import supervision
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file(
-  "config", None, "Config file, e.g. configs/ks.py:quick. It is Python and is executed."
+  "config",
+  None,
+  "A built-in config, e.g. ks:quick, or a file, e.g. configs/ks.py:quick, which is Python and is "
+  "executed.",
 )
 flags.DEFINE_string(
   "workdir", None, "Folder of the run; made if absent, gone on with if it is there."
@@ -103,13 +106,10 @@ def parse(argv: list[str]) -> list[str]:
   """Reads the flags and returns the other arguments; what cannot be read ends the program with one
   line.
   """
-  given = [b for a, b in itertools.pairwise(argv) if a == "--config"]
-  given += [a.partition("=")[2] for a in argv if a.startswith("--config=")]
-  if missing := [g for g in given if not pathlib.Path(g.partition(":")[0]).is_file()]:
-    fail(
-      f"--config={missing[0]}: there is no such file in {pathlib.Path.cwd()}. E.g. "
-      "--config=configs/ks.py:quick"
-    )
+  try:
+    argv = config_files.resolve_flags(argv)
+  except FileNotFoundError as error:
+    fail(str(error))
   try:
     return FLAGS(argv)
   except Exception as error:  # a config is the user's Python: it can raise anything

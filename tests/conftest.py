@@ -45,7 +45,10 @@ SMALL = {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4, "plan.
 
 
 def pytest_xdist_make_scheduler(config, log):
-  """By file, but with all files that read `finished` as one. (pytest-xdist 3.8 loses groups by mark on pytest 9.)"""
+  """By file, but with all files that read `finished` as one.
+
+  pytest-xdist 3.8 loses groups by mark on pytest 9.
+  """
   from xdist.scheduler import LoadFileScheduling
 
   class Scheduling(LoadFileScheduling):

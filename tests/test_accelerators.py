@@ -1,4 +1,4 @@
-"""What jobs would run on a TPU or a GPU, made by its own compiler on this machine, which has none."""
+"""What jobs would run on a TPU or a GPU, compiled by its own compiler on a machine with none."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Training fields moved by symmetries of the equation: what is moved, and how a config asks for it."""
+"""Training fields moved by symmetries of the equation: what moves, how a config asks for it."""
 
 import pathlib
 

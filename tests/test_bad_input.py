@@ -167,7 +167,7 @@ def test_help_is_no_error(execute):
   assert "downscaling JOB --config=" in done.stdout
 
 
-# ---------------------------------------------------------------- values, refused before anything is written
+# ------------------------------------------------------- values, refused before anything is written
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,8 @@ def test_a_folder_that_cannot_be_made(attempt, tmp_path):
 def test_jobs_in_the_wrong_order_name_the_right_one(attempt, finished, tmp_path):
   data = {"data.dir": str(finished[0] / "data")}
   for job, needs, overrides in (
-    ("train", "generate", {}), ("debias", "generate", {}), ("sample", "generate", {}), ("evaluate", "sample", data),
+    ("train", "generate", {}), ("debias", "generate", {}), ("sample", "generate", {}),
+    ("evaluate", "sample", data),
     ("sample", "train", data),
   ):  # fmt: skip
     said = attempt(job, tmp_path / "run", **overrides)

@@ -32,7 +32,8 @@ def start(count, devices, argv, pids=None, **env):
   # A shell cannot trap a signal that it inherits ignored, as SIGINT is in the background of
   # another.
   return subprocess.Popen(
-    ["env", "--default-signal=INT", "launch/rehearse.sh", str(count), *map(str, argv)], cwd=ROOT, env=env, text=True,
+    ["env", "--default-signal=INT", "launch/rehearse.sh", str(count), *map(str, argv)], cwd=ROOT,
+    env=env, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
   )  # fmt: skip
 

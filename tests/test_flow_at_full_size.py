@@ -13,12 +13,16 @@ import xarray
 # stay the config's own.
 TINY = {
   "data.burn_in": 0.2, "data.spacing": 0.1, "data.snapshots": 4, "data.shard": 2,
-  "data.hfhr.train": 4, "data.hfhr.calibration": 2, "data.hfhr.test": 2, "data.hfhr.reference": 2, "data.hfhr.floor": 2,
+  "data.hfhr.train": 4, "data.hfhr.calibration": 2, "data.hfhr.test": 2, "data.hfhr.reference": 2,
+  "data.hfhr.floor": 2,
   "data.lflr.train": 4, "data.lflr.calibration": 2, "data.lflr.test": 2,
-  "debias.points": 16, "debias.held_out": 8, "debias.epsilon": 0.01, "debias.threshold": 1e-2, "debias.recipe": "GQG",
+  "debias.points": 16, "debias.held_out": 8, "debias.epsilon": 0.01, "debias.threshold": 1e-2,
+  "debias.recipe": "GQG",
   "train.batch": 2, "train.total_steps": 2, "train.augment": True, "optimizer.warmup_steps": 1,
-  "watch.fields": 1, "watch.steps": 1, "plan.log_every": 1, "plan.eval_every": 2, "plan.save_every": 2,
-  "sampling.conditions": 2, "sampling.members": 2, "sampling.unit": (1, 2), "sampling.levels.steps": 2,
+  "watch.fields": 1, "watch.steps": 1, "plan.log_every": 1, "plan.eval_every": 2,
+  "plan.save_every": 2,
+  "sampling.conditions": 2, "sampling.members": 2, "sampling.unit": (1, 2),
+  "sampling.levels.steps": 2,
   "sampling.unconditional.fields": 2, "sampling.unconditional.steps": 2, "evaluate.reference": 8,
 }  # fmt: skip
 

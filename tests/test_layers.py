@@ -61,7 +61,8 @@ def test_import_changes_no_flag_and_brings_nothing_slow():
     "changed = [k for k in after if before.get(k) != after[k]]; assert not changed, changed;"
     # what few jobs need is imported where they do: every command, and every process of a job,
     # starts sooner
-    "slow = {'tensorflow', 'torch', 'ott', 'exponax', 'xarray', 'pandas', 'matplotlib.pyplot'} & set(sys.modules);"
+    "slow = {'tensorflow', 'torch', 'ott', 'exponax', 'xarray', 'pandas', 'matplotlib.pyplot'};"
+    "slow &= set(sys.modules);"
     "assert not slow, slow"
   )
   subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

@@ -25,7 +25,8 @@ def alive(pid):
 
 
 def test_what_a_process_gets(tmp_path):
-  code = "echo $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $XLA_FLAGS; echo $PATH $$ >&2"
+  code = "echo $JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $XLA_FLAGS; "
+  code += "echo $PATH $$ >&2"
   flags = "--xla_a=1 --xla_force_host_platform_device_count=7 --xla_b=2"
   said = rehearse(2, 3, shell(code), XLA_FLAGS=flags, PIDFILE=str(tmp_path / "pids"))
   pids, lines = numbers(tmp_path / "pids"), said.splitlines()
@@ -81,7 +82,8 @@ def test_an_error_is_not_tried_again(tmp_path):
 
 def test_an_error_counts_before_the_deaths_that_follow_it():
   """Both are dead when the group is looked at: that process 0 was aborted must not hide why."""
-  code = "[ $JAX_PROCESS_ID = 0 ] && { kill -STOP $PPID; sleep 0.5; (sleep 0.5; kill -CONT $PPID) & kill -ABRT $$; }; "
+  code = "[ $JAX_PROCESS_ID = 0 ] && { kill -STOP $PPID; sleep 0.5; "
+  code += "(sleep 0.5; kill -CONT $PPID) & kill -ABRT $$; }; "
   code += "sleep 0.2; exit 1"
   said = rehearse(2, 1, shell(code), code=1, RESTARTS="3")
   assert said.count("process(es) of") == 1, said
@@ -90,7 +92,8 @@ def test_an_error_counts_before_the_deaths_that_follow_it():
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_waited_for(tmp_path, told):
   pids = tmp_path / "pids"
-  code = f"trap 'sleep 0.5; echo saved; exit 143' TERM; touch {tmp_path}/$JAX_PROCESS_ID; while :; do sleep 0.05; done"
+  code = f"trap 'sleep 0.5; echo saved; exit 143' TERM; touch {tmp_path}/$JAX_PROCESS_ID; "
+  code += "while :; do sleep 0.05; done"
   process = start(2, 1, shell(code), pids, RESTARTS="3")
   wait_for(lambda: all((tmp_path / i).exists() for i in "01"), process, 20)
   process.send_signal(told)
@@ -123,7 +126,9 @@ def test_a_preempted_group_starts_again(tmp_path):
   """
   code = f"""
     turn=$(ls {tmp_path} | wc -l)
-    [ $JAX_PROCESS_ID = 1 ] && {{ sleep 0.5; touch {tmp_path}/$turn; [ $turn = 2 ] && exit 0; exit 143; }}
+    [ $JAX_PROCESS_ID = 1 ] && {{
+      sleep 0.5; touch {tmp_path}/$turn; [ $turn = 2 ] && exit 0; exit 143;
+    }}
     trap 'echo told; exit 143' TERM
     [ $turn = 0 ] && {{ sleep 1; echo followed; exit 143; }}
     [ $turn = 1 ] && while :; do sleep 0.1; done
@@ -138,7 +143,8 @@ def test_a_preempted_group_starts_again(tmp_path):
 
 
 def test_a_signal_while_a_group_is_ended_stops_it_all(tmp_path):
-  code = f"trap 'touch {tmp_path}/told; sleep 1; exit 143' TERM; [ $JAX_PROCESS_ID = 1 ] && {{ sleep 0.3; exit 9; }}; "
+  code = f"trap 'touch {tmp_path}/told; sleep 1; exit 143' TERM; "
+  code += "[ $JAX_PROCESS_ID = 1 ] && { sleep 0.3; exit 9; }; "
   process = start(2, 1, shell(code + "while :; do sleep 0.05; done"), RESTARTS="3")
   wait_for((tmp_path / "told").exists, process, 20)
   process.send_signal(signal.SIGTERM)

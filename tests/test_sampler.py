@@ -75,7 +75,7 @@ def test_fields_and_misfits(name):
 
 
 def test_guided_levels():
-  """By the table of the guidance, or by the spectrum where there is none; free fields need neither."""
+  """By the table of the guidance, or by the spectrum if there is none; free fields need neither."""
   config = _config(**{"sampling.levels.name": "guided", "sampling.guidance.name": "measured"})
   parts = _parts(config)
   op, y, fields, _ = _draw(config, parts, build.stand_in_table(config))

@@ -20,13 +20,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Trajectories of 6 frames, series of all 6 by windows of 4 that have 2 in common.
 TINY = {
   "grid.frames": 4, "sampling.series.overlap": 2, "data.snapshots": 6,
-  "data.shard": 8, "data.hfhr.train": 16, "data.hfhr.calibration": 8, "data.hfhr.test": 8, "data.hfhr.reference": 8,
+  "data.shard": 8, "data.hfhr.train": 16, "data.hfhr.calibration": 8, "data.hfhr.test": 8,
+  "data.hfhr.reference": 8,
   "data.hfhr.floor": 8, "data.lflr.calibration": 8,
-  "data.lflr.train": 16, "data.lflr.test": 8, "debias.maps": ("gaussian",), "debias.map": "gaussian",
-  "debias.points": 64, "debias.held_out": 40, "model.channels": (8, 8), "model.strides": (4, 4), "model.embedding": 8,
-  "train.batch": 16, "train.total_steps": 4, "optimizer.warmup_steps": 1, "plan.log_every": 2, "plan.eval_every": 4,
-  "plan.save_every": 4, "watch.fields": 4, "watch.steps": 2, "sampling.conditions": 4, "sampling.members": 2,
-  "sampling.unit": (4, 2), "sampling.series.frames": 6, "sampling.levels.steps": 3, "sampling.unconditional.fields": 4,
+  "data.lflr.train": 16, "data.lflr.test": 8, "debias.maps": ("gaussian",),
+  "debias.map": "gaussian",
+  "debias.points": 64, "debias.held_out": 40, "model.channels": (8, 8), "model.strides": (4, 4),
+  "model.embedding": 8,
+  "train.batch": 16, "train.total_steps": 4, "optimizer.warmup_steps": 1, "plan.log_every": 2,
+  "plan.eval_every": 4,
+  "plan.save_every": 4, "watch.fields": 4, "watch.steps": 2, "sampling.conditions": 4,
+  "sampling.members": 2,
+  "sampling.unit": (4, 2), "sampling.series.frames": 6, "sampling.levels.steps": 3,
+  "sampling.unconditional.fields": 4,
   "sampling.unconditional.steps": 3, "evaluate.reference": 48,
 }  # fmt: skip
 
@@ -162,7 +168,7 @@ def test_what_attributes_say():
 
 @pytest.mark.parametrize(("name", "guidance"), [("ks", "measured"), ("kolmogorov", "moment")])
 def test_series_of_both_equations_meet_their_conditions(name, guidance):
-  """Lines and planes, an untrained network: frames come as an axis, each on its own coarse field."""
+  """Lines and planes, an untrained network: frames are an axis, each on its own coarse field."""
   scope = {}
   exec((ROOT / "configs" / f"{name}.py").read_text(), scope)
   c = scope["get_config"]("smoke")
@@ -253,7 +259,8 @@ def test_members_do_not_depend_on_devices(run):
   unit = ensemble.Unit(0, 4, 0, 2)
   y = context.conditions_of(run, "true")
   layout = ensemble.layout_of(
-    build.sampler(c, stats, network, table), params, conditions=4, members=2, space=(192,), coarse=y.shape[1:],
+    build.sampler(c, stats, network, table), params, conditions=4, members=2, space=(192,),
+    coarse=y.shape[1:],
     unit=(4, 2), frames=6,
   )  # fmt: skip
   with jax.default_device(jax.devices()[0]):

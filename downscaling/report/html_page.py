@@ -9,7 +9,7 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from downscaling.report.themes import DARK, LIGHT
+from downscaling.report.themes import LIGHT
 
 _COLOURS = "--page:{page};--card:{card};--ink:{ink};--muted:{muted};--line:{line};--accent:{accent};--wash:{wash}"
 
@@ -24,16 +24,20 @@ _LIGHT = _COLOURS.format(
 )
 _DARK = _COLOURS.format(
   page="#14171a",
-  card=DARK.paper,
-  ink=DARK.ink,
+  card="#1b1f23",
+  ink="#e3e6e8",
   muted="#9aa2a9",
   line="#2c3238",
   accent="#79bbea",
   wash="#1c2d3a",
 )
+# Figures are drawn once, for light paper. On a dark page their lightness is inverted and their hue
+# turned back, so that paper becomes dark, ink light, and every colour stays what legends call it.
+# 88 % of an inversion turns white into the grey of a dark card.
+_INVERTED = "filter:invert(.88) hue-rotate(180deg)"
 CSS = (
   f""":root{{color-scheme:light dark;{_LIGHT}}}
-@media(prefers-color-scheme:dark){{:root{{{_DARK}}}}}
+@media(prefers-color-scheme:dark){{:root{{{_DARK}}}figure img{{{_INVERTED}}}}}
 """
   + """
 *{box-sizing:border-box}
@@ -126,15 +130,12 @@ def missing(text: str, command: str) -> str:
   return f'<div class="missing">{escape(text)} <code>{escape(command)}</code></div>'
 
 
-def picture(light: bytes, dark: bytes, alt: str, caption: str) -> str:
-  """A figure drawn for both colour schemes, its PNGs inline."""
-  width, height = struct.unpack(">II", light[16:24])  # PNG header
-  source, image = (
-    f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in (dark, light)
-  )
+def picture(png: bytes, alt: str, caption: str) -> str:
+  """A figure, its PNG inline. The style sheet adapts it to a dark page."""
+  width, height = struct.unpack(">II", png[16:24])  # PNG header
+  image = f"data:image/png;base64,{base64.b64encode(png).decode()}"
   return (
-    f'<figure><picture><source media="(prefers-color-scheme:dark)" srcset="{source}">'
-    f'<img width="{width}" height="{height}" alt="{escape(alt)}" src="{image}"></picture>'
+    f'<figure><img width="{width}" height="{height}" alt="{escape(alt)}" src="{image}">'
     f"<figcaption>{escape(caption)}</figcaption></figure>"
   )
 

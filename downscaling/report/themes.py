@@ -1,8 +1,8 @@
-"""How every figure looks: one restrained, colour-blind safe palette, for light and for dark pages,
-drawn by Agg.
+"""How every figure looks: one restrained, colour-blind safe palette, drawn by Agg.
 
-A figure is a function draw(theme) -> Figure, so that the same data can be drawn for both. All are
-WIDTH inches wide: shown across a 400 px screen their 9.5 pt text stays about 10 px high.
+A figure is a function draw(theme) -> Figure. It is drawn once, on light paper; the report's style
+sheet adapts it to dark pages (html_page.py). All figures are WIDTH inches wide: across a 400 px
+screen their 9.5 pt text stays about 10 px high.
 """
 
 import dataclasses
@@ -69,11 +69,6 @@ LIGHT = Theme(
   "light", paper="#ffffff", ink="#20262b", muted="#737b82", grid="#e6e4df", debiased="#2a78b0", raw="#cc5a3b",
   cubic="#7d8a1f", free="#8562b0", true="#b8860b", low="#0c2f4f", high="#5e1a0c",
 )  # fmt: skip
-DARK = Theme(
-  "dark", paper="#1b1f23", ink="#e3e6e8", muted="#99a1a8", grid="#32383e", debiased="#5fa9dc", raw="#ee8564",
-  cubic="#b6c24e", free="#bd9fe6", true="#e9b949", low="#d3ecff", high="#ffe1d6",
-)  # fmt: skip
-
 
 def label(row: str) -> str:
   """What a row is called in print: equivariant+diffusion is "equivariant + diffusion"."""
@@ -99,18 +94,19 @@ def page(height: float) -> Figure:
   return Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
 
 
-def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
+def render(draw: Callable[[Theme], Figure], theme: Theme = LIGHT) -> bytes:
   """PNG of draw(theme)."""
   with matplotlib.rc_context(_style(theme)):
     drawn = FigureCanvasAgg(draw(theme))
     drawn.draw()
+  pixels = np.asarray(drawn.buffer_rgba())[..., :3]
   # 256 colours are more than lines and a colour scale need, at a third of the size.
   out = io.BytesIO()
-  Image.fromarray(np.asarray(drawn.buffer_rgba())[..., :3]).quantize(256).save(out, format="png")
+  Image.fromarray(pixels).quantize(256).save(out, format="png")
   return out.getvalue()
 
 
-def pixels(draw: Callable[[Theme], Figure], theme: Theme | None = None) -> np.ndarray:
-  """[height, width, 3] uint8 of draw(theme), light by default."""
-  with Image.open(io.BytesIO(render(draw, theme or LIGHT))) as image:
+def pixels(draw: Callable[[Theme], Figure], theme: Theme = LIGHT) -> np.ndarray:
+  """[height, width, 3] uint8 of draw(theme)."""
+  with Image.open(io.BytesIO(render(draw, theme))) as image:
     return np.asarray(image.convert("RGB"))

@@ -32,9 +32,9 @@ def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
   for part in parts:
     pictures = []
     for panel in part.panels:
-      light, dark = (themes.render(panel.draw, theme) for theme in (themes.LIGHT, themes.DARK))
-      (folder / f"{panel.name}.png").write_bytes(light)
-      pictures.append(html_page.picture(light, dark, panel.alt, panel.caption))
+      png = themes.render(panel.draw)
+      (folder / f"{panel.name}.png").write_bytes(png)
+      pictures.append(html_page.picture(png, panel.alt, panel.caption))
     inner = part.html + (f'<div class="figures">{"".join(pictures)}</div>' if pictures else "")
     body.append(html_page.section(part.anchor, part.title, part.lead, inner))
   temporary = folder / f".report.html.{os.getpid()}.tmp"

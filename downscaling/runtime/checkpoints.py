@@ -1,10 +1,10 @@
-"""Orbax checkpoints: saved asynchronously, restored under today's shardings, the last good one if
-the last is damaged.
+"""Orbax checkpoints: saved asynchronously, checked on reading, restored onto any device mesh.
 
-A checkpoint is data: arrays (OCDBT/Zarr3 by TensorStore), one JSON record (schema version, config
-hash, shape and dtype of every leaf), and a manifest with the SHA-256 of every file, renamed into
-place together. Restoring needs an abstract tree (shapes, dtypes, shardings) from the caller, so any
-topology can read any other's.
+A checkpoint holds three things: arrays (OCDBT/Zarr3, written by TensorStore), one JSON record
+(schema version, config hash, shape and dtype of every leaf), and a manifest with the SHA-256 of
+every file. They are renamed into place together. The caller restores with an abstract tree (shapes,
+dtypes, shardings), so a checkpoint of one device mesh can be read on another. If the newest
+checkpoint is damaged, the newest whole one is restored.
 """
 
 import copy
@@ -28,10 +28,11 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-  """Which checkpoints stay: the `last` ones, every step that `every` divides (0: none), and the
-  `best` by `metric`.
+  """Which checkpoints are kept; the rest are deleted.
 
-  metric: name of the value given to save(metrics=...), of which the smallest is best; "" for none.
+  last: the number of newest checkpoints. every: all steps that it divides; 0 for none.
+  best: the number of checkpoints with the smallest `metric`.
+  metric: name of a value given to save(metrics=...); "" for none.
   """
 
   last: int = 3
@@ -39,41 +40,50 @@ class Keep:
   best: int = 0
   metric: str = ""
 
-  def policy(self):
-    policies = [preservation_policy.LatestN(self.last)]
+  def policy(self) -> preservation_policy.PreservationPolicy:
+    """The same rule as an orbax policy."""
+
+    def value(metrics):
+      return metrics[self.metric]
+
+    policies: list[preservation_policy.PreservationPolicy] = []
+    policies.append(preservation_policy.LatestN(self.last))
     if self.every:
       policies.append(preservation_policy.EveryNSteps(self.every))
     if self.best:
-      value = lambda metrics: metrics[self.metric]
-      policies.append(
-        preservation_policy.BestN(
-          get_metric_fn=value, reverse=True, n=self.best, keep_checkpoints_without_metrics=False
-        )
+      best = preservation_policy.BestN(
+        get_metric_fn=value, reverse=True, n=self.best, keep_checkpoints_without_metrics=False
       )
+      policies.append(best)
     return preservation_policy.AnyPreservationPolicy(policies)
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
-  """ShapeDtypeStructs of a tree of arrays (or of shapes), all under one sharding, or each under its
-  own.
+  """The tree as ShapeDtypeStructs: what `restore_last` needs to know of it.
+
+  Args:
+    tree: arrays, or shapes.
+    sharding: of all leaves; None: each leaf keeps its own.
   """
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding or getattr(x, "sharding", None)
-    ),
-    tree,
-  )
+
+  def shape(x):
+    own = getattr(x, "sharding", None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or own)
+
+  return jax.tree.map(shape, tree)
 
 
 def leaves(tree: Any) -> dict[str, list]:
-  """{path: [shape, dtype]} of a tree, as it stands in the record."""
+  """{path: [shape, dtype]} of a tree, as written in the record."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {jax.tree_util.keystr(path): [list(x.shape), str(x.dtype)] for path, x in flat}
+  name = jax.tree_util.keystr
+  return {name(path): [list(x.shape), str(x.dtype)] for path, x in flat}
 
 
 @jax.jit
 def _finite(tree):
-  numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+  leaves = jax.tree.leaves(tree)
+  numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
   return jnp.stack([jnp.isfinite(x).all() for x in numbers])
 
 
@@ -83,9 +93,9 @@ class Checkpoints:
   Args:
     folder: the stage's own folder for checkpoints; created if absent.
     config_hash: written beside every checkpoint and compared on restore.
-    keep: see Keep.
-    agree: value -> the values of all processes, in their order (processes.gather); the default is
-      for one alone.
+    keep: which checkpoints are kept; a number keeps so many of the newest.
+    agree: value -> the values of all processes, in their order (processes.gather). The default
+      serves a single process.
   """
 
   def __init__(
@@ -118,36 +128,32 @@ class Checkpoints:
     return sorted(self._manager.all_steps())
 
   def save(
-    self, step: int, state: Any, metrics: dict[str, float] | None = None, **record: Any
+    self,
+    step: int,
+    state: Any,
+    metrics: dict[str, float] | None = None,
+    **record: Any,
   ) -> None:
-    """Starts saving; returns once the arrays are copied off the device. Saving a step that exists
-    does nothing.
+    """Starts saving and returns once the arrays are copied off the device.
+
+    A step that is already saved is left as it is.
 
     Raises:
-      OSError: in words, when the disk has no room (also from `wait`, as saving goes on behind).
+      OSError: the disk is full. Saving continues in the background, so `wait` may raise it too.
       FloatingPointError: a leaf is not finite; nothing is saved.
     """
     if step in self._damaged:
       self._set_aside(step)
     if step in self._manager.all_steps():
       return
-    numbers = [
-      k for k, (_, dtype) in leaves(state).items() if jnp.issubdtype(_dtype(dtype), jnp.floating)
-    ]
-    finite = jax.device_get(_finite(state)) if numbers else []
-    if bad := [name for name, good in zip(numbers, finite, strict=True) if not good]:
-      raise FloatingPointError(
-        f"step {step} is not saved: {len(bad)} leaves of the state hold NaN or infinity, the first "
-        f"is {bad[0]}. The last good checkpoint is "
-        f"{f'step {self.steps()[-1]}' if self.steps() else 'none'} and stays."
-      )
+    self._check_finite(step, state)
     record = {
       "schema": SCHEMA,
       "config_hash": self.config_hash,
       "step": step,
       "leaves": leaves(state),
     } | record
-    record = copy.deepcopy(record)  # orbax writes it later, when the caller's lists have grown
+    record = copy.deepcopy(record)  # orbax writes it later, when the caller's lists may have grown
     with self._explained():
       self._manager.save(
         step,
@@ -157,52 +163,60 @@ class Checkpoints:
         metrics=metrics,
       )
 
+  def _check_finite(self, step: int, state: Any) -> None:
+    """Raises FloatingPointError if a leaf of the state holds NaN or infinity."""
+    dtypes = {name: _dtype(dtype) for name, (_, dtype) in leaves(state).items()}
+    numbers = [name for name, dtype in dtypes.items() if jnp.issubdtype(dtype, jnp.floating)]
+    finite = jax.device_get(_finite(state)) if numbers else []
+    bad = [name for name, good in zip(numbers, finite, strict=True) if not good]
+    if bad:
+      last = f"step {self.steps()[-1]}" if self.steps() else "none"
+      raise FloatingPointError(
+        f"step {step} is not saved: {len(bad)} leaves of the state hold NaN or infinity, the first "
+        f"is {bad[0]}. The last good checkpoint is {last} and stays."
+      )
+
   def wait(self) -> None:
-    """Blocks until what was begun is on disk."""
+    """Returns once every started checkpoint is on disk. Raises OSError if the disk is full."""
     with self._explained():
       self._manager.wait_until_finished()
 
   def record(self, step: int) -> dict:
     """The JSON record of one checkpoint."""
-    return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
-      "record"
-    ]
+    wanted = ocp.args.Composite(record=ocp.args.JsonRestore())
+    return self._manager.restore(step, args=wanted)["record"]
+
+  def _state(self, step: int, target: Any) -> Any:
+    wanted = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    return self._manager.restore(step, args=wanted)["state"]
 
   def restore_last(self, target: Any) -> tuple[int, Any] | None:
-    """The newest checkpoint that is whole, as (step, state); None if there is none at all.
+    """Restores the newest whole checkpoint as (step, state); None if the folder holds none.
 
-    A damaged one is named and stepped over, never deleted; saved again, it is renamed to
-    STEP.damaged.
+    A damaged checkpoint is reported and skipped, never deleted. If its step is saved again, the
+    damaged one is renamed to STEP.damaged.
 
     Args:
       target: abstract tree, see `abstract`.
-    Raises: ValueError if checkpoints exist and none is readable, or one is of another config,
+    Raises: ValueError if checkpoints exist but none can be read, or if one has another config,
       schema or shape.
     """
     steps = self._agree(self.steps())[0]
     for step in reversed(steps):
       try:
-        if fault := next(filter(None, self._agree(self._fault(step))), None):
-          raise ValueError(fault)
+        faults = [fault for fault in self._agree(self._fault(step)) if fault]
+        if faults:
+          raise ValueError(faults[0])
         self._check(step, self.record(step), target)
-        state = self._manager.restore(
-          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        )["state"]
+        return step, self._state(step, target)
       except _WrongRun:
         raise
-      except (
-        Exception
-      ) as error:  # orbax and TensorStore raise many kinds for a damaged file; each is named below
-        words = str(error).splitlines()[0][:200] if str(error) else ""
-        self._damaged[step] = (
-          words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}"
-        )
+      except Exception as error:  # orbax and TensorStore raise many kinds for a damaged file
+        self._damaged[step] = _first_line(error)
         before = "trying the one before it" if step != steps[0] else "there is none before it"
         progress.say(
           f"checkpoint {self.folder / str(step)} cannot be read ({self._damaged[step]}); {before}."
         )
-        continue
-      return step, state
     if self._damaged:
       newest = max(self._damaged)
       raise ValueError(
@@ -213,6 +227,7 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
+    """Waits for what is being saved, then lets go of the folder."""
     self.wait()
     self._manager.close()
 
@@ -221,14 +236,13 @@ class Checkpoints:
     if jax.process_index() == 0:
       for folder in self.folder.glob("*.orbax-checkpoint-tmp"):
         if not (folder / MANIFEST).exists():
-          files.write_json(
-            folder / MANIFEST, {str(f.relative_to(folder)): _sha256(f) for f in _files(folder)}
-          )
+          digests = {str(f.relative_to(folder)): _sha256(f) for f in _files(folder)}
+          files.write_json(folder / MANIFEST, digests)
 
   def _fault(self, step: int) -> str:
-    """What is wrong with the files of a checkpoint, "" if nothing is; process 0 looks for all."""
+    """What is wrong with the files of a checkpoint; "" for nothing. Only process 0 looks."""
     folder = self.folder / str(step)
-    if jax.process_index() or not (folder / MANIFEST).exists():  # without one, reading will tell
+    if jax.process_index() or not (folder / MANIFEST).exists():  # no manifest: reading will tell
       return ""
     try:
       manifest = files.read_json(folder / MANIFEST)
@@ -242,23 +256,27 @@ class Checkpoints:
     return ""
 
   def _set_aside(self, step: int) -> None:
+    """Renames a damaged checkpoint, so that its step can be saved again."""
     if jax.process_index() == 0:
       (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
-    self._agree(step)  # renamed, before anyone looks again
+    self._agree(step)  # no process looks again before the rename
     del self._damaged[step]
     self._manager.reload()
 
   def _check(self, step: int, record: dict, target: Any) -> None:
+    """Raises _WrongRun unless the record fits this version, config and state."""
     if record.get("schema") != SCHEMA:
       raise _WrongRun(
-        f"{self.folder}/{step} has schema {record.get('schema')}, this version reads {SCHEMA}."
+        f"{self.folder}/{step} has schema {record.get('schema')}, this version reads {SCHEMA}: use "
+        "another --workdir, or the version that wrote it."
       )
     if record.get("config_hash") != self.config_hash:
       raise _WrongRun(
         f"{self.folder}/{step} was made by config {record.get('config_hash')}, this run is "
         f"{self.config_hash}: use another --workdir, or the config it was made by."
       )
-    if changed := list(stage_folder.differences(record["leaves"], leaves(target))):
+    changed = list(stage_folder.differences(record["leaves"], leaves(target)))
+    if changed:
       raise _WrongRun(
         f"{self.folder}/{step} holds another state ({'; '.join(changed[:3])}): use another "
         "--workdir."
@@ -269,7 +287,13 @@ class Checkpoints:
 
 
 class _WrongRun(ValueError):
-  """Raised for a checkpoint that is whole, but not ours to continue."""
+  """The checkpoint is whole but belongs to another run."""
+
+
+def _first_line(error: Exception) -> str:
+  """An error in one short line; the kind is named unless it is a plain ValueError."""
+  words = str(error).splitlines()[0][:200] if str(error) else ""
+  return words if isinstance(error, ValueError) else f"{type(error).__name__}: {words}"
 
 
 def _dtype(name: str):
@@ -277,8 +301,9 @@ def _dtype(name: str):
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The files of a checkpoint, less orbax's own metadata, which it touches once more after us."""
-  return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(("_", ".")))
+  """The files of a checkpoint without orbax's own metadata, which orbax writes again after us."""
+  found = [path for path in folder.rglob("*") if path.is_file()]
+  return sorted(path for path in found if not path.name.startswith(("_", ".")))
 
 
 def _sha256(path: pathlib.Path) -> str:

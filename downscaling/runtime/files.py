@@ -1,6 +1,6 @@
-"""Files written all or nothing, JSON, and a full disk in words.
+"""Files that are written whole or not at all, JSON, and a clear message for a full disk.
 
-Nothing is executed when a file is read back.
+Reading a file back never executes anything.
 """
 
 import contextlib
@@ -9,9 +9,39 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+# How Python, orbax and Zarr say that a disk is full. TensorStore's RESOURCE_EXHAUSTED is not among
+# them: it may also mean device memory.
+_FULL_DISK = ("no space left", "enospc", "quota exceeded")
+
+
+@contextlib.contextmanager
+def all_or_nothing(
+  path: str | os.PathLike, mode: str = "wb", newline: str | None = None
+) -> Iterator[IO[Any]]:
+  """Opens a temporary file beside `path`; it replaces `path` if the block ends well.
+
+  The file is on disk (fsync) before it is renamed, so a crash leaves the old file or the new one.
+  After an exception the old file is unchanged and the temporary one is removed. The temporary name
+  holds the process id, so processes never share it.
+
+  Args:
+    path: the file to write; its folder must exist.
+    mode, newline: as for `open`.
+  """
+  path = pathlib.Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, mode, newline=newline) as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -25,21 +55,17 @@ def read_json(path: str | os.PathLike) -> dict:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes all or nothing: a temporary file beside it, fsync, rename.
+  """Writes JSON all or nothing. Non-finite numbers become null."""
+  with all_or_nothing(path, "w") as file:
+    json.dump(_finite(value), file, indent=1, allow_nan=False)
+    file.write("\n")
 
-  Non-finite numbers become null.
-  """
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "w") as file:
-      json.dump(_finite(value), file, indent=1, allow_nan=False)
-      file.write("\n")
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+
+def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
+  """Writes an uncompressed .npz of named arrays all or nothing."""
+  with all_or_nothing(path) as file:
+    # numpy's stub takes the names for its own keyword allow_pickle.
+    np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def _finite(value: Any) -> Any:
@@ -56,24 +82,18 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def full_disk_in_words(path: str | os.PathLike, kept: str) -> Iterator[None]:
-  """Turns the many faces of 'no space left' (Python, orbax, TensorStore, Zarr) into one OSError
-  with path and fix.
+  """Turns any "disk is full" error of the block into one OSError that says what to do.
 
-  kept: what stays usable, for the message.
+  Args:
+    path: what is being written. kept: what stays usable; both for the message.
   """
   try:
     yield
   except Exception as error:
     text = str(error).lower()
-    signs = (
-      "no space left",
-      "enospc",
-      "quota exceeded",
-    )  # TensorStore's RESOURCE_EXHAUSTED may also be device memory
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-      sign in text for sign in signs
-    )
-    if full and "free some disk" not in text:  # said already, by one who knew more
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    full = full or any(sign in text for sign in _FULL_DISK)
+    if full and "free some disk" not in text:  # an inner block may have said it already
       raise OSError(
         errno.ENOSPC,
         f"no space left while writing {path}; {kept}. Free some disk and run the same command: it "

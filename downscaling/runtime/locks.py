@@ -1,11 +1,10 @@
-"""A lock file: one job at a time writes into a folder, on one host or on many that see the same
-file system.
+"""A lock file: one job at a time writes into a folder that one or many hosts see.
 
-The file holds host, pid and since when, and is touched every BEAT seconds while the holder lives.
-Whoever finds it asks whether the holder still does: on its own host the kernel knows; of another
-host the file tells, which then does not change for PATIENCE seconds of ours, or is older than STALE
-by the file system's own clock (clocks of hosts differ). A dead holder's lock is taken over; a live
-holder is named and left alone.
+The file holds host, pid and start time of its holder, who touches it every BEAT seconds. A job that
+finds a lock asks whether the holder is alive. On the same host, the kernel answers. For another
+host, the holder counts as dead if the file does not change for PATIENCE seconds, or if it is older
+than STALE by the file system's own clock (the clocks of hosts differ). A dead holder's lock is
+taken over; a live holder is named and left alone.
 """
 
 import contextlib
@@ -34,16 +33,18 @@ class Held(OSError):
 
 
 class Lock:
-  """A lock in our hands: `check` raises Held once it is not."""
+  """A lock that this process holds; `check` raises Held once it does not."""
 
   def __init__(self, path: pathlib.Path, token: str):
     self.path, self.token = path, token
 
   def check(self) -> None:
-    """Call before anything is written: a machine that slept for an hour may have been given up by
-    others.
+    """Raises Held if another job took the lock over. Call it before anything is written.
+
+    A machine that slept for an hour may have been given up by others.
     """
-    if (found := _read(self.path)) is None or found.get("token") != self.token:
+    found = _read(self.path)
+    if found is None or found.get("token") != self.token:
       raise Held(
         f"{self.path} is no longer ours, but {_words(found)}: this process was silent for so long "
         "that another took over. What it has finished is whole; let the other go on, or run this "
@@ -53,16 +54,17 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(path: str | os.PathLike, what: str) -> Iterator[Lock]:
-  """Holds the lock file `path`, in a folder that exists, for the length of the block.
+  """Holds the lock file `path`, in an existing folder, for the length of the block.
 
   Args:
-    what: that it protects, for the message.
-  Raises: Held if another live job has it, naming host, pid and since when.
+    what: the protected thing, for the message.
+  Raises: Held if another live job has the lock; the message names host, pid and start time.
   """
   path, lock = pathlib.Path(path), None
   ended = threading.Event()
   while lock is None:
-    if (found := _read(path)) is not None and not _dead(path, found):
+    found = _read(path)
+    if found is not None and not _dead(path, found):
       raise Held(
         f"{what} is being written by another job: {_words(found)}. Wait for it, or end it and run "
         "this command again; if it has died, its lock is taken over by itself."
@@ -88,11 +90,13 @@ def hold(path: str | os.PathLike, what: str) -> Iterator[Lock]:
 
 
 def _take(path: pathlib.Path, dead: dict | None) -> Lock | None:
-  """Puts our lock where there is none, or the dead one that was found; None if another was faster."""
+  """Takes a free lock, or that of the holder `dead`; None if another job was faster."""
   token = secrets.token_hex(8)
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+  expected = dead.get("token") if dead else None
   with _alone(path.parent):
-    if (_read(path) or {}).get("token") != (dead or {}).get("token"):
+    current = _read(path) or {}
+    if current.get("token") != expected:
       return None
     if dead is None and path.exists():
       raise Held(
@@ -118,7 +122,10 @@ def _take(path: pathlib.Path, dead: dict | None) -> Lock | None:
 
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[None]:
-  """One process of this host at a time, where the file system can: two may find the same dead lock."""
+  """One process of this host at a time, if the file system has flock.
+
+  Two processes may find the same dead lock.
+  """
   handle = os.open(folder, os.O_RDONLY)
   try:
     with contextlib.suppress(OSError):
@@ -146,7 +153,7 @@ def _here() -> dict:
 
 
 def _place() -> str:
-  """Where a process number means the same: this boot of this host, and within it this container."""
+  """Where a process id means the same: this boot of this host, and this container on it."""
   found = []
   with contextlib.suppress(OSError):
     found = [
@@ -157,19 +164,18 @@ def _place() -> str:
 
 
 def _started(pid: int) -> str:
-  """Start of a process in ticks since boot, as numbers are given again; "" where the system does
-  not say.
-  """
+  """Start of a process in ticks since boot, "" if unknown; process ids are used again."""
   try:
-    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    words = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return words[19]
   except (OSError, IndexError):
     return ""
 
 
 def _dead(path: pathlib.Path, found: dict) -> bool:
-  """Is the holder gone? Of another host, this may take PATIENCE seconds."""
+  """True if the holder is gone. For a holder on another host this may take PATIENCE seconds."""
   here = _here()
-  if (found.get("host"), found.get("place")) == (here["host"], here["place"]):
+  if all(found.get(name) == here[name] for name in ("host", "place")):
     try:
       os.kill(found["pid"], 0)
     except ProcessLookupError:

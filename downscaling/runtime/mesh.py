@@ -1,8 +1,9 @@
-"""One device mesh for every job: shardings, host rows -> global arrays.
+"""One device mesh for every job: shardings, and global arrays from the rows of each host.
 
-Two axes, ("data", "fsdp"), over all devices of all processes. Leading (batch) axes are split over
-both; the state of a training run is split over "fsdp" and replicated over "data"; everything else
-is replicated. A job never asks which device it is on: it hands its arrays and shardings to jax.jit.
+The mesh has two axes, ("data", "fsdp"), over all devices of all processes. Leading (batch) axes are
+split over both. The state of a training run is split over "fsdp" and replicated over "data".
+Everything else is replicated. A job hands its arrays and shardings to jax.jit and never asks which
+device it is on.
 """
 
 import contextlib
@@ -19,15 +20,20 @@ DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
 ROWS = PartitionSpec(AXES)
 SMALL = 1024  # elements; a smaller leaf is cheaper to replicate than to gather
+# jax.Device: jax assigns it from a compiled module, so a type checker takes it for a variable.
+Device = Any
 
 
-def make(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh data × fsdp; data = −1 takes all devices that are left.
+def make(data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
+  """The mesh data × fsdp.
 
-  Neighbours along "fsdp" are neighbours in jax.devices(), so that its gathers stay within a host
-  where they can.
-  devices: others than those, for programs that are compiled and never run.
-  Raises: ValueError for a mesh that the devices do not fill.
+  Neighbours along "fsdp" are neighbours in jax.devices(), so that gathers stay within a host where
+  possible.
+
+  Args:
+    data, fsdp: sizes of the axes; data = −1 takes all devices that are left.
+    devices: instead of jax.devices(), for programs that are compiled and never run.
+  Raises: ValueError if the mesh does not fit the devices.
   """
   devices = jax.devices() if devices is None else devices
   total = len(devices)
@@ -47,60 +53,62 @@ def make(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = N
       f"config.mesh.data={data} × fsdp={fsdp} leaves {total - data * fsdp} of {total} devices "
       "idle: with several processes every device takes part. Use --config.mesh.data=-1."
     )
-  return jax.make_mesh(
-    (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * fsdp]
-  )
+  used = devices[: data * fsdp]
+  return jax.make_mesh((data, fsdp), AXES, axis_types=_AUTO, devices=used)
+
+
+_AUTO = (AxisType.Auto,) * 2
+
+
+def _in_a_row(devices: list[Device]) -> Mesh:
+  """The given devices, all along "data"."""
+  column = np.array(devices).reshape(-1, 1)
+  return Mesh(column, AXES, axis_types=_AUTO)
 
 
 def local(mesh: Mesh) -> Mesh:
-  """The part of the mesh that this process owns, all of it along "data": for work that needs no
-  other process.
-  """
+  """This process's devices, all along "data": for work that needs no other process."""
   mine = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-  return Mesh(np.array(mine).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+  return _in_a_row(mine)
 
 
 def hosts(mesh: Mesh) -> int:
-  """How many processes own its devices."""
+  """How many processes own the devices of the mesh."""
   return len({d.process_index for d in mesh.devices.flat})
 
 
 def platform(mesh: Mesh) -> str:
-  """Of its devices, as jax names it: "cpu", "gpu", "tpu"."""
+  """The platform of the devices, as jax names it: "cpu", "gpu", "tpu"."""
   return mesh.devices.flat[0].platform
 
 
 def exact(mesh: Mesh) -> Mesh:
-  """Where this process computes in float64: its devices of the mesh, or this host's CPU if they are
-  TPUs.
+  """The devices on which this process computes in float64.
 
-  A TPU has no FFT in float64.
+  They are its devices of the mesh; or the host's CPU if those are TPUs, which have no float64 FFT.
   Raises: ValueError if jax was told to leave the CPU alone.
   """
   if platform(mesh) != "tpu":
     return local(mesh)
-  return Mesh(np.array(_host()).reshape(-1, 1), AXES, axis_types=(AxisType.Auto,) * 2)
+  return _in_a_row(_host())
 
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
-  """Inside, jax computes in float64, and where its default device is a TPU on this host's CPU; see
-  `exact`.
-  """
-  with (
-    jax.enable_x64(True),
-    jax.default_device(_host()[0] if jax.default_backend() == "tpu" else None),
-  ):
+  """Inside the block jax computes in float64; on a TPU host, on the CPU. See `exact`."""
+  device = _host()[0] if jax.default_backend() == "tpu" else None
+  with jax.enable_x64(True), jax.default_device(device):
     yield
 
 
-def _host() -> list[jax.Device]:
+def _host() -> list[Device]:
   try:
     return jax.local_devices(backend="cpu")
   except RuntimeError:
+    platforms = jax.config.read("jax_platforms")
     raise ValueError(
       "a TPU has no FFT in float64, and this job's is done on the host's CPU, which jax may not "
-      f"use as JAX_PLATFORMS={jax.config.jax_platforms!r}: set JAX_PLATFORMS=tpu,cpu or unset it."
+      f"use as JAX_PLATFORMS={platforms!r}: set JAX_PLATFORMS=tpu,cpu or unset it."
     ) from None
 
 
@@ -110,14 +118,14 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The same array on every device."""
+  """Sharding that puts the whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def state_specs(mesh: Mesh, shapes: Any) -> Any:
-  """PartitionSpec of every leaf of a training state: its largest axis that fsdp divides; small
-  leaves replicated.
+  """PartitionSpec of every leaf of a training state.
 
+  A leaf is split along its largest axis that fsdp divides; small leaves are replicated.
   Args:
     shapes: tree of arrays or ShapeDtypeStructs.
   Raises: ValueError if fsdp > 1 and no leaf has such an axis.
@@ -132,9 +140,10 @@ def state_specs(mesh: Mesh, shapes: Any) -> Any:
     return PartitionSpec(*(None,) * axis, FSDP)
 
   specs = jax.tree.map(spec, shapes)
-  leaves = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+  leaves = jax.tree.leaves(specs, is_leaf=_is_spec)
   if size > 1 and not any(leaves):
-    widest = max((leaf.shape for leaf in jax.tree.leaves(shapes)), key=math.prod)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
+    widest = max(sizes, key=math.prod)
     raise ValueError(
       f"config.mesh.fsdp={size} divides no axis of any parameter (the largest is {tuple(widest)}): "
       f"nothing would be split. Use fsdp=1, or config.model.channels that are multiples of {size}."
@@ -142,35 +151,46 @@ def state_specs(mesh: Mesh, shapes: Any) -> Any:
   return specs
 
 
+def _is_spec(value: Any) -> bool:
+  return isinstance(value, PartitionSpec)
+
+
 def shardings(mesh: Mesh, specs: Any) -> Any:
   """Tree of PartitionSpec -> tree of NamedSharding."""
-  return jax.tree.map(
-    lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
-  )
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def host_rows(mesh: Mesh, count: int) -> np.ndarray:
-  """Which of the rows 0 … count − 1 of a global batch lie on this process's devices, ascending."""
+  """Which rows 0 … count − 1 of a global batch this process's devices hold, ascending."""
   places = rows(mesh).addressable_devices_indices_map((count,)).values()
-  return np.unique(np.concatenate([np.arange(count)[index] for index in places]))
+  held = [np.arange(count)[index] for index in places]
+  return np.unique(np.concatenate(held))
 
 
 def to_global(mesh: Mesh, batch: Any, count: int) -> Any:
-  """Tree of this process's host rows, [len(host_rows(mesh, count)), ...] -> global arrays [count,
-  ...] over rows().
+  """Makes global arrays of the rows that each process holds.
+
+  Args:
+    batch: tree of this process's rows, [len(host_rows(mesh, count)), ...].
+    count: rows of all processes together.
+  Returns: tree of arrays [count, ...], sharded as `rows`.
   """
   mine = host_rows(mesh, count)
 
   def put(host):
     host = np.asarray(host)
-    pick = lambda index: host[np.searchsorted(mine, np.arange(count)[index[0]])]
+
+    def pick(index):
+      wanted = np.arange(count)[index[0]]
+      return host[np.searchsorted(mine, wanted)]
+
     return jax.make_array_from_callback((count, *host.shape[1:]), rows(mesh), pick)
 
   return jax.tree.map(put, batch)
 
 
 def to_host(mesh: Mesh) -> Callable[[Any], Any]:
-  """Returns tree of global arrays -> tree of numpy arrays, whole on every process.
+  """Returns a function: tree of global arrays -> tree of whole numpy arrays on every process.
 
   For small results.
   """
@@ -179,32 +199,31 @@ def to_host(mesh: Mesh) -> Callable[[Any], Any]:
 
 
 def each_process(tree: Any) -> list:
-  """Tree of arrays -> the trees of all processes, in their order, on every process; of the same
-  shapes, any dtype.
+  """Gathers a tree of arrays from every process.
+
+  The trees have the same shapes and dtypes on every process.
+  Returns: the trees in the order of the processes, on every process.
   """
   if jax.process_count() == 1:
     return [tree]
   leaves, form = jax.tree.flatten(jax.tree.map(np.asarray, tree))
-  packed = np.frombuffer(
-    b"".join(leaf.tobytes() for leaf in leaves), np.uint8
-  )  # as bytes: jax would round float64
+  whole = b"".join(leaf.tobytes() for leaf in leaves)
+  packed = np.frombuffer(whole, np.uint8)  # as bytes: jax would round float64
   ends = np.cumsum([leaf.nbytes for leaf in leaves])[:-1]
 
   def unpack(row):
     parts = zip(np.split(row, ends), leaves, strict=True)
-    return jax.tree.unflatten(
-      form, [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in parts]
-    )
+    shaped = [part.view(leaf.dtype).reshape(leaf.shape) for part, leaf in parts]
+    return jax.tree.unflatten(form, shaped)
 
   return [unpack(row) for row in multihost_utils.process_allgather(packed)]
 
 
 def check_divides(count: int, devices: int, what: str, key: str) -> None:
-  """Raises ValueError unless `count` rows split evenly over `devices`; names the nearest counts
-  that do.
-  """
+  """Raises ValueError unless `count` rows split evenly over `devices`; names counts that do."""
   if count % devices:
-    low, high = count // devices * devices, -(-count // devices) * devices
+    low = count // devices * devices
+    high = low + devices
     fits = f"{low} or {high}" if low else f"{high}"
     raise ValueError(
       f"{what} of {count} over {devices} devices: each holds as many rows. Set "
@@ -213,5 +232,5 @@ def check_divides(count: int, devices: int, what: str, key: str) -> None:
 
 
 def is_main() -> bool:
-  """True on the one process that writes what all share."""
+  """True on the one process that writes shared files."""
   return jax.process_index() == 0

@@ -7,21 +7,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from downscaling.runtime import files
 from downscaling.runtime import mesh as meshes
 
 
 class MetricWriter:
-  """Numbers, texts and images to TensorBoard events; numbers also to CSV files beside them (step,
-  name, value).
+  """Writes numbers, texts and images to TensorBoard, and numbers to CSV files (step, name, value).
 
-  metrics.csv holds what a run decides, and is the same however often it was interrupted: rows after
-  the step that a run goes on from are dropped. speed.csv holds rates and shares, which never
-  repeat. Only the main process writes.
+  metrics.csv holds what the run computes. It is the same however often the run was interrupted:
+  rows after the step from which a run resumes are dropped. speed.csv holds rates and shares of
+  time, which differ from run to run. Only the main process writes.
 
   Args:
-    folder: of the stage.
-    after: the step that the run goes on from; 0 for a new one.
-    evaluated: False if the evaluation of that step is still to come.
+    folder: the stage's folder.
+    after: the step from which the run resumes; 0 for a new run.
+    evaluated: False if that step was not evaluated yet.
   """
 
   def __init__(self, folder: str | os.PathLike, after: int = 0, evaluated: bool = True):
@@ -35,13 +35,16 @@ class MetricWriter:
     self._board = SummaryWriter(str(self.folder), purge_step=after + 1)
     self._files = {}
     for name in ("metrics", "speed"):
-      _keep_rows(self.folder / f"{name}.csv", after, evaluated)
-      self._files[name] = open(self.folder / f"{name}.csv", "a", newline="")  # noqa: SIM115 - closed by close()
+      path = self.folder / f"{name}.csv"
+      _keep_rows(path, after, evaluated)
+      self._files[name] = open(path, "a", newline="")  # noqa: SIM115 - closed by close()
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Appends {name: value} to metrics.csv and TensorBoard."""
     self._write("metrics", step, scalars)
 
   def write_speed(self, step: int, scalars: Mapping[str, float]) -> None:
+    """Appends {name: value} to speed.csv and, as speed/name, to TensorBoard."""
     self._write("speed", step, scalars)
 
   def _write(self, kind: str, step: int, scalars: Mapping[str, float]) -> None:
@@ -54,15 +57,19 @@ class MetricWriter:
     self._files[kind].flush()
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-    """images: {name: [height, width, 3] uint8}."""
-    for name, image in images.items() if self._board else ():
+    """Adds images {name: [height, width, 3] uint8} to TensorBoard."""
+    if self._board is None:
+      return
+    for name, image in images.items():
       self._board.add_image(name, image, step, dataformats="HWC")
 
   def write_text(self, name: str, text: str) -> None:
+    """Adds a text to TensorBoard."""
     if self._board:
       self._board.add_text(name, text, 0)
 
   def close(self) -> None:
+    """Closes all files."""
     if self._board:
       self._board.close()
       for file in self._files.values():
@@ -70,27 +77,28 @@ class MetricWriter:
 
 
 def _keep_rows(path: pathlib.Path, after: int, evaluated: bool) -> None:
-  """Drops what a killed run wrote after the step that is gone on from, and a row it had half
-  written.
-  """
+  """Drops the rows that a killed run wrote after the resumed step, and a row cut in half."""
   if not path.exists():
     return
 
   def stays(row):
-    known = len(row) == 3 and row[0].isdigit() and int(row[0]) <= after
-    return known and (evaluated or int(row[0]) < after or "/" not in row[1])
+    if len(row) != 3 or not row[0].isdigit():
+      return False
+    step = int(row[0])
+    if evaluated or "/" not in row[1]:
+      return step <= after
+    return step < after  # an evaluation at the resumed step is made again
 
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  with open(path, newline="") as old, open(temporary, "w", newline="") as new:
+  with open(path, newline="") as old, files.all_or_nothing(path, "w", newline="") as new:
     csv.writer(new).writerows(row for row in csv.reader(old) if stays(row))
-  os.replace(temporary, path)
 
 
 def read_scalars(
   folder: str | os.PathLike, name: str, kind: str = "metrics"
 ) -> tuple[list[int], list[float]]:
-  """Steps and values of one scalar from KIND.csv; a step logged twice (after a restart) keeps its
-  last value.
+  """Steps and values of one scalar from KIND.csv.
+
+  A step that was logged twice (after a restart) keeps its last value.
   """
   values: dict[int, float] = {}
   with open(pathlib.Path(folder) / f"{kind}.csv", newline="") as file:

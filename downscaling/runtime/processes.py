@@ -1,7 +1,7 @@
-"""How the processes of a job find and hear each other.
+"""How the processes of a job find each other and talk.
 
-`start` joins them; what they then agree on goes through the key-value store of jax's coordination
-service: strings on the host, no device involved. Alone, everything here is trivial.
+`start` joins them. Afterwards they exchange strings through the key-value store of jax's
+coordination service, on the hosts, without any device. For a single process everything is trivial.
 """
 
 import collections
@@ -22,7 +22,7 @@ import jax
 from downscaling.runtime import supervision
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Method -> the variables by which jax knows it; for the messages alone, jax itself decides.
+# Method -> the variables that announce it; used in messages only, as jax itself decides.
 VARIABLES = {
   "explicit": EXPLICIT,
   "Open MPI": ("OMPI_MCA_orte_hnp_uri",),
@@ -36,13 +36,13 @@ NAMES = {
   "GceTpuCluster": "Cloud TPU",
   "K8sCluster": "Kubernetes",
 }
-LONG = 7 * 86_400.0  # seconds: until done; a peer that dies or hangs meanwhile is noticed otherwise
+LONG = 7 * 86_400.0  # seconds: no limit in practice; a dead or hung peer is noticed otherwise
 MARGIN = 60  # seconds by which we give up before jax does
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """method: by which the processes were found; why: in words; processes: how many."""
+  """How the processes were found (method), the reason in words (why), and how many there are."""
 
   method: str
   why: str
@@ -54,19 +54,18 @@ class StartError(ValueError):
 
 
 def start(mode: str = "auto", *, timeout: int = 300, heartbeat: int = 100) -> Found:
-  """Joins the processes of this job; call once, before anything touches a device. Touches none
-  itself.
+  """Joins the processes of this job. Call it once, before anything touches a device.
 
-  The method is the first of: EXPLICIT, all three set; what jax detects (Open MPI, Slurm, GKE, Cloud
-  TPU, Kubernetes).
+  The method is the first of: EXPLICIT, if all three are set; a launcher that jax detects (Open MPI,
+  Slurm, GKE, Cloud TPU, Kubernetes).
 
   Args:
-    mode: "on" joins or raises; "off" stays alone; "auto" joins if a launcher is found, and then
-      raises if it cannot. A launcher that started only this process is left alone by "auto":
-      joined, Slurm would leave it one GPU.
-    timeout: seconds to wait for the others. heartbeat: seconds after which one that is silent
-      counts as dead.
-  Raises: StartError, saying what was found and what is missing.
+    mode: "on" joins or raises. "off" stays alone. "auto" joins if it finds a launcher, and raises
+      if that fails; it stays alone if the launcher started only this process, because a joined
+      process would get only one GPU from Slurm.
+    timeout: seconds to wait for the others.
+    heartbeat: seconds after which a silent process counts as dead.
+  Raises: StartError, which says what was found and what is missing.
   """
   if mode not in ("auto", "on", "off"):
     raise StartError(f"--distributed={mode} is unknown; use auto, on or off.")
@@ -74,13 +73,13 @@ def start(mode: str = "auto", *, timeout: int = 300, heartbeat: int = 100) -> Fo
     return Found("joined before", "jax.distributed was initialised by the caller", _place()[1])
   if mode == "off":
     return Found("alone", "--distributed=off", 1)
-  if explicit := _explicit():
+  explicit = _explicit()
+  if explicit:
     return _join("explicit", f"{', '.join(EXPLICIT)} are set", timeout, heartbeat, explicit)
   clusters = _clusters()
   if clusters is None and mode == "on":  # jax may still know better
-    return _join(
-      "jax's detection", "which launcher it took, this jax does not tell", timeout, heartbeat, {}
-    )
+    why = "this version of jax does not tell which launcher it found"
+    return _join("jax's detection", why, timeout, heartbeat, {})
   cluster = next(iter(clusters or ()), None)
   if cluster is None and mode == "on":
     raise StartError(
@@ -90,15 +89,16 @@ def start(mode: str = "auto", *, timeout: int = 300, heartbeat: int = 100) -> Fo
     )
   if cluster is None:
     return Found("alone", f"no launcher was found: {_seen()}{_partial()}", 1)
-  method = NAMES.get(cluster.__name__, cluster.__name__)
+  method = NAMES.get(cluster.__name__) or cluster.__name__
   if mode == "auto" and "Tpu" not in cluster.__name__ and _count(cluster) == 1:
     return Found("alone", f"{method} started one process only", 1)
   return _join(method, f"jax detects {method} ({_seen()})", timeout, heartbeat, {})
 
 
 def _join(method: str, why: str, timeout: int, heartbeat: int, arguments: dict[str, Any]) -> Found:
-  """jax.distributed.initialize, on a thread: where peers are missing it does not raise but aborts
-  the program.
+  """Calls jax.distributed.initialize on a thread.
+
+  If peers are missing, jax does not raise but aborts the program; so we stop waiting before it.
   """
   failures: queue.Queue[Exception | None] = queue.Queue()
   initialize = functools.partial(
@@ -140,7 +140,8 @@ def _join(method: str, why: str, timeout: int, heartbeat: int, arguments: dict[s
       f"this is process {me} of {count}, and others are missing after {timeout} s"
     ) from None
   if error is not None:
-    raise failed((str(error).splitlines() or [type(error).__name__])[0][:300]) from error
+    lines = str(error).splitlines() or [type(error).__name__]
+    raise failed(lines[0][:300]) from error
   return Found(method, why, _place()[1])
 
 
@@ -148,9 +149,10 @@ def _listens(address: str, timeout: float) -> bool:
   """Waits until something accepts connections at host:port."""
   host, _, port = address.rpartition(":")
   deadline = time.monotonic() + timeout
+  place = (host.strip("[]"), int(port))
   while time.monotonic() < deadline:
     try:
-      socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+      socket.create_connection(place, timeout=1.0).close()
       return True
     except OSError:
       time.sleep(0.1)
@@ -162,7 +164,8 @@ def _explicit() -> dict[str, Any]:
   there = [name for name in EXPLICIT if os.environ.get(name)]
   if not there:
     return {}
-  if missing := [name for name in EXPLICIT if name not in there]:
+  missing = [name for name in EXPLICIT if name not in there]
+  if missing:
     raise StartError(
       f"{' and '.join(there)} set, but not {' and '.join(missing)}: set all three, or none."
     )
@@ -186,10 +189,9 @@ def _explicit() -> dict[str, Any]:
 
 
 def _clusters() -> list | None:
-  """The launchers that are there, the one that jax would take first; None where jax keeps them
-  elsewhere.
+  """The launcher that jax would use, in a list, or []; None if this version of jax hides it.
 
-  Which one it takes is not in its public interface.
+  jax's public interface does not tell.
   """
   try:
     from jax._src.clusters.cluster import ClusterEnv
@@ -201,7 +203,7 @@ def _clusters() -> list | None:
 
 
 def _count(cluster) -> int | None:
-  """Processes that the launcher started; None if it cannot be asked: joining then tells why."""
+  """Processes that the launcher started; None if it does not say: joining will then tell why."""
   try:
     return cluster.get_process_count()
   except Exception:
@@ -209,7 +211,7 @@ def _count(cluster) -> int | None:
 
 
 def _seen() -> str:
-  """What stands in the environment, method by method."""
+  """What each method finds in the environment, in words."""
   words = []
   for method, names in VARIABLES.items():
     there = [name for name in names if os.environ.get(name)]
@@ -220,11 +222,14 @@ def _seen() -> str:
 
 
 def _partial() -> str:
-  """Of an allocation with several tasks in which srun was forgotten; "" otherwise."""
+  """A warning if Slurm allocated several tasks but srun was forgotten; "" otherwise."""
   tasks = os.environ.get("SLURM_NTASKS", "")
   if not tasks.isdigit() or int(tasks) < 2 or os.environ.get("SLURM_STEP_NODELIST"):
     return ""
-  return f". SLURM_NTASKS is {tasks}, but srun did not start this process: put srun before the command, or it runs alone"
+  return (
+    f". SLURM_NTASKS is {tasks}, but srun did not start this process: put srun before the command, "
+    "or it runs alone"
+  )
 
 
 # ---------------------------------------------------------------- agreement
@@ -233,8 +238,9 @@ _calls: collections.Counter[str] = collections.Counter()
 
 
 def client():
-  """The coordination service's store; None when alone. jax gives no public way to it; orbax takes
-  the same one.
+  """The store of the coordination service; None for a single process.
+
+  jax gives no public way to it; orbax takes the same one.
   """
   return _state().client if _place()[1] > 1 else None
 
@@ -246,22 +252,26 @@ def _state():
 
 
 def _place() -> tuple[int, int]:
-  """(number of this process, of how many); jax.process_index() and process_count() would start the
-  devices.
+  """(number of this process, count of processes).
+
+  jax.process_index() and process_count() would initialise the devices.
   """
   state = _state()
-  return (state.process_id, state.num_processes) if jax.distributed.is_initialized() else (0, 1)
+  if not jax.distributed.is_initialized():
+    return 0, 1
+  return state.process_id, state.num_processes
 
 
 def gather(name: str, value: Any, timeout: float = 600.0) -> list:
-  """The values (JSON) of all processes, in their order. Each process must call it as often.
+  """The values (JSON) of all processes, in order. Every process must make the same calls.
 
   Raises:
     TimeoutError: after `timeout` seconds, naming the processes that did not answer.
     ConnectionError: the store is gone, and process 0 with it.
   """
   text = json.dumps(value)
-  if (store := client()) is None:
+  store = client()
+  if store is None:
     return [json.loads(text)]
   me, count = _place()
   _calls[name] += 1
@@ -299,20 +309,21 @@ def _answered(store, key: str) -> bool:
 
 
 def barrier(name: str, timeout: float = 3600.0) -> None:
-  """Returns once every process has come here. Raises: see gather."""
+  """Returns once every process has called it. Raises: see gather."""
   gather(f"barrier/{name}", 0, timeout)
 
 
 def main_first(name: str, work: Callable[[], Any], timeout: float = 3600.0) -> Any:
-  """work() on process 0 and, only if that went well, on the others; returns what it returned here.
+  """Calls work() on process 0, then on the others if that went well; returns this one's result.
 
   Args:
     timeout: seconds that the others wait for process 0.
-  Raises: what it raised on process 0; PeerFailed, with its words, on the others. See also gather.
+  Raises: on process 0, what work() raised; on the others, PeerFailed with its text. See gather.
   """
   name = f"first/{name}"
   if _place()[0]:
-    if failure := gather(name, "", timeout)[0]:
+    failure = gather(name, "", timeout)[0]
+    if failure:
       raise supervision.PeerFailed(f"process 0 failed: {failure}")
     return work()
   try:
@@ -325,7 +336,7 @@ def main_first(name: str, work: Callable[[], Any], timeout: float = 3600.0) -> A
 
 
 def main_only(name: str, work: Callable[[], Any], timeout: float = LONG) -> Any:
-  """work() on process 0 while the others wait; its result (JSON) on every process.
+  """Calls work() on process 0 while the others wait; returns its result (JSON) on every process.
 
   Raises: see main_first.
   """
@@ -344,12 +355,13 @@ def main_only(name: str, work: Callable[[], Any], timeout: float = LONG) -> Any:
 
 
 def counter(name: str) -> Callable[[], int]:
-  """take() -> 0, 1, 2, ...: each number goes to one process, whichever asks first. Each must call
-  this as often.
+  """Returns take() -> 0, 1, 2, ...; each number goes to one process, whichever asks first.
 
+  Every process must call `counter` equally often.
   Raises: ConnectionError, by take, if process 0 is gone.
   """
-  if (store := client()) is None:
+  store = client()
+  if store is None:
     return itertools.count().__next__
   _calls[f"counter/{name}"] += 1
   key = f"downscaling/counter/{name}/{_calls[f'counter/{name}']}"
@@ -368,7 +380,8 @@ def counter(name: str) -> Callable[[], int]:
 
 def same_everywhere(facts: dict[str, Any]) -> None:
   """Raises ValueError, on every process, if a fact differs between them."""
-  if found := differences(gather("facts", facts)):
+  found = differences(gather("facts", facts))
+  if found:
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     raise ValueError(
       f"processes differ in {', '.join(found)}: {'; '.join(list(found.values())[:3])}{more}. "
@@ -377,8 +390,9 @@ def same_everywhere(facts: dict[str, Any]) -> None:
 
 
 def differences(values: list[dict[str, Any]]) -> dict[str, str]:
-  """Key -> in words, the value on process 0 and the first other one; of the keys that differ, as
-  they come.
+  """Facts that differ between processes: {key: what process 0 and the first other one say}.
+
+  The keys come in the order of the facts.
   """
   found = {}
   for process, other in enumerate(values):

@@ -1,6 +1,4 @@
-"""What a compiled program costs, as compiler and jaxpr have it: messages, memory, FLOPs; and what a
-chip can do.
-"""
+"""What a compiled program costs (messages, memory, FLOPs), and the peak speed of known chips."""
 
 import dataclasses
 import math
@@ -16,13 +14,14 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,<=]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective of a compiled program, as often as it stands there: inside a loop, once.
+  """One collective of a compiled program. One inside a loop counts once.
 
-  kind: one of KINDS. bytes: of its whole result on one device, operands that were combined
-  together: all-reduce and all-to-all, as much as goes in; all-gather, the gathered array;
-  reduce-scatter, the one share.
-  group_size: devices that take part; 2 for a collective-permute. operands: arrays that it sends at
-    once.
+  kind: one of KINDS.
+  bytes: size of its whole result on one device, combined operands together. For all-reduce and
+    all-to-all this is the size of the input; for all-gather, of the gathered array; for
+    reduce-scatter, of one share.
+  group_size: devices that take part; 2 for a collective-permute.
+  operands: arrays that it sends at once.
   """
 
   kind: str
@@ -32,33 +31,37 @@ class Collective:
 
 
 def collectives(compiled: Any) -> list[Collective]:
-  """The collectives of jax's Compiled (or of the text of an HLO module) among more than one device.
+  """The collectives of a program that involve more than one device.
 
-  An asynchronous pair, -start and -done, counts once.
+  An asynchronous pair (-start and -done) counts once.
+
+  Args:
+    compiled: jax's Compiled, or the text of an HLO module.
   """
   text = compiled if isinstance(compiled, str) else compiled.as_text()
-  header = m.group() if (m := re.search(r"HloModule .*", text)) else ""
-  devices = math.prod(
-    int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
-  )
+  module = re.search(r"HloModule .*", text)
+  header = module.group() if module else ""
+  counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", header)
+  devices = math.prod(map(int, counts))
   found = []
   for line in text.splitlines():
-    if not (m := _LINE.search(line)) or m.group("half") == "-done":
+    m = _LINE.search(line)
+    if not m or m.group("half") == "-done":
       continue
     kind, shape = m.group("kind"), m.group("shape")
     if m.group("half") and kind != "all-reduce" and shape.startswith("("):
-      shape = _parts(shape[1:])[
-        1
-      ]  # (operands, results, what the runtime keeps); of an all-reduce, results alone
+      # (operands, results, what the runtime keeps); an all-reduce has results alone
+      shape = _parts(shape[1:])[1]
     size = 2 if kind == "collective-permute" else _group_size(line, devices)
     if size > 1:
       arrays = [_bytes(*a) for a in _ARRAY.findall(shape)]
-      found.append(Collective(kind, sum(arrays), size, len(_parts(line[m.end() :]))))
+      operands = _parts(line[m.end() :])
+      found.append(Collective(kind, sum(arrays), size, len(operands)))
   return found
 
 
 def _parts(text: str) -> list[str]:
-  """What stands between commas up to the bracket that closes: "a, b[1,2]), c" -> ["a", " b[1,2]"]."""
+  """Splits at commas up to the closing bracket: "a, b[1,2]), c" -> ["a", " b[1,2]"]."""
   parts, depth = [""], 0
   for char in text:
     depth += (char in "([{") - (char in ")]}")
@@ -72,27 +75,35 @@ def _parts(text: str) -> list[str]:
 
 
 def _bytes(dtype: str, shape: str) -> int:
-  bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype).group())
-  return math.prod(int(n) for n in shape.replace("<=", "").split(",") if n) * bits // 8
+  """Bytes of an array as HLO writes it, e.g. ("f32", "8,24")."""
+  digits = "".join(re.findall(r"\d+", dtype)[:1])
+  bits = 8 if dtype == "pred" else int(digits)
+  sizes = [int(n) for n in shape.replace("<=", "").split(",") if n]
+  return math.prod(sizes) * bits // 8
 
 
 def _group_size(line: str, devices: int) -> int:
-  if m := re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line):  # {{0,1},{2,3}}
-    return max(len(group.split(",")) for group in re.findall(r"\{([\d,]*)\}", m.group(1)))
-  if m := re.search(r"replica_groups=\[\d+,(\d+)\]", line):  # [groups,size]<=[...], perhaps T(...)
+  """Devices in each group of a collective."""
+  m = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", line)  # {{0,1},{2,3}}
+  if m:
+    groups = re.findall(r"\{([\d,]*)\}", m.group(1))
+    return max(len(group.split(",")) for group in groups)
+  m = re.search(r"replica_groups=\[\d+,(\d+)\]", line)  # [groups,size]<=[...], perhaps T(...)
+  if m:
     return int(m.group(1))
-  if m := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):  # axes of a named mesh
+  m = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)  # axes of a named mesh
+  if m:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", m.group(1)))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", m.group(2)))
+    axes = re.findall(r"'([^']+)'", m.group(2))
+    return math.prod(int(sizes[axis]) for axis in axes)
   return devices
 
 
 def traffic(c: Collective) -> float:
-  """Bytes that each device sends when the collective goes around a ring; c.bytes are of the result,
-  see Collective.
+  """Bytes that each device sends if the collective goes around a ring.
 
-  all-to-all: what is not for itself, once. collective-permute: of a device that is the source of a
-  pair.
+  all-to-all: what a device does not keep, sent once. collective-permute: for a device that is the
+  source of a pair.
   """
   g = c.group_size
   share = {
@@ -106,11 +117,10 @@ def traffic(c: Collective) -> float:
 
 
 def memory(compiled: Any) -> dict[str, int]:
-  """Bytes on one device: arguments, outputs, temporaries, aliased (outputs that lie in donated
-  arguments) and peak.
+  """Bytes on one device: arguments, outputs, temporaries, aliased and peak.
 
-  peak is the compiler's own figure; where it gives none, all of them at once, which is an upper
-  bound.
+  aliased: outputs that lie in donated arguments. peak: the compiler's figure if it gives one;
+  otherwise the sum of all, which is an upper bound.
   """
   m = compiled.memory_analysis()
   together = (
@@ -126,14 +136,14 @@ def memory(compiled: Any) -> dict[str, int]:
 
 
 def flops(fn, *args) -> float:
-  """Model FLOPs of fn(*args), over all devices: those of matrix products and convolutions, 2 a
-  multiply-add.
+  """Model FLOPs of fn(*args) over all devices: matrix products and convolutions, 2 a multiply-add.
 
-  Element-wise work and FFTs are not counted: this is the numerator of the utilisation as it is
-  usually given. args may be ShapeDtypeStructs. Counted as the jaxpr has it: what remat computes
-  again counts again; so do the zeros that pad or dilate a convolution, and each device's copy of
-  the same work under shard_map, whose body is what one device does. A while loop counts once, as
-  its length is not known; of the branches of a cond, the dearest.
+  Element-wise work and FFTs are not counted, as usual for the numerator of the utilisation.
+  The jaxpr is counted as it stands: recomputation by remat counts again; so do the zeros that pad
+  or dilate a convolution, and the same work done by each device under shard_map. A while loop
+  counts once, because its length is unknown. A cond counts as its most expensive branch.
+
+  Args: fn and its arguments, which may be ShapeDtypeStructs.
   """
   return _jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
@@ -145,25 +155,21 @@ def _jaxpr_flops(jaxpr) -> float:
 def _equation_flops(e) -> float:
   if e.primitive.name == "dot_general":
     (contract, _), _ = e.params["dimension_numbers"]
-    return (
-      2.0
-      * math.prod(e.outvars[0].aval.shape)
-      * math.prod(e.invars[0].aval.shape[a] for a in contract)
-    )
+    summed = e.invars[0].aval.shape
+    return 2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(summed[a] for a in contract)
   if e.primitive.name == "conv_general_dilated":
-    kernel, out = e.invars[1].aval.shape, e.params["dimension_numbers"].rhs_spec[0]
-    return (
-      2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(kernel) / kernel[out]
-    )  # groups: in both shapes
+    kernel = e.invars[1].aval.shape
+    out = e.params["dimension_numbers"].rhs_spec[0]
+    result = math.prod(e.outvars[0].aval.shape)
+    return 2.0 * result * math.prod(kernel) / kernel[out]  # groups: in both shapes
   inner = [_jaxpr_flops(j) for j in _inner(e.params)]
   if e.primitive.name == "cond":
     return max(inner, default=0.0)
-  times = {"scan": e.params.get("length", 1)}.get(e.primitive.name, 1)
+  times = e.params.get("length", 1) if e.primitive.name == "scan" else 1
   if e.primitive.name == "shard_map":  # its body is what one device does
     mesh = e.params["mesh"]
-    axes = e.params.get(
-      "newly_manual_axes", e.params.get("manual_axes", mesh.axis_names)
-    )  # jax 0.10, older
+    older = e.params.get("manual_axes", mesh.axis_names)  # before jax 0.10
+    axes = e.params.get("newly_manual_axes", older)
     times = math.prod(mesh.shape[a] for a in axes)
   return times * sum(inner)
 

@@ -12,9 +12,9 @@ def is_time(every: int, step: int, last: int) -> bool:
 
 
 class Progress:
-  """One line of progress with rate and ETA: a live bar on a terminal, a plain line every `seconds`
-  in a log.
+  """Reports progress with rate and ETA: a live bar on a terminal, a line now and then in a log.
 
+  In a log, a line appears at most every `seconds`.
   with Progress("generate", total=64, unit="blocks") as bar:
     bar.advance(1, loss=0.3)
   """
@@ -31,11 +31,18 @@ class Progress:
       from rich import progress as rich_progress
       from rich.console import Console
 
+      count = "{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"
       self._bar = rich_progress.Progress(
-        "{task.description}", rich_progress.BarColumn(), "{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}",
-        rich_progress.TimeElapsedColumn(), "ETA", rich_progress.TimeRemainingColumn(), "{task.fields[notes]}",
-        console=Console(stderr=True), refresh_per_second=4,
-      )  # fmt: skip
+        "{task.description}",
+        rich_progress.BarColumn(),
+        count,
+        rich_progress.TimeElapsedColumn(),
+        "ETA",
+        rich_progress.TimeRemainingColumn(),
+        "{task.fields[notes]}",
+        console=Console(stderr=True),
+        refresh_per_second=4,
+      )
       self._task = self._bar.add_task(
         self.name, total=self.total, completed=self.done, unit=self.unit, notes=""
       )
@@ -43,11 +50,13 @@ class Progress:
     return self
 
   def advance(self, count: int = 1, **notes: float) -> None:
+    """Counts units of work as done; notes are shown behind the progress."""
     self.done += count
     self._notes |= notes
-    text = " ".join(
-      f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in self._notes.items()
-    )
+    words = []
+    for name, value in self._notes.items():
+      words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    text = " ".join(words)
     if self._bar:
       self._bar.update(self._task, completed=self.done, notes=text)
       return
@@ -56,9 +65,8 @@ class Progress:
       self._said = now
       rate = (self.done - self.start) / max(now - self._began, 1e-9)
       eta = (self.total - self.done) / rate if rate else float("inf")
-      say(
-        f"{self.name}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, ETA {eta:.0f} s {text}".rstrip()
-      )
+      counted = f"{self.name}: {self.done}/{self.total} {self.unit}"
+      say(f"{counted}, {rate:.3g}/s, ETA {eta:.0f} s {text}".rstrip())
 
   def __exit__(self, *_):
     if self._bar:
@@ -66,6 +74,6 @@ class Progress:
 
 
 def say(text: str) -> None:
-  """One line for the person who watches, on stderr, from the main process only."""
+  """Prints one line on stderr, from the main process only."""
   if meshes.is_main():
     print(text, file=sys.stderr, flush=True)

@@ -6,6 +6,8 @@ import pathlib
 import platform
 import subprocess
 
+CHECKOUT = pathlib.Path(__file__).parents[2]
+
 
 def versions() -> dict[str, str]:
   """Versions of what decides a result."""
@@ -28,20 +30,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-  """Git commit of the code that runs, with '+' if the tree was changed; 'unknown' outside a
-  checkout.
-  """
-  root = pathlib.Path(__file__).parents[2]
+  """Git commit of the running code, '+' if the tree was changed; 'unknown' outside a checkout."""
+  # An installed package may lie in the checkout of something else, whose commit says nothing.
+  if not (CHECKOUT / ".git").exists():
+    return "unknown"
   try:
-    head, dirty = (
-      subprocess.run(
-        ["git", "-C", root, *cmd], capture_output=True, text=True, check=True, timeout=10
-      ).stdout.strip()
-      for cmd in (
-        ("rev-parse", "--short=12", "HEAD"),
-        ("status", "--porcelain", "--untracked-files=no"),
-      )
-    )
+    head = _git("rev-parse", "--short=12", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
   except (OSError, subprocess.SubprocessError):
     return "unknown"
-  return head + ("+" if dirty else "")
+  return head + ("+" if changes else "")
+
+
+def _git(*words: str) -> str:
+  command = ["git", "-C", str(CHECKOUT), *words]
+  done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+  return done.stdout.strip()

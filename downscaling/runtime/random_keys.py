@@ -1,9 +1,9 @@
-"""Random keys by purpose: the one place that makes a key from a seed.
+"""Random keys by purpose: every key that is made from a seed is made here.
 
-Two uses of one seed must not share a key. jax makes that easy to get wrong: `fold_in(key, i)`
-equals `split(key)[i]`, so a member of an ensemble and a training step could draw the same numbers.
-Every use therefore has a tag of its own, folded into the seed's key first. The generator is pinned,
-so that a process's jax flags cannot change what is drawn.
+Two uses of one seed must not share a key. In jax this is easy to get wrong: `fold_in(key, i)`
+equals `split(key)[i]`, so an ensemble member and a training step could draw the same numbers. So
+each use has its own tag, which is folded into the seed's key first. The generator is fixed, so
+jax's flags cannot change what is drawn.
 """
 
 import zlib

@@ -45,16 +45,16 @@ def plain(value: Any) -> Any:
 
 def config_hash(config: Any) -> str:
   """First 12 hex digits of the SHA-256 of the config's JSON."""
-  return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:12]
+  text = json.dumps(plain(config), sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
   """Keys whose values differ, as 'block.key: old -> new'."""
   if isinstance(old, dict) and isinstance(new, dict):
     for key in sorted({*old, *new}):
-      yield from differences(
-        old.get(key, "absent"), new.get(key, "absent"), f"{path}.{key}" if path else key
-      )
+      inner = f"{path}.{key}" if path else key
+      yield from differences(old.get(key, "absent"), new.get(key, "absent"), inner)
   elif old != new:
     yield f"{path}: {old} -> {new}"
 
@@ -69,19 +69,19 @@ class Stage:
 
   @property
   def complete(self) -> bool:
+    """True once `finish` was called."""
     return bool(files.read_json(self.path / MARKER).get("complete"))
 
   @property
   def summary(self) -> dict:
-    """What `finish` was told; {} before."""
+    """The figures given to `finish`; {} before."""
     return files.read_json(self.path / MARKER).get("summary", {})
 
   @contextlib.contextmanager
   def timed(self) -> Iterator[None]:
-    """Adds the wall time of the block to the marker, also when it is interrupted: restarts add up;
-    and on what devices.
+    """Adds the block's wall time to the marker, and the devices it ran on.
 
-    What an interruption loses and the next call makes again counts twice.
+    Interrupted time is added too. Work that an interruption loses is done again and counts twice.
     """
     began = time.monotonic()
     try:
@@ -91,17 +91,15 @@ class Stage:
         record = files.read_json(self.path / MARKER)
         seconds = record.get("seconds", 0.0) + time.monotonic() - began
         devices = sorted({*record.get("devices", []), _devices()})
-        files.write_json(
-          self.path / MARKER, record | {"seconds": round(seconds, 2), "devices": devices}
-        )
+        timing = {"seconds": round(seconds, 2), "devices": devices}
+        files.write_json(self.path / MARKER, record | timing)
 
   def finish(self, **summary: Any) -> None:
-    """Marks the stage complete, with figures worth keeping; the main process does."""
+    """Marks the stage complete and stores a few figures; only the main process writes."""
     if meshes.is_main():
-      files.write_json(
-        self.path / MARKER,
-        files.read_json(self.path / MARKER) | {"complete": True, "summary": plain(summary)},
-      )
+      record = files.read_json(self.path / MARKER)
+      done = {"complete": True, "summary": plain(summary)}
+      files.write_json(self.path / MARKER, record | done)
 
 
 def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
@@ -112,9 +110,8 @@ def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
     name: what the stage is called in messages.
     identity: the config blocks its result depends on.
   Raises:
-    FileExistsError: the folder holds files and no marker of ours.
-    ValueError: it was made by another config, or by another schema; the first keys that differ are
-    named.
+    FileExistsError: the folder holds files but no marker of ours.
+    ValueError: another config or schema made it; the message names the first keys that differ.
   """
   path, identity = pathlib.Path(path), plain(identity)
   marker = path / MARKER
@@ -125,14 +122,14 @@ def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
         f"{marker} has schema {found.get('schema')}, this version reads {SCHEMA}: use another "
         "--workdir."
       )
-    if changed := list(differences(found["config"], identity)):
-      shown = "; ".join(changed[:4]) + (
-        f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
-      )
+    changed = list(differences(found["config"], identity))
+    if changed:
+      shown = "; ".join(changed[:4])
+      if len(changed) > 4:
+        shown += f"; and {len(changed) - 4} more"
       raise ValueError(
         f"{path} was made by another config ({shown}). Nothing was touched: use another --workdir "
-        "(for samples alone, another --config.label), "
-        "or the config it was made by."
+        "(for samples alone, another --config.label), or the config it was made by."
       )
   elif path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise FileExistsError(
@@ -146,24 +143,21 @@ def open_stage(path: str | os.PathLike, name: str, identity: Any) -> Stage:
       raise OSError(
         error.errno, f"{path} cannot be made ({error.strerror}): use another --workdir."
       ) from None
-    files.write_json(
-      marker,
-      {
-        "schema": SCHEMA,
-        "stage": name,
-        "complete": False,
-        "config": identity,
-        "config_hash": config_hash(identity),
-      }
-      | {"versions": provenance.versions(), "commit": provenance.commit()},
-    )
+    record = {
+      "schema": SCHEMA,
+      "stage": name,
+      "complete": False,
+      "config": identity,
+      "config_hash": config_hash(identity),
+      "versions": provenance.versions(),
+      "commit": provenance.commit(),
+    }
+    files.write_json(marker, record)
   return Stage(path, name, identity)
 
 
 def _devices() -> str:
-  """All devices in words, "8 × NVIDIA H200"; of a CPU also its cores, since virtual devices share
-  them.
-  """
+  """All devices in words, "8 × NVIDIA H200"; for a CPU also its cores, which devices share."""
   kinds = ", ".join(sorted({d.device_kind for d in jax.devices()}))
   cores = f" on {os.cpu_count()} cores a host" if jax.default_backend() == "cpu" else ""
   return f"{jax.device_count()} × {kinds}{cores}"

@@ -1,13 +1,14 @@
-"""The end of a job that was not its own idea: SIGTERM, a failed peer, a hang.
+"""Jobs that must end early: SIGTERM, a failed peer, a hang.
 
-A job polls `stop` once after every unit of work, as often on every process. After SIGTERM (a
-scheduler's, a platform's notice, or the first Ctrl-C) the poll turns true at the same unit on all
-processes, the job saves and raises Interrupted. Where nothing could be lost (imports, compilation,
+A job polls `stop` once after every unit of work, equally often on every process. After SIGTERM
+(from a scheduler or platform, or the first Ctrl-C) the poll turns true at the same unit on all
+processes; the job saves and raises Interrupted. Where nothing can be lost (imports, compilation,
 restoring), the process ends at once.
 
-A thread listens: Python's own handlers only run between bytecodes, which during compilation is
-never. Processes agree through the key-value store of jax's coordination service. jax's preemption
-notice is not used: it swallows SIGTERM, so that a job which is not polling could never be ended.
+A thread listens for the signal, because Python runs signal handlers only between bytecodes, and so
+never during compilation. Processes agree through the key-value store of jax's coordination service.
+jax's preemption notice is not used: it swallows SIGTERM, so a job that does not poll could never be
+ended.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 HUNG = 75  # exit code of the watchdog: "try again", as sysexits.h has it
 STOPPED = 143  # 128 + SIGTERM
@@ -29,15 +30,15 @@ _ASKED, _FAILED, _AT = "downscaling/asked", "downscaling/failed", "downscaling/a
 
 
 class Interrupted(Exception):
-  """The job was asked to stop, saved what it had and can go on from there."""
+  """The job was asked to stop. It has saved its work and can be resumed."""
 
 
 class PeerFailed(RuntimeError):
-  """Another process of the job has failed; its own log says more."""
+  """Another process of the job failed; its own log says more."""
 
 
 class Store(Protocol):
-  """What is asked of jax's coordination client."""
+  """The methods we use of jax's coordination client."""
 
   def key_value_set(self, key: str, value: str, allow_overwrite: bool = ...) -> None: ...
   def key_value_try_get(self, key: str) -> str: ...
@@ -45,11 +46,11 @@ class Store(Protocol):
 
 
 class Stop:
-  """stop() -> bool: is it time to save and leave? Use as a context manager, on the main thread.
+  """stop() -> bool: is it time to save and leave? Use it as a context manager on the main thread.
 
   Args:
-    silence: seconds without a poll after which the process counts as hung: it prints the stacks of
-      all threads and ends with exit code 75, for a supervisor to start it again. 0 for never.
+    silence: seconds without a poll after which the process counts as hung. It then prints the
+      stacks of all threads and ends with exit code 75, so that a supervisor restarts it. 0: never.
   """
 
   def __init__(self, silence: float = 0.0):
@@ -69,7 +70,8 @@ class Stop:
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-    self._handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    signals = (signal.SIGTERM, signal.SIGINT)
+    self._handlers = {s: signal.getsignal(s) for s in signals}
     self._listen()
     self._thread = threading.Thread(target=self._watch, name="supervision", daemon=True)
     self._thread.start()
@@ -86,7 +88,8 @@ class Stop:
 
   def _listen(self) -> None:
     def ask(signum, frame):
-      if self._asked.is_set() and signum == signal.SIGINT and time.monotonic() - self._asked_at > 1:
+      again = self._asked.is_set() and signum == signal.SIGINT
+      if again and time.monotonic() - self._asked_at > 1:
         raise KeyboardInterrupt  # the second Ctrl-C
       self._ask()
 
@@ -99,15 +102,16 @@ class Stop:
       self._asked.set()
 
   def connect(self, store: Store | None, process: int, processes: int) -> None:
-    """Call once the processes have joined: from now on they agree. store None: this process is
-    alone.
+    """Call it once the processes have joined; from then on they agree when to stop.
+
+    store: of the coordination service; None for a single process.
     """
     self._process, self._processes = process, processes
     self._store = store if processes > 1 else None
     self._listen()  # jax.distributed has put its own handler there
 
   def __call__(self) -> bool:
-    """One poll; call it once after every unit of work, as often on every process."""
+    """One poll. Call it once after every unit of work, equally often on every process."""
     with self._lock:
       self._beat = time.monotonic()
       self._polls += 1
@@ -120,18 +124,19 @@ class Stop:
     return polls >= self._leave_at
 
   def told(self) -> bool:
-    """Has any process been asked to stop? Counts as no poll: for work that a process does at its
-    own pace.
+    """True if any process was asked to stop. This is no poll: processes may call it at any pace.
 
-    True within a second on all of them; they must then meet, as they do not leave at the same unit.
+    It turns true within a second on all processes. They must then meet, because they do not leave
+    at the same unit.
     """
     self._beat = time.monotonic()
     return self._told or self._asked.is_set()
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """A section in which this process only waits for another, which has a watchdog of its own: it
-    cannot hang.
+    """A block in which this process only waits for another one, so it does not count as hung.
+
+    The other process has its own watchdog.
     """
     self._waits += 1
     try:
@@ -141,14 +146,12 @@ class Stop:
       self._waits -= 1
 
   def beat(self) -> None:
-    """Says that the job is alive, between two polls that lie far apart."""
+    """Says that the job is alive. For long work between two polls."""
     self._beat = time.monotonic()
 
   @contextlib.contextmanager
   def interruptible(self, doing: str) -> Iterator[None]:
-    """A section in which this process may end at any moment and nothing is lost. doing: for the
-    message.
-    """
+    """A block in which this process may end at any moment without loss. doing: for the message."""
     self._beat = time.monotonic()
     with self._lock:
       self._safe.append(doing)
@@ -160,8 +163,9 @@ class Stop:
       self._beat = time.monotonic()
 
   def failed(self, text: str) -> None:
-    """Tells the peers that this process ends by an error, so that they do not wait for it."""
-    if (store := self._store) is not None:
+    """Tells the peers that this process fails, so that they do not wait for it."""
+    store = self._store
+    if store is not None:
       self._told = True  # so that our own thread leaves the last word to us
       with contextlib.suppress(Exception):
         store.key_value_set(_FAILED, f"process {self._process}: {text}", allow_overwrite=True)
@@ -181,7 +185,8 @@ class Stop:
               self._end(STOPPED, f"stopped while {self._safe[-1]}; run the same command to go on")
       elif not self._told:
         self._look_at_peers()
-      if self.silence and not self._waits and time.monotonic() - self._beat > self.silence:
+      quiet = time.monotonic() - self._beat
+      if self.silence and not self._waits and quiet > self.silence:
         faulthandler.dump_traceback(all_threads=True)
         self._end(
           HUNG,
@@ -190,7 +195,8 @@ class Stop:
         )
 
   def _look_at_peers(self) -> None:
-    if text := self._get(_FAILED):
+    text = self._get(_FAILED)
+    if text:
       self._outlast_peers()
       self._end(1, f"another process failed and this one cannot go on alone ({text})")
     if self._asked.is_set() or self._get(_ASKED):
@@ -199,8 +205,10 @@ class Stop:
       self._agree()
 
   def _agree(self) -> None:
-    """All leave at the first poll that none has passed yet; or at once, if all are where nothing
-    can be lost.
+    """Agrees with all peers when to leave.
+
+    They leave at the first poll that none has passed yet; or at once, if nothing can be lost on any
+    of them.
     """
     with self._lock:
       self._told = True
@@ -218,7 +226,7 @@ class Stop:
     self._agreed.set()
 
   def _outlast_peers(self) -> None:
-    """Process 0 holds the store: its peers shall read, and go, before it does."""
+    """Process 0 holds the store, so it waits until its peers have read it and left."""
     if self._process == 0:
       time.sleep(4 * _PERIOD)
 
@@ -228,7 +236,8 @@ class Stop:
     except Exception:  # not there, or the store is gone: then jax ends the process itself
       return None
 
-  def _end(self, code: int, text: str) -> None:
+  def _end(self, code: int, text: str) -> NoReturn:
+    """Ends the process at once."""
     if code != STOPPED or self._process == 0:
       print(f"downscaling: {text}.", file=sys.stderr, flush=True)
     os._exit(code)

@@ -1,11 +1,10 @@
-"""Devices that are not here, by name: their own compiler makes the programs of a plan, which never
-run.
+"""Devices that are not attached, by name: their compiler makes the programs of a dry run.
 
-"v5e:16x16": a slice of Cloud TPU, chips along each axis. "h200:8", "h200:4x8": GPUs of a host, and
-of several hosts. None of them is needed, but the package that holds their compiler. Shardings on
-such devices can be lowered and compiled; nothing can be put on them. Without a GPU none of its
-kernels are timed: set XLA_FLAGS= --xla_gpu_autotune_level=0 before jax starts, and take it that
-those chosen in the end may want some memory.
+"v5e:16x16" is a slice of Cloud TPU, chips along each axis. "h200:8" are the GPUs of one host, and
+"h200:4x8" those of four. Only the package with their compiler must be installed. Programs sharded
+over such devices can be lowered and compiled; no array can be placed on them. Without a GPU, XLA
+cannot time kernels: set XLA_FLAGS= --xla_gpu_autotune_level=0 before jax starts. The kernels that a
+real GPU chooses may need more memory.
 """
 
 import dataclasses
@@ -16,8 +15,10 @@ from importlib import metadata
 import jax
 from jax.experimental import topologies
 
-# What libtpu would ask the metadata server of a TPU VM, answered: of which slice this host is a
-# part does not matter. And other processes may have it loaded, as no chip is taken.
+from downscaling.runtime import mesh as meshes
+
+# Answers to what libtpu would ask the metadata server of a TPU VM. Which part of the slice this
+# host is does not matter. No chip is taken, so other processes may have loaded the library.
 _TPU_HOST = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -29,7 +30,7 @@ _TPU_HOST = {
 
 @dataclasses.dataclass(frozen=True)
 class Hopper:
-  """What XLA asks of a GPU of compute capability 9.0. memory: bytes; bandwidth: of it, bytes/s."""
+  """Facts of a GPU of compute capability 9.0. memory: bytes; bandwidth: bytes/s of that memory."""
 
   kind: str
   memory: float
@@ -40,28 +41,33 @@ class Hopper:
 
     Sizes: CUDA C++ Programming Guide, and NVIDIA's H100 white paper.
     """
-    return f"""gpu_device_info {{
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-      shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536
-      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: {50 * 2**20}
-      memory_bandwidth: {self.bandwidth:.0f} device_memory_size: {self.memory:.0f}
-      cuda_compute_capability {{ major: 9 minor: 0 }}
-    }}
-    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{self.kind}"
-    """
+    return "\n".join(
+      [
+        "gpu_device_info {",
+        "threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048",
+        "shared_memory_per_block: 49152 shared_memory_per_core: 233472",
+        "shared_memory_per_block_optin: 232448",
+        "registers_per_core_limit: 65536 registers_per_block_limit: 65536",
+        "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535",
+        f"core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: {50 * 2**20}",
+        f"memory_bandwidth: {self.bandwidth:.0f} device_memory_size: {self.memory:.0f}",
+        "cuda_compute_capability { major: 9 minor: 0 }",
+        "}",
+        'platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 }',
+        f'device_description_str: "{self.kind}"',
+      ]
+    )
 
 
-# NVIDIA's data sheets, SXM. An A100 is not here: XLA finds no tiles for some products of ours
-# unless it may time them.
+# NVIDIA's data sheets, SXM. An A100 is not here: for some of our matrix products XLA finds no tiles
+# without timing them.
 GPUS = {
   "h100": Hopper("NVIDIA H100 80GB HBM3", 80e9, 3.35e12),
   "h200": Hopper("NVIDIA H200", 141e9, 4.8e12),
 }
 
-# Bytes of memory of one device of jax, by its kind. Google Cloud TPU documentation of each: per
-# chip, of which one of TPU7x shows itself as two devices.
+# Bytes of memory of one jax device, by its kind; from the Google Cloud TPU documentation, per chip.
+# A chip of TPU7x shows itself as two devices.
 TPUS = {
   "TPU v5 lite": 16 * 2**30,
   "TPU v5": 95 * 2**30,
@@ -70,18 +76,20 @@ TPUS = {
 }
 
 
-def memory(device: jax.Device) -> float:
-  """Bytes that a program may take of one of `devices`; jax takes three quarters of a GPU unless
-  told otherwise.
+def memory(device: meshes.Device) -> float:
+  """Bytes that a program may use on one of `devices`.
+
+  On a GPU, jax takes three quarters of the memory unless told otherwise.
   """
-  return (TPUS | {gpu.kind: 0.75 * gpu.memory for gpu in GPUS.values()})[device.device_kind]
+  known = {gpu.kind: 0.75 * gpu.memory for gpu in GPUS.values()} | TPUS
+  return known[device.device_kind]
 
 
-def devices(name: str) -> list[jax.Device]:
-  """The devices of a name as above.
+def devices(name: str) -> list[meshes.Device]:
+  """The devices of a name like those above.
 
-  Raises: ValueError if the compiler is not installed, or there are no such devices, or we know
-    nothing of them.
+  Raises: ValueError if the compiler is not installed, if no such devices exist, or if their memory
+    is not known here.
   """
   kind, shape = name.split(":")
   known = (
@@ -102,9 +110,9 @@ def devices(name: str) -> list[jax.Device]:
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f"--devices={name}: {str(error).splitlines()[0]}. {known}") from None
   except RuntimeError:
-    libtpu = re.split("[ ;]", next(r for r in metadata.requires("jax") if r.startswith("libtpu")))[
-      0
-    ]
+    needed = metadata.requires("jax") or []
+    libtpu = next(line for line in needed if line.startswith("libtpu"))
+    libtpu = re.split("[ ;]", libtpu)[0]
     package = f"jax[cuda12]=={jax.__version__}" if kind in GPUS else libtpu
     raise ValueError(
       f"--devices={name} is planned by the compiler of those devices, which is not installed here. "

@@ -1,6 +1,4 @@
-"""One pure function that draws fields from a prior: where to start, which guidance, which solver,
-who stays.
-"""
+"""The sampler: one pure function that draws fields, made of a start, guidance and a solver."""
 
 import dataclasses
 import math
@@ -21,10 +19,10 @@ DIVERGED = 100.0
 
 
 class Soft(NamedTuple):
-  """What a sampler takes in place of the prior's parameters where y′ is not exact: C′x = y′ + ε.
+  """What a sampler takes instead of the prior's parameters if y′ is not exact: C′x = y′ + ε.
 
-  params: of the prior. error: the variance of ε by coarse mode, of normalised fields; see
-  Gain.error. It is an operand, so that the sets of a job that differ in it alone share one program.
+  params: parameters of the prior. error: variance of ε by coarse mode, for normalised fields; see
+  Gain.error. It is an operand, so sets that differ only in it share one compiled program.
   """
 
   params: Any
@@ -33,24 +31,23 @@ class Soft(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What `sampler` puts together. All fields are of unit variance; normalise and restore lead there
-  and back.
+  """The parts of a sampler. Its fields have unit variance; normalise and restore convert units.
 
   Attributes:
     denoise: (parameters, x [B, *space, C], σ [B]) -> D.
     shape: of a field, (*space, C).
     levels, high: noise levels with a condition, and without.
     solve: a solver of sampling/solvers.py with its options.
-    start: "gaussian": gain.gaussian_start by `prior`; "noise": noise of σ = levels[0] alone.
+    start: "gaussian": gain.gaussian_start by `prior`; "noise": pure noise of σ = levels[0].
     prior: gain on the spectrum's variance.
-    guide: gain that guidance goes by and misfits are scored by; None: none is at hand, and
-      conditions are refused.
+    guide: gain for guidance and for the score of misfits; None if there is none, and conditions are
+      then refused.
     guidance: name and options, for guidance.make.
     select: resampling among members, or None.
     spread: factor on the members' distance from the mean of their block; 1 leaves them as drawn.
       See `rescale`.
-    members: M, of a condition in a batch.
-    missing: what to say when `guide` is None.
+    members: M, members of a condition in a batch.
+    missing: error message if a condition comes and `guide` is None.
   """
 
   denoise: Callable
@@ -71,18 +68,22 @@ class Recipe:
 
 
 def sampler(recipe: Recipe) -> Callable:
-  """(keys [B], y [B, *coarse, C] or None, parameters) -> (fields [B, *space, C], misfit [B]), in
-  data units.
+  """Builds draw(keys [B], y [B, *coarse, C] or None, parameters) -> (fields, misfit).
 
-  B = conditions × members, members of a condition adjacent; misfit: χ²/d′ = rᵀ(A + R)⁻¹r/d′ of r =
-  y′ − C′D at the lowest noise level, D unguided: 1 where y′ is as far off as the prior expects,
-  larger where it lies outside what the prior knows; NaN without a condition. Fields beyond DIVERGED
-  are NaN: whoever writes fields marks those as failed.
+  Conditions and fields are in data units.
+
+  B = conditions × members; the members of a condition are adjacent. fields: [B, *space, C]; a
+  field beyond DIVERGED is NaN, and so marked as failed when written.
+  misfit: [B], χ²/d′ = rᵀ(A + R)⁻¹r/d′ of r = y′ − C′D at the lowest noise level, D unguided. It is
+  1 if y′ is as far off as the prior expects, larger if y′ lies outside what the prior knows, and
+  NaN without a condition.
+  Raises: ValueError for an unknown start or an impossible spread.
   """
   r = recipe
   if r.start not in STARTS:
     raise ValueError(f"config.sampling.start={r.start!r} is unknown; use {' or '.join(STARTS)}.")
-  if not 0 < r.spread < math.inf or (r.spread != 1 and r.members < 2):
+  possible = 0 < r.spread < math.inf and (r.spread == 1 or r.members >= 2)
+  if not possible:
     raise ValueError(
       f"config.sampling.spread={r.spread:g} for {r.members} member(s) a unit: need a factor > 0 on "
       "the members' distance from their mean, and two members (sampling.unit); 1 leaves them as "
@@ -90,12 +91,10 @@ def sampler(recipe: Recipe) -> Callable:
     )
 
   def unconditional(keys, denoise):
-    x = solvers.initial(
-      keys, r.shape, float(r.high[0])
-    )  # nothing is known but the law: from far above the data
-    return r.restore(in_range(r.solve(denoise, x, r.high, keys))), jnp.full(
-      len(keys), jnp.nan, jnp.float32
-    )
+    # Only the law of the fields is known, so the start is far above the data.
+    x = solvers.initial(keys, r.shape, float(r.high[0]))
+    fields = r.restore(in_range(r.solve(denoise, x, r.high, keys)))
+    return fields, jnp.full(len(keys), jnp.nan, jnp.float32)
 
   def draw(keys, y, params):
     prior, guide = r.prior, r.guide
@@ -129,28 +128,30 @@ def sampler(recipe: Recipe) -> Callable:
 
 
 def in_range(fields: jax.Array) -> jax.Array:
-  """Normalised fields [B, *space, C], those NaN whose rms is beyond DIVERGED: a solver may run away
-  and stay finite.
+  """Replaces runaway fields by NaN; a solver may run away and stay finite.
+
+  Args: fields: normalised, [B, *space, C]; a runaway's rms exceeds DIVERGED.
   """
-  square = jnp.square(fields).mean(axis=tuple(range(1, fields.ndim)), keepdims=True)
+  axes = tuple(range(1, fields.ndim))
+  square = jnp.square(fields).mean(axis=axes, keepdims=True)
   return jnp.where(square <= DIVERGED**2, fields, jnp.nan)
 
 
 def rescale(fields: jax.Array, members: int, factor: float) -> jax.Array:
-  """m + factor·(x − m) about the mean m of each block of members, fields [B, ...]; C′x = y′ holds
-  as before.
+  """m + factor·(x − m) about the mean m of each block of members, [B, ...]; keeps C′x = y′.
 
-  A member that failed, NaN throughout, stays so and has no part in the mean.
+  A failed member (all NaN) stays so and does not enter the mean.
 
-  Where y′ leaves almost nothing open, members differ by the sampler's own error, drawn anew for
-  each: their mean is nearer to the truth than their spread says. The factor that makes spread and
-  error equal is fitted on held-out conditions, for one operator, number of members and prior:
+  If y′ leaves almost nothing open, members differ by the sampler's own error, drawn anew for each;
+  their mean is then closer to the truth than their spread says. The factor that makes spread and
+  error equal is fitted on held-out conditions, for one operator, number of members and prior. It is
   1/(spread over error), as benchmarks/sampling.py prints it.
   """
   if factor == 1:
     return fields
   blocks = fields.reshape(-1, members, *fields.shape[1:])
-  there = jnp.isfinite(blocks).all(axis=tuple(range(2, blocks.ndim)), keepdims=True)
+  axes = tuple(range(2, blocks.ndim))
+  there = jnp.isfinite(blocks).all(axis=axes, keepdims=True)
   count = jnp.maximum(there.sum(axis=1, keepdims=True), 1)
   mean = jnp.where(there, blocks, 0).sum(axis=1, keepdims=True) / count
   return (mean + factor * (blocks - mean)).reshape(fields.shape)

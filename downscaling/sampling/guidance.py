@@ -1,20 +1,17 @@
-"""C′x = y′ as decorators of a denoiser: (D, operator, y′) -> D′, another denoiser of the same
-signature.
+"""Guidance: turns a denoiser D into D′, which also fits an observation C′x = y′.
 
 | name | formula | exact for a Gaussian field | calls of D, gradients |
 |---|---|---|---|
-| paper | C′⁺y′ + (I − VVᵀ)[D − α∇ₓ‖C′D − y′‖²] (Wan et al. 2023, arXiv:2305.15618, eq. 7) | no | 1,
-1 vjp |
+| paper | C′⁺y′ + (I − VVᵀ)[D − α∇ₓ‖C′D − y′‖²] (arXiv:2305.15618, eq. 7) | no | 1, 1 vjp |
 | scaled | the same with α(1 + σ²/σ_d²) | no | 1, 1 vjp |
 | wiener, measured | D + G_σ(y′ − C′D), sampling/gaussian_gain.py | yes, for wiener | 1, none |
-| moment | D + σ²JᵀC′ᵀA⁻¹(y′ − C′D), J = ∂D/∂x (after ΠGDM, Song et al. 2023, ICLR) | yes, with
-prior A | 1, 1 vjp |
+| moment | D + σ²JᵀC′ᵀA⁻¹(y′ − C′D), J = ∂D/∂x | yes, with the prior's A | 1, 1 vjp |
 | none | D | – | 1, none |
 
 ‖·‖² is the sum of squares over a sample's d′ coarse values. wiener and measured differ in the
-variance that their gain was built on: the training spectrum's, or the network's own error. moment
-takes either, and σ²J for the covariance that G has fixed. With observation noise A + R stands for
-A. For the last call of a solver see `make`.
+variance behind their gain: that of the training spectrum, or the network's measured error. moment
+(after ΠGDM, Song et al. 2023, ICLR) takes either gain, and replaces the covariance that G assumes
+by σ²J. With observation noise, A + R replaces A. For the last call of a solver see `make`.
 """
 
 import dataclasses
@@ -35,10 +32,11 @@ Step = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Guided(NamedTuple):
-  """denoise: for the steps of a solver. last: for its last call. scored, last_scored: also giving
-  χ²/d′ [B].
+  """A guided denoiser.
 
-  χ² = rᵀA⁻¹r of the unguided misfit r = y′ − C′D, by the gain; NaN if there is no gain.
+  denoise: for the steps of a solver. last: for its last call. scored, last_scored: the same, but
+  they return (D′, χ²/d′ [B]) with χ² = rᵀA⁻¹r of the unguided misfit r = y′ − C′D; NaN without a
+  gain.
   """
 
   denoise: Denoise
@@ -60,31 +58,30 @@ def make(
   final: str = "overwrite",
   one_level: bool = False,
 ) -> Guided:
-  """The guided denoiser and the one to end with.
+  """Builds the guided denoiser for the steps of a solver and for its last call.
 
   Args:
     name: one of NAMES.
     denoise: D of the unconditional prior.
     operator, y: C′ and y′ [B, *coarse, C], in the units of D's fields.
-    alpha, normalise, data_std: of paper and scaled, see there.
-    gain: needed by wiener (on prior_variance), measured (on measured_variance), moment (either) and
-      final="gain".
-    final: how paper and scaled end. "overwrite", as the paper: the observed points are set to y′,
-      which leaves kinks beside them. "gain": D + G(y′ − C′D), which spreads the correction as the
-      field's covariance does. Wiener, measured and moment always end with their gain.
-    one_level: all rows of a call have one σ, as those of a solver have: the gain factorises A once,
-      not once a row.
+    alpha, normalise, data_std: options of paper and scaled, see there.
+    gain: needed by wiener (built on prior_variance), measured (on measured_variance), moment
+      (either) and final="gain".
+    final: the last call of paper and scaled. "overwrite", as in the paper, sets the observed points
+      to y′, which leaves kinks beside them. "gain" uses D + G(y′ − C′D), which spreads the
+      correction as the field's covariance does. The other guidances always end with their gain.
+    one_level: all rows of a call share one σ, as in every solver. A is then factorised once instead
+      of once a row.
+  Raises: ValueError for an unknown name, a missing gain, noise that the guidance cannot take, or
+    conditions that do not fit the operator.
   """
   if name not in NAMES or final not in ("overwrite", "gain"):
     raise ValueError(
       f"guidance {name!r} with final={final!r}: use one of {', '.join(NAMES)}, with overwrite or "
       "gain."
     )
-  if (
-    gain is None
-    and (name in ("wiener", "measured", "moment") or final == "gain")
-    and name != "none"
-  ):
+  needs_gain = name in ("wiener", "measured", "moment") or final == "gain"
+  if gain is None and needs_gain and name != "none":
     raise ValueError(
       f"guidance {name!r} with final={final!r} needs a gain: build a Gain from the training "
       "spectrum."
@@ -95,21 +92,33 @@ def make(
       "measured or moment, or --config.sampling.observation_noise=0."
     )
   check(operator, y)
-  if name in ("wiener", "measured"):
-    step = last = along_gain(denoise, operator, y, gain, one_level)
-  elif name == "moment":
-    step = moment(denoise, operator, y, gain, one_level)
-    last = along_gain(denoise, operator, y, gain, one_level)
-  elif name == "none":
-    step = last = lambda x, sigma: (d := denoise(x, sigma), y - operator.apply(d))
+  if name == "none":
+    step = last = _unguided(denoise, operator, y)
+  elif name in ("paper", "scaled"):
+    if name == "paper":
+      step = paper(denoise, operator, y, alpha=alpha, normalise=normalise)
+    else:
+      step = scaled(denoise, operator, y, alpha=alpha, data_std=data_std, normalise=normalise)
+    last = (
+      step
+      if gain is None or final == "overwrite"
+      else along_gain(denoise, operator, y, gain, one_level)
+    )
   else:
-    decorate = paper if name == "paper" else scaled
-    extra = {} if name == "paper" else {"data_std": data_std}
-    step = decorate(denoise, operator, y, alpha=alpha, normalise=normalise, **extra)
-    last = step if final == "overwrite" else along_gain(denoise, operator, y, gain, one_level)
-  return Guided(
-    _plain(step), _plain(last), _scored(step, gain, one_level), _scored(last, gain, one_level)
-  )
+    assert gain is not None  # checked above
+    last = along_gain(denoise, operator, y, gain, one_level)
+    step = moment(denoise, operator, y, gain, one_level) if name == "moment" else last
+  scored = _scored(step, gain, one_level)
+  last_scored = _scored(last, gain, one_level)
+  return Guided(_plain(step), _plain(last), scored, last_scored)
+
+
+def _unguided(denoise: Denoise, operator: Operator, y: jax.Array) -> Step:
+  def step(x, sigma):
+    denoised = denoise(x, sigma)
+    return denoised, y - operator.apply(denoised)
+
+  return step
 
 
 def _plain(step: Step) -> Denoise:
@@ -129,13 +138,14 @@ def _scored(step: Step, gain: Gain | None, one_level: bool):
 def paper(
   denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, normalise: str = "none"
 ) -> Step:
-  """Eq. 7 of the paper. It is no posterior: a constant α is too weak where σ is large
-  (docs/method.md has the figures).
+  """Eq. 7 of Wan et al. 2023. It draws from no posterior: a constant α is too weak at large σ.
 
-  normalise: the paper's α is not public, and sources differ: "none" takes it as it stands, "divide"
-  as α/(d′/d), "multiply" as α·d′/d, d and d′ the fine and coarse values of a sample. The authors'
-  library (swirl-dynamics, class InfillFromSlices) has "divide" and .5 by default: 4 with "none"
-  where every 8th value is observed.
+  docs/method.md has figures.
+
+  normalise: the paper does not give its α, and sources differ. "none" takes α as it is, "divide"
+    α/(d′/d), "multiply" α·d′/d, where d and d′ count the fine and coarse values of a sample. The
+    authors' library (swirl-dynamics, class InfillFromSlices) uses "divide" with .5 by default; that
+    is 4 with "none" if every 8th value is observed.
   """
   strength = alpha * _share(operator, normalise)
   return _eq7(denoise, operator, y, lambda sigma: strength)
@@ -150,18 +160,24 @@ def scaled(
   data_std: float = 1.0,
   normalise: str = "none",
 ) -> Step:
-  """Eq. 7 with α(1 + σ²/σ_d²): the gradient carries the Jacobian of D, about σ_d²/(σ_d² + σ²),
-  which this undoes.
+  """Eq. 7 with α(1 + σ²/σ_d²).
+
+  The gradient contains the Jacobian of D, about σ_d²/(σ_d² + σ²); the factor cancels it.
   """
   strength = alpha * _share(operator, normalise)
-  return _eq7(denoise, operator, y, lambda sigma: strength * (1 + (sigma / data_std) ** 2))
+
+  def growing(sigma):
+    return strength * (1 + (sigma / data_std) ** 2)
+
+  return _eq7(denoise, operator, y, growing)
 
 
 def along_gain(
   denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain, one_level: bool = False
 ) -> Step:
-  """D + G_σ(y′ − C′D): no gradient, no overwriting, and C′D′ = y′ all the same (without observation
-  noise).
+  """D + G_σ(y′ − C′D): needs no gradient and no overwriting.
+
+  Without observation noise, C′D′ = y′ holds exactly.
   """
 
   def guided(x, sigma):
@@ -175,13 +191,14 @@ def along_gain(
 def moment(
   denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain, one_level: bool = False
 ) -> Step:
-  """D + σ²Jᵀ C′ᵀ (A + R)⁻¹ (y′ − C′D): y′ is taken as Gaussian about C′D with the gain's A; σ²J is
-  Cov[x₀ | x] where D is exact (Tweedie's second identity), so the correction knows the covariance
-  at this very x.
+  """D + σ²Jᵀ C′ᵀ (A + R)⁻¹ (y′ − C′D), followed by a correction along the gain.
 
-  Where A is not C′(σ²J)C′ᵀ, C′D′ misses y′ − R(A + R)⁻¹r, what it should be; the gain makes up for
-  the rest. A network needs that: without it the steps diverge on KS, as errors of A are multiplied
-  at each.
+  y′ is taken as Gaussian about C′D with the gain's A. σ²J is Cov[x₀ | x] if D is exact (Tweedie's
+  second identity), so the correction uses the covariance at this very x.
+
+  If A differs from C′(σ²J)C′ᵀ, C′D′ misses its target y′ − R(A + R)⁻¹r; the gain then corrects the
+  rest. A network needs that: without it the steps diverge on KS, because errors of A multiply from
+  step to step.
   """
   hard = dataclasses.replace(gain, noise=0.0, error=None)
 
@@ -191,15 +208,23 @@ def moment(
     level = sigma[:1] if one_level else sigma
     weights = gain.solve(misfit, level)
     (along,) = pull(gain.adjoint(weights).astype(denoised.dtype))
-    moved = denoised + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2 * along
+    moved = denoised + _column(sigma, x) ** 2 * along
     left = gain.apply_noise(weights) if gain.noisy else 0.0
     return moved + hard.correction(y - left - operator.apply(moved), level), misfit
 
   return guided
 
 
+def _column(sigma: jax.Array, x: jax.Array) -> jax.Array:
+  """σ [B] -> [B, 1, ..., 1], of the rank of x."""
+  return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+
+
 def _eq7(
-  denoise: Denoise, operator: Operator, y: jax.Array, strength: Callable[[jax.Array], jax.Array]
+  denoise: Denoise,
+  operator: Operator,
+  y: jax.Array,
+  strength: Callable[[jax.Array], jax.Array | float],
 ) -> Step:
   def guided(x, sigma):
     def observed(x):
@@ -208,7 +233,7 @@ def _eq7(
 
     seen, pull, denoised = jax.vjp(observed, x, has_aux=True)
     (gradient,) = pull(2 * (seen - y))
-    a = strength(sigma.reshape(-1, *(1,) * (x.ndim - 1)))
+    a = strength(_column(sigma, x))
     return operator.constrain(denoised - a * gradient, y), y - seen
 
   return guided
@@ -228,7 +253,8 @@ def _share(operator: Operator, normalise: str) -> float:
 
 def check(operator: Operator, y: jax.Array) -> None:
   """Raises ValueError unless y is [B, *coarse, C] of this operator."""
-  if y.ndim != len(operator.coarse) + 2 or y.shape[1:-1] != operator.coarse:
+  space = y.shape[1:-1]
+  if y.ndim != len(operator.coarse) + 2 or space != operator.coarse:
     raise ValueError(
       f"conditions of shape {y.shape} came, need [batch, {', '.join(map(str, operator.coarse))}, "
       "channels] for the operator: is the coarse grid the one the prior was trained for "

@@ -1,15 +1,15 @@
-"""How far coarse fields are off: the variance R of ε in C′x = y′ + ε, fitted to conditions alone.
+"""How inexact coarse fields are: the variance R of ε in C′x = y′ + ε, fitted to conditions alone.
 
-A map's fields y′ are not exact, and no truth is known behind them. But the prior knows how far a
-right y′ lies from what it says itself: the misfit r = y′ − C′D of its unguided D has the variance
-A + R (sampling/gaussian_gain.py), so that
+The fields y′ of a map are not exact, and no truth belongs to them. But the prior knows how far a
+right y′ lies from its own estimate: the misfit r = y′ − C′D of the unguided D has the variance
+A + R (sampling/gaussian_gain.py), so the right R gives
 
     χ²/d′ = E rᵀ(A + R)⁻¹r / d′ = 1
 
-where R is right. χ² falls as R grows. R = s² is white, in units of the data's variance. The fit is
-the smallest s for which χ²/d′ is 1. Where none is, as a network's own A is not exact, it is the
-largest s that keeps y′: corr(y′, C′x) ≥ LEAST. A larger s would make χ² small for nothing, for
-where y′ leaves the prior free, χ² is near 1 whatever s.
+χ² falls as R grows. R = s² is white, in units of the data's variance. The fit is the smallest s for
+which χ²/d′ is 1. There may be none, because a network's A is not exact; then the fit is the largest
+s that keeps y′, that is corr(y′, C′x) ≥ LEAST. A larger s would gain nothing: where y′ leaves the
+prior free, χ² is near 1 for any s.
 """
 
 import dataclasses
@@ -17,19 +17,19 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-SMALLEST, LARGEST = 1e-3, 0.1  # of s: ε of .1 alone makes a correlation of .995
-LEAST = 0.995  # of corr(y′, C′x): the weather of y′ stays
-CLOSE = 0.05  # |ln χ²/d′| that is 1 to what a few dozen conditions can tell
-MOST = 9  # evaluations of one fit
+SMALLEST, LARGEST = 1e-3, 0.1  # of s; an ε of .1 alone gives a correlation of .995
+LEAST = 0.995  # of corr(y′, C′x): keeps the weather of y′
+CLOSE = 0.05  # |ln χ²/d′| below which a few dozen conditions cannot tell it from 0
+MOST = 9  # evaluations in one fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-  """std: s, in standard deviations of the data, 3 digits. chi2: χ²/d′ there; 1 is what the prior
-  expects.
+  """A fitted observation noise.
 
-  corr: of y′ and C′x over conditions, members, points. exact: the same two for s = 0. tried: every
-    (s, χ²/d′, corr).
+  std: s, in standard deviations of the data, 3 digits. chi2: χ²/d′ there; the prior expects 1.
+  corr: of y′ and C′x over conditions, members, points. exact: (χ²/d′, corr) for s = 0.
+  tried: (s, χ²/d′, corr) of every evaluation.
   """
 
   std: float
@@ -40,7 +40,7 @@ class Fit:
 
   @property
   def bounded(self) -> bool:
-    """Is χ² still above 1, as a larger s would lose y′?"""
+    """True if χ² is still above 1 because a larger s would lose y′."""
     return math.log(self.chi2) > CLOSE
 
   def record(self) -> dict[str, Any]:
@@ -48,8 +48,9 @@ class Fit:
 
   @classmethod
   def of(cls, record: dict[str, Any]) -> "Fit":
-    pairs = {"exact": tuple(record["exact"]), "tried": tuple(map(tuple, record["tried"]))}
-    return cls(**{k: record[k] for k in ("std", "chi2", "corr")}, **pairs)
+    exact = tuple(record["exact"])
+    tried = tuple(map(tuple, record["tried"]))
+    return cls(record["std"], record["chi2"], record["corr"], exact, tried)
 
 
 def fit(measure: Callable[[float], tuple[float, float]]) -> Fit:
@@ -94,10 +95,11 @@ def fit(measure: Callable[[float], tuple[float, float]]) -> Fit:
 
 
 def _chosen(tried: list, found: tuple[float, float, float] | None = None) -> Fit:
-  """What was found, or else the last (s, χ²/d′, corr) that was tried."""
-  return Fit(*(found or tried[-1]), tried[0][1:], tuple(tried))
+  """The given (s, χ²/d′, corr), or the last one tried."""
+  std, chi2, corr = found or tried[-1]
+  return Fit(std, chi2, corr, exact=tried[0][1:], tried=tuple(tried))
 
 
 def _rounded(std: float) -> float:
-  """To three digits, so that what another machine's rounding makes of a fit is the same number."""
+  """Three digits, so that rounding errors of another machine give the same number."""
   return float(f"{std:.3g}")

@@ -1,4 +1,4 @@
-"""Shards, resume, splits, statistics and the pipeline, on a toy equation: u = sin(x + id) + time."""
+"""Shards, resume, splits, statistics, the pipeline, on a toy equation: u = sin(x + id) + time."""
 
 import jax
 import numpy as np

@@ -1,4 +1,6 @@
-"""The debias job on tiny clouds: what it writes, that it resumes, and that held-out means held out."""
+"""The debias job on tiny clouds: what it writes, that it resumes, and that held-out
+means held out.
+"""
 
 import dataclasses
 

@@ -132,7 +132,10 @@ def test_rows_far_outside_are_held():
 
 
 def test_sums_of_two_processes_are_joined():
-  """Each with the same rows: every sum is doubled, every mean the same. (Real processes: tests/test_distributed.py.)"""
+  """Each with the same rows: every sum is doubled, every mean the same.
+
+  Real processes are in tests/test_distributed.py.
+  """
   group, space = GRIDS["ks"]
   source, target = fields(space, 0), fields(space, 1, bend=0.1)
   how = {

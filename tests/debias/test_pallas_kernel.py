@@ -125,15 +125,27 @@ def test_supported():
 @pytest.mark.parametrize(
   ("change", "options", "error", "message"),
   [
-    ({}, {}, ValueError, r"backend 'cpu' came, the kernel lowers for \['cuda', 'gpu', 'tpu'\]: use geometry"),
+    (
+      {}, {}, ValueError,
+      r"backend 'cpu' came, the kernel lowers for \['cuda', 'gpu', 'tpu'\]: use geometry",
+    ),
     ({}, {"backend": "rocm"}, ValueError, "backend 'rocm' came"),
     ({"x": (20,)}, {"interpret": True}, ValueError, r"shapes \(\(20,\), .* came, need \[n, d\], "),
-    ({"y": (30, 5)}, {"interpret": True}, ValueError, r"x \(20, 4\) and y \(30, 5\) came, need .* of one d"),
+    (
+      {"y": (30, 5)}, {"interpret": True}, ValueError,
+      r"x \(20, 4\) and y \(30, 5\) came, need .* of one d",
+    ),
     ({"x": (0, 4), "f": (0,)}, {"interpret": True}, ValueError, "at least one row each"),
     ({"f": (30,)}, {"interpret": True}, ValueError, "need"),
-    ({}, {"interpret": True, "tile": (16, 48)}, ValueError, r"tile=\(16, 48\): .* powers of two, at least \(16, 16\)"),
+    (
+      {}, {"interpret": True, "tile": (16, 48)}, ValueError,
+      r"tile=\(16, 48\): .* powers of two, at least \(16, 16\)",
+    ),
     ({}, {"interpret": True, "tile": (8, 64)}, ValueError, "powers of two, at least"),
-    ({}, {"interpret": True, "backend": "tpu", "tile": (8, 64)}, ValueError, r"multiples of \(8, 128\)"),
+    (
+      {}, {"interpret": True, "backend": "tpu", "tile": (8, 64)}, ValueError,
+      r"multiples of \(8, 128\)",
+    ),
     (
       {"x": (20, 4096), "y": (30, 4096)}, {"interpret": True, "backend": "tpu"}, ValueError,
       r"d = 4096 needs 24 MB of VMEM, 8 are ours: pass a smaller tile",

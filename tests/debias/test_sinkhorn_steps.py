@@ -182,7 +182,7 @@ def test_what_the_paths_hold():
 
 @pytest.mark.parametrize(("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")])
 def test_a_chunk_by_the_kernel_lowers_for_four_accelerators(monkeypatch, platform, mark):
-  """Inside shard_map, without the hardware; between devices only the other cloud's parts go around."""
+  """Inside shard_map, without the hardware; between devices only parts of the other cloud go."""
   monkeypatch.setattr(meshes, "platform", lambda mesh: platform)
   mesh = meshes.make(4)
   rows = [

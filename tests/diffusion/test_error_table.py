@@ -36,7 +36,7 @@ def _setting(count=256):
 
 
 def test_a_gaussian_field_has_its_closed_form(tmp_path):
-  """S_k σ²/(S_k + σ²), mode by mode, kx and −kx apart; and the same table on one device as on four."""
+  """S_k σ²/(S_k + σ²), mode by mode, kx and −kx apart; one device and four give the same table."""
   net, params, x, spectrum = _setting()
   sigmas = np.float32([0.05, 1.0, 20.0])
   table = error_table.tabulate(net, params, x, sigmas, meshes.make(4), seed=1)

@@ -38,7 +38,7 @@ def _denoiser(spectrum=SPECTRUM, gated=False):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("sigma", [0.01, 0.5, 20.0])
 def test_silent_net_under_wiener_is_the_exact_gaussian_denoiser(sigma, gated):
-  """E[x0 | x] of a Gaussian field by dense linear algebra. float32 FFTs: 1e-5 of the field's size."""
+  """E[x0 | x] of a Gaussian field by dense algebra. float32 FFTs: 1e-5 of the field's size."""
   d = _denoiser(gated=gated)
   x = jnp.asarray(_gaussian(3)) * (1 + sigma)
   params = jax.jit(d.init)(jax.random.key(0), x, jnp.ones(3))
@@ -164,7 +164,8 @@ def _update(net, mesh, specs, rate=1e-2, total=8, decays=(0.9,), **kwargs):
 
 
 def _run(
-  folder, total=8, stop=None, mesh=None, rate=1e-2, source=None, save_every=2, fields=_gaussian, net=None, keep=3,
+  folder, total=8, stop=None, mesh=None, rate=1e-2, source=None, save_every=2, fields=_gaussian,
+  net=None, keep=3,
   microbatches=1, **evaluators,
 ):  # fmt: skip
   mesh, net = mesh or meshes.make(), net or _denoiser(None)

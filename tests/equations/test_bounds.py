@@ -97,7 +97,8 @@ def test_a_blow_up_is_caught_while_it_is_finite():
   first = int(beyond.any(0).argmax())
   assert np.isfinite(u[:, first]).all()  # so that it is the bound that speaks
   row = int(beyond[:, first].argmax())
-  words = rf"trajectory {7 + row} has an rms of \S+ at t = {times[first]:g}, where no solution has more than 33\.9 .*"
+  words = rf"trajectory {7 + row} has an rms of \S+ at t = {times[first]:g}, "
+  words += r"where no solution has more than 33\.9 .*"
   with pytest.raises(
     FloatingPointError, match=words + r"smaller dt, e\.g\. --config\.coarse\.dt=0\.125$"
   ):

@@ -174,7 +174,7 @@ def test_fine_agrees_with_exponax(x64):
 
 
 def test_fine_conserves_energy_and_enstrophy(x64):
-  """Without viscosity, drag and forcing: what aliasing or a wrong factor in the fluxes would break."""
+  """Without viscosity, drag and forcing: what aliasing or a wrong factor in a flux would break."""
   s = kolmogorov.Fine(32, 0.005, 0.0, **FREE, dtype="float64")
   start = field(32)
   start = np.asarray(advanced(s, start, 0))  # dealiased
@@ -285,7 +285,7 @@ def test_fine_is_fourth_order_in_time(x64):
 
 @pytest.mark.parametrize(("integrator", "expected"), [("euler", 1.0), ("heun", 2.0)])
 def test_coarse_order_in_time(x64, integrator, expected):
-  """From a smooth state and for a short time: the limiter's kinks would blur the order otherwise."""
+  """From a smooth state, for a short time: the limiter's kinks would blur the order otherwise."""
   make = lambda dt, kind: kolmogorov.Coarse(32, dt, 32, kind, dtype="float64")
   start = make(0.02, "heun").start(jax.random.PRNGKey(0))
   end = lambda dt, kind: advanced(make(dt, kind), start, round(0.16 / dt))
@@ -315,7 +315,7 @@ def test_coarse_tends_to_fine(x64):
 
 
 def test_limiter_makes_no_new_extrema():
-  """A block carried along by a uniform wind stays in its range; unlimited slopes overshoot by 10 %."""
+  """A block carried by a uniform wind stays in its range; unlimited slopes overshoot by 10 %."""
   s = kolmogorov.Coarse(32, 0.02, 32, "euler", 0.0, **FREE)
   block = np.zeros((32, 32), np.float32)
   block[8:20, 8:20] = 1.0

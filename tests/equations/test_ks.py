@@ -1,4 +1,4 @@
-"""Kuramoto–Sivashinsky: growth rates, orders, conservation, symmetry, limiter, trajectories by id."""
+"""KS: growth rates, orders, conservation, symmetry, limiter, trajectories by id."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_initial_condition_is_one_function_on_every_grid(x64):
 
 
 def test_initial_condition_has_the_law_of_the_paper(x64):
-  """Waves 1, 2, 3 alone, and variance 30 · E[a²] · E[sin²] = 30/12/2 = 1.25, a third in each wave."""
+  """Waves 1, 2, 3 alone; variance 30 · E[a²] · E[sin²] = 30/12/2 = 1.25, a third in each wave."""
   x = jnp.asarray(ks.Fine(24).grid)
   u = np.asarray(
     jax.vmap(lambda k: ks.initial_condition(k, x, L))(jax.random.split(jax.random.PRNGKey(0), 4096))

@@ -1,4 +1,4 @@
-"""Replicates: the weights that are drawn, and whether floors and intervals hold what they promise."""
+"""Replicates: the weights drawn, and whether floors and intervals hold what they promise."""
 
 import numpy as np
 import pytest

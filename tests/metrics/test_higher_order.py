@@ -38,7 +38,7 @@ def test_bispectrum_and_transfer_of_two_waves():
 
 
 def test_shells_only_pass_on_what_others_lose():
-  """Waves below N/3 do not alias: the quadratic terms conserve energy, on the plane enstrophy too."""
+  """Waves below N/3 do not alias: quadratic terms conserve energy, on the plane enstrophy too."""
   group = kolmogorov.group(16)
   y = noise((16, 16))
   y = moments.fields(np.where(moments.shells((16, 16)) <= 4, moments.waves(y), 0), (16, 16))
@@ -122,7 +122,7 @@ def test_bures_closed_forms():
 
 
 def test_a_shift_along_the_line_costs_more_than_it_need():
-  """T y = y one point on has the law of y, so the bound is 0 and all of its displacement is excess."""
+  """T y = y one point on has the law of y: the bound is 0 and all of its displacement is excess."""
   y = shifted(noise((24,), size=1)[0])
   found = higher_order.displacement(y, np.roll(y, 1, axis=1), y, ks.group(24))
   assert found["bound"] < 1e-12

@@ -100,7 +100,8 @@ def test_the_page_stands_alone_and_has_every_section(written):
   for words in (
     "Kuramoto–Sivashinsky, 8×", "the paper’s", "0.343", "True data",
     "equivariant + diffusion", "raw + diffusion", "equivariant + cubic",
-    "unconditional", "true + diffusion", "held-out", "pipeline --config=configs/ks.py:smoke &lt;x&gt;", "jax", "0.10.2",
+    "unconditional", "true + diffusion", "held-out",
+    "pipeline --config=configs/ks.py:smoke &lt;x&gt;", "jax", "0.10.2",
     "3.33 min", "processor", "spread / error", "config hash", "0123456789ab", "Seeds",
   ):  # fmt: skip
     assert words in text, words
@@ -108,18 +109,21 @@ def test_the_page_stands_alone_and_has_every_section(written):
   assert 'class="missing"' not in text
 
 
-def test_figures_are_files_and_stand_in_the_page_for_light_and_dark(written):
+def test_figures_are_files_and_stand_in_the_page_once(written):
   folder, _ = written
   names = {path.stem for path in folder.glob("*.png")}
   assert names >= {
     "spectrum_coarse", "spectrum_fine", "density_coarse", "density_fine",
-    "gallery_equivariant_diffusion", "gallery_true_diffusion", "rows_reference", "rows_true_diffusion",
+    "gallery_equivariant_diffusion", "gallery_true_diffusion", "rows_reference",
+    "rows_true_diffusion",
     "covariance_coarse_equivariant",
     "covariance_fine_equivariant_diffusion", "sinkhorn", "loss",
     "ranks", "spread_error",
   }  # fmt: skip
   text = (folder / "report.html").read_text()
-  assert text.count("<img ") == text.count("<source ") == len(names)
+  assert text.count("<img ") == text.count("data:image/png;base64,") == len(names)
+  # Drawn on white paper, they are adapted to a dark page by its style sheet.
+  assert re.search(r"prefers-color-scheme:dark\)\{.*figure img\{filter:invert", text)
   assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in folder.glob("*.png"))
   assert not [*folder.glob(".*tmp")]
 
@@ -142,20 +146,15 @@ def test_metrics_file(written):
 
 @pytest.fixture
 def sketched(monkeypatch):
-  """Light figures drawn small, dark ones not at all: enough for what the page says."""
-  blank = themes.render(lambda theme: themes.page(0.1), themes.DARK)
-  draw = themes.render
+  """Figures drawn small: enough for what the page says."""
   monkeypatch.setattr(themes, "DPI", 40)
-  monkeypatch.setattr(
-    themes, "render", lambda f, theme: blank if theme is themes.DARK else draw(f, theme)
-  )
 
 
 @pytest.fixture
 def blank(monkeypatch):
   """No figure drawn."""
-  png = themes.render(lambda theme: themes.page(0.1), themes.DARK)
-  monkeypatch.setattr(themes, "render", lambda f, theme: png)
+  png = themes.render(lambda theme: themes.page(0.1))
+  monkeypatch.setattr(themes, "render", lambda f: png)
 
 
 NONE = {

@@ -11,8 +11,10 @@ from downscaling.report import results, run_cost
 ROOT = pathlib.Path(__file__).parents[2]
 COST = {
   "data": {"count": 2000, "seconds": 500.0, "devices": ["1 × cpu on 2 cores a host"]},
-  "train": {"count": 1000, "seconds": 400.0, "devices": ["1 × cpu on 2 cores a host", "8 × NVIDIA H200"], "batch": 16,
-            "median": 0.3},
+  "train": {
+    "count": 1000, "seconds": 400.0, "devices": ["1 × cpu on 2 cores a host", "8 × NVIDIA H200"],
+    "batch": 16, "median": 0.3,
+  },
   "samples": {"count": 64, "seconds": None, "devices": []},
 }  # fmt: skip
 

@@ -129,7 +129,9 @@ def test_on_without_a_launcher_dies_and_says_what_is_missing(execute):
 
 def test_two_processes_that_share_nothing(tmp_path):
   """Other folders, made by their numbers, and other seeds: each finding is a line of its own."""
-  command = f"exec downscaling doctor --workdir={tmp_path}/$JAX_PROCESS_ID --config=configs/ks.py --config.seed=$JAX_PROCESS_ID"
+  each = "$JAX_PROCESS_ID"
+  flags = f"--workdir={tmp_path}/{each} --config=configs/ks.py --config.seed={each}"
+  command = f"exec downscaling doctor {flags}"
   said = rehearse(2, 2, ["bash", "-c", command], code=1)
   assert "start      explicit: JAX_COORDINATOR_ADDRESS" in said
   assert "processes  2 on 1 host(s)" in said

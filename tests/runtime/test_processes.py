@@ -198,7 +198,8 @@ def test_two_processes_agree(tmp_path):
     from jax._src import xla_bridge
     from downscaling.runtime import processes
     found = processes.start("auto")
-    assert (found.method, found.processes) == ("explicit", 2) and processes.start("on").method == "joined before"
+    assert (found.method, found.processes) == ("explicit", 2)
+    assert processes.start("on").method == "joined before"
     me, file = processes._place()[0], pathlib.Path({str(tmp_path / "file")!r})
     assert processes.gather("a", {{"me": me}}) == [{{"me": 0}}, {{"me": 1}}]
     for turn in range(5):  # the first to come must not read what was said the turn before
@@ -206,7 +207,8 @@ def test_two_processes_agree(tmp_path):
       assert processes.gather("turn", [turn, me]) == [[turn, 0], [turn, 1]]
     kept = processes.client().key_value_dir_get("downscaling/turn/")
     processes.barrier("looked")
-    assert len(kept) in (2, 3), kept  # the last turn, and the one before where the other is still clearing away
+    # The last turn, and the one before where the other is still clearing away.
+    assert len(kept) in (2, 3), kept
     began = time.monotonic()
     time.sleep(0.5 * me)
     processes.barrier("b")
@@ -231,7 +233,11 @@ def test_two_processes_agree(tmp_path):
         print("took", 20 * turn + number)
         time.sleep(0.01 * me)
       processes.barrier("taken")
-    for name, work in {{"fails": lambda: 1 / 0, "same": lambda: processes.same_everywhere({{"seed": me}})}}.items():
+    works = {{
+      "fails": lambda: 1 / 0,
+      "same": lambda: processes.same_everywhere({{"seed": me}}),
+    }}
+    for name, work in works.items():
       try:
         processes.main_first(name, work) if name == "fails" else work()
       except Exception as error:

@@ -60,9 +60,11 @@ def test_forms_that_other_backends_print():
   """
   text = """
   HloModule m, num_partitions=8
-  %a = (bf16[4,128]{1,0}, bf16[16,128]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8], dimensions={0}
+  %a = (bf16[4,128]{1,0}, bf16[16,128]{1,0}) all-gather-start(%p), \
+replica_groups=[2,4]<=[8], dimensions={0}
   %b = bf16[16,128]{1,0} all-gather-done(%a)
-  %c = (f32[64]{0}, f32[2,3]{1,0}) all-reduce(%x, %y), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %c = (f32[64]{0}, f32[2,3]{1,0}) all-reduce(%x, %y), \
+replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %d = f32[10]{0} all-reduce(%z), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %e = pred[] all-reduce(%w), replica_groups={{0},{1}}, to_apply=%or
   """
@@ -119,7 +121,8 @@ LINES = {
     ("all-gather", 256, 4, 1),
   ),
   "iota, transposed": (
-    "%a = u8[4]{0} reduce-scatter(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}, to_apply=%add",
+    "%a = u8[4]{0} reduce-scatter(%x), replica_groups=[4,2]<=[2,4]T(1,0), "
+    "dimensions={0}, to_apply=%add",
     ("reduce-scatter", 4, 2, 1),
   ),
   "uneven groups": (
@@ -140,7 +143,8 @@ LINES = {
   ),
   "complex": ("%a = c64[6]{0} all-gather(%x), replica_groups=[1,4]<=[4]", ("all-gather", 48, 4, 1)),
   "all-to-all of parts": (
-    "%a = (f16[4,4]{1,0}, f16[4,4]{1,0}) all-to-all(f16[4,4]{1,0} %x, f16[4,4]{1,0} %y), replica_groups={{0,1}}",
+    "%a = (f16[4,4]{1,0}, f16[4,4]{1,0}) all-to-all(f16[4,4]{1,0} %x, f16[4,4]{1,0} %y), "
+    "replica_groups={{0,1}}",
     ("all-to-all", 64, 2, 2),
   ),
   "start of all-reduce": (
@@ -149,20 +153,24 @@ LINES = {
     ("all-reduce", 48, 2, 2),
   ),
   "start of all-gather": (
-    "%a = (f32[4]{0}, f32[16]{0}) all-gather-start(f32[4]{0} %x), replica_groups=[1,4]<=[4], dimensions={0}",
+    "%a = (f32[4]{0}, f32[16]{0}) all-gather-start(f32[4]{0} %x), "
+    "replica_groups=[1,4]<=[4], dimensions={0}",
     ("all-gather", 64, 4, 1),
   ),
   "start of two all-gathers": (
-    "%a = ((f32[4]{0}, f32[1]{0}), (f32[16]{0}, f32[4]{0})) all-gather-start(%x, %y), replica_groups=[1,4]<=[4]",
+    "%a = ((f32[4]{0}, f32[1]{0}), (f32[16]{0}, f32[4]{0})) all-gather-start(%x, %y), "
+    "replica_groups=[1,4]<=[4]",
     ("all-gather", 80, 4, 2),
   ),
   "start of collective-permute": (
     # Two words of the runtime follow the result: by halves, 8 bytes.
-    "%a = (f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}",
+    "%a = (f32[64]{0}, f32[64]{0}, u32[], u32[]) collective-permute-start(%x), "
+    "source_target_pairs={{0,1},{1,0}}",
     ("collective-permute", 256, 2, 1),
   ),
   "start of reduce-scatter": (
-    "%a = ((f32[8]{0}), f32[2]{0}, u32[]) reduce-scatter-start(%x), replica_groups=[1,4]<=[4], dimensions={0}",
+    "%a = ((f32[8]{0}), f32[2]{0}, u32[]) reduce-scatter-start(%x), "
+    "replica_groups=[1,4]<=[4], dimensions={0}",
     ("reduce-scatter", 8, 4, 1),
   ),
 }
@@ -306,7 +314,10 @@ PRODUCTS = {
   "jit": (jax.jit(lambda x, w: jax.jit(jnp.matmul)(x, w) @ w), 2),
   "scan": (lambda x, w: lax.scan(lambda c, _: (c @ w, None), x, length=7)[0], 7),
   "scan of scans": (
-    lambda x, w: lax.scan(lambda c, _: (lax.fori_loop(0, 3, lambda _, d: d @ w, c), None), x, length=7)[0], 21
+    lambda x, w: lax.scan(
+      lambda c, _: (lax.fori_loop(0, 3, lambda _, d: d @ w, c), None), x, length=7
+    )[0],
+    21,
   ),
   "while: once": (_loop, 1),
   "cond: the dearer": (lambda x, w: lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w), 2),

@@ -45,7 +45,7 @@ class Field(NamedTuple):
   def posterior(
     self, op: Operator, y: np.ndarray, noise: float = 0.0
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [N] and covariance [N, N] of x given C′x + noise = y [n], by dense algebra in float64."""
+    """Mean [N] and covariance [N, N] of x given C′x + noise = y [n]: dense algebra in float64."""
     p, c = self.covariance(), op.matrix()
     k = p @ c.T @ np.linalg.inv(c @ p @ c.T + noise**2 * np.eye(len(c)))
     return k @ y, p - k @ c @ p

@@ -40,8 +40,10 @@ def sampler():
 
 def write(path, sampler, **kwargs):
   defaults = {
-    "conditions": CONDITIONS, "members": 6, "space": (24,), "unit": (2, 4), "devices": jax.devices()[:1], "seed": 1,
-    "identity": {"sampling": {"steps": 4}}, "attrs": {"title": "test", "config_hash": "abc"}, "stop": never,
+    "conditions": CONDITIONS, "members": 6, "space": (24,), "unit": (2, 4),
+    "devices": jax.devices()[:1], "seed": 1,
+    "identity": {"sampling": {"steps": 4}}, "attrs": {"title": "test", "config_hash": "abc"},
+    "stop": never,
   }  # fmt: skip
   return ensemble.write_ensemble(path, sampler=sampler, **(defaults | kwargs))
 

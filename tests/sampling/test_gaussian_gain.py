@@ -1,4 +1,4 @@
-"""The gain: FFT against dense algebra in float64, C′G = I, tables, the low start, the misfit score."""
+"""The gain: FFT against dense algebra in float64, C′G = I, tables, low start, misfit score."""
 
 import jax
 import jax.numpy as jnp

@@ -140,7 +140,7 @@ def test_wiener_is_exact_in_2d(gaussian, op):
   ],
 )
 def test_moment_matching_is_exact(gaussian, op, corner, members):
-  """σ²J of an exact D is the covariance that the gain uses: the same answer by way of a gradient."""
+  """σ²J of an exact D is the covariance that the gain uses: a gradient gives the same answer."""
   field = gaussian(op.fine, corner=corner)
   mean, cov, constraint = errors(
     field, op, "moment", solvers.dpm_solver_pp_2m, 16, low_start=True, members=members
@@ -162,7 +162,8 @@ def test_noisy_observations_have_their_posterior(gaussian, name, op):
   is soft.
   """
   mean, cov, constraint = errors(
-    gaussian(op.fine, corner=3.0 if len(op.fine) == 1 else 1.5), op, name, solvers.dpm_solver_pp_2m, 16,
+    gaussian(op.fine, corner=3.0 if len(op.fine) == 1 else 1.5), op, name,
+    solvers.dpm_solver_pp_2m, 16,
     low_start=True, noise=0.3, members=4096,
   )  # fmt: skip
   # 4096 draws give .016 and .04 (.06 in 2-D); steps add .02. With R left out of the start alone the
@@ -275,7 +276,7 @@ def test_every_guidance_meets_the_constraint(gaussian, name, op):
 
 
 def test_ending_with_the_gain_leaves_no_kinks(gaussian):
-  """A denoiser slightly off at the observed points: overwriting puts the whole misfit into spikes."""
+  """A denoiser slightly off at the observed points: overwriting puts all misfit into spikes."""
   field, op = gaussian((64,), corner=3.0, slope=10.0), Strided.on((64,), 4)
   smooth = jnp.asarray(field.draw(0)[None, :, None], jnp.float32)
   y = op.apply(smooth) + 0.05 * jnp.cos(2 * jnp.pi * jnp.arange(16) / 16)[None, :, None]

@@ -24,7 +24,8 @@ def sampler(keys, y):
 
 def write(path, conditions=CONDITIONS, members=3, stop=lambda: False, **changes):
   settings = {
-    "space": (24,), "unit": UNIT, "devices": jax.devices(), "seed": 1, "identity": {"sampling": {"steps": 4}},
+    "space": (24,), "unit": UNIT, "devices": jax.devices(), "seed": 1,
+    "identity": {"sampling": {"steps": 4}},
     "attrs": {"title": "test"}, "frames": FRAMES, "sampler": sampler,
     "coordinates": {"time": (0.5 * np.arange(FRAMES), {"long_name": "time", "units": "1"})},
   }  # fmt: skip

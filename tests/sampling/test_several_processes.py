@@ -158,8 +158,10 @@ import numpy as np
 from downscaling.sampling import ensemble, solvers
 count = int(sys.argv[2])
 ensemble.write_ensemble(
-  sys.argv[1], conditions=np.zeros((16 * count, 4, 4, 1), np.float32), members=32, space=(64, 64), unit=(16, 32),
-  sampler=lambda keys, y: solvers.noise(keys, 0, (64, 64, 1)), devices=jax.devices(), seed=0, identity={},
+  sys.argv[1], conditions=np.zeros((16 * count, 4, 4, 1), np.float32), members=32,
+  space=(64, 64), unit=(16, 32),
+  sampler=lambda keys, y: solvers.noise(keys, 0, (64, 64, 1)), devices=jax.devices(),
+  seed=0, identity={},
   attrs={}, stop=lambda: False)
 print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

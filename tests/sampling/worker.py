@@ -1,7 +1,8 @@
 """One process of an ensemble drawn by several, cheap enough to be killed often: see
 test_several_processes.
 
-  python tests/sampling/worker.py STORE CONDITIONS MEMBERS SECONDS      SECONDS: of rest before a unit
+  python tests/sampling/worker.py STORE CONDITIONS MEMBERS SECONDS
+SECONDS: of rest before a unit.
 Ends as the program does: 0, 143 when told to stop, 1 with one line after an error.
 """
 
@@ -21,7 +22,7 @@ OP = Strided.on((24,), 4)
 
 
 def sampler(keys, y):
-  """Draws of a Gaussian posterior by the real guidance and solver, and the sum of squares of each."""
+  """Draws of a Gaussian posterior by the real guidance and solver; the sum of squares of each."""
   s = 1 / (1 + (np.abs(np.fft.fftfreq(24, 1 / 24)) / 3) ** 4)[:, None]
   g = gaussian_gain.Gain(OP, gaussian_gain.prior_variance(s))
   denoise = lambda x, sigma: x * (1 / (1 + sigma[:, None, None] ** 2))
@@ -36,7 +37,8 @@ def sampler(keys, y):
 def draw(path, conditions, members, stop, devices=None):
   fields = np.random.default_rng(0).normal(size=(conditions, 6, 1)).astype(np.float32)
   return ensemble.write_ensemble(
-    pathlib.Path(path), conditions=fields, members=members, sampler=sampler, space=(24,), unit=(4, 2),
+    pathlib.Path(path), conditions=fields, members=members, sampler=sampler, space=(24,),
+    unit=(4, 2),
     devices=devices or jax.local_devices(), seed=1, identity={}, attrs={"title": "test"}, stop=stop,
   )  # fmt: skip
 

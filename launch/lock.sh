@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Renews requirements.lock: every package that setup.py asks for, with its hashes.   launch/lock.sh [flags of uv]
+#   launch/lock.sh --upgrade                 the newest versions; without it what is locked stays
+#   launch/lock.sh --upgrade-package jax     of one package
+# Needs uv (pip install uv) and a package index. Afterwards run launch/test.sh, which installs what has changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if ! command -v uv >/dev/null; then
+  echo "lock: uv is not there; pip install uv, see https://docs.astral.sh/uv." >&2
+  exit 1
+fi
+new=$(mktemp requirements.XXXXXX)
+trap 'rm -f "$new" "$new.whole"' EXIT
+cp requirements.lock "$new"
+uv pip compile setup.py --extra dev --generate-hashes --python-version 3.11 --universal --no-header --quiet \
+  "$@" -o "$new" >/dev/null
+# Whole or not at all: launch/install.sh may read it at the same time.
+{ echo "# Every version, with hashes. Made by launch/lock.sh."; cat "$new"; } >"$new.whole"
+mv "$new.whole" requirements.lock
+git --no-pager diff --stat -- requirements.lock || true
