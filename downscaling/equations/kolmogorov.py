@@ -24,9 +24,11 @@ import numpy as np
 
 from downscaling.equations.kolmogorov_symmetry import check_glide, group, move
 from downscaling.equations.ks import van_leer
-from downscaling.fields import symmetry
+from downscaling.fields import domain as domains
+from downscaling.fields import grid_symmetry, symmetry
+from downscaling.fields.quadratic import Quadratic, derivative_waves
 
-RANK, SYMBOL, LENGTH = 2, "ω", 2 * math.pi
+NAME, RANK, SYMBOL, LENGTH = "kolmogorov", 2, "ω", 2 * math.pi
 SPEED, PEAK, WAVES, GRID = (
   3.0,
   4,
@@ -86,6 +88,36 @@ def _resample(field: jax.Array, points: int) -> jax.Array:
   gap = jnp.zeros((points - 2 * kept + 1, kept), hat.dtype)
   hat = jnp.pad(jnp.concatenate([rows[0], gap, rows[1]]), ((0, 0), (0, points // 2 + 1 - kept)))
   return jnp.fft.irfft2(hat, s=(points, points)) * np.asarray((points / n) ** 2, field.dtype)
+
+
+def domain(points: int, wave: int = 4) -> domains.Domain:
+  """The periodic square on points² points, rows y first, with the symmetries of `group`.
+
+  A grid whose points 2·wave does not divide keeps fewer of the shift-reflects; so has its domain.
+  """
+  symmetries = [grid_symmetry.shift(1, 2), grid_symmetry.Generator((True, True), (0, 0))]
+  for times in range(1, 2 * wave + 1):  # of the shift-reflect, the fewest that hit the points
+    rows, rest = divmod(times * points, 2 * wave)
+    if rest == 0:
+      glide = grid_symmetry.Generator((False, times % 2 == 1), (rows, 0), (-1) ** times)
+      symmetries.append(glide)
+      break
+  channels = (domains.Channel("ω", long_name="vorticity"),)
+  return domains.box(("y", "x"), (points, points), LENGTH, channels=channels, symmetries=symmetries)
+
+
+def quadratic(space: tuple[int, ...]) -> Quadratic:
+  """−u·∇ω of ω [S, N, N], u = ψ_y, v = −ψ_x, −Δψ = ω; it commutes with `group`."""
+  ky, kx = np.fft.fftfreq(space[0], 1 / space[0])[:, None], np.arange(space[1] // 2 + 1.0)[None]
+  k2 = kx**2 + ky**2
+  k2[0, 0] = np.inf
+  kx, ky = (
+    derivative_waves(space[1], half=True)[None],
+    derivative_waves(space[0], half=False)[:, None],
+  )
+  minus_velocity = np.stack([-1j * (ky / k2), 1j * (kx / k2)])
+  gradient = np.stack([1j * np.broadcast_to(k, k2.shape) for k in (kx, ky)])
+  return Quadratic(tuple(space), minus_velocity, gradient, np.zeros(0, complex))
 
 
 # ---------------------------------------------------------------- checks at the door
@@ -170,6 +202,16 @@ class Fine:
     _check("fine", self.points, self.wave, self.dt, 1.6 / self.points, self.dtype, constants)
 
   @property
+  def domain(self) -> domains.Domain:
+    """Of the fields that `output` keeps."""
+    return domain(self.points, self.wave)
+
+  @property
+  def shared(self) -> dict[str, float]:
+    """Constants that the coarse solver must have as well, as the symmetries hang on them."""
+    return {"wave": self.wave}
+
+  @property
   def grid(self) -> np.ndarray:
     """x, and y, [N]."""
     return np.arange(self.points) * (LENGTH / self.points)
@@ -211,7 +253,7 @@ class Fine:
     """Elements of `group` on this grid."""
     return 4 * self.wave * self.points
 
-  def move(self, vorticity: jax.Array, element: jax.Array) -> jax.Array:
+  def move(self, vorticity: jax.Array, element: int | jax.Array) -> jax.Array:
     """One of them, by index, on ω [..., N, N]."""
     return move(vorticity, element, self.wave)
 
@@ -297,6 +339,7 @@ class Coarse:
   stream: ClassVar[int] = 1
   block: ClassVar[str] = "coarse"
   bound = property(_largest_rms)
+  length: ClassVar[float] = LENGTH
 
   def __post_init__(self):
     stable = 1 / (FASTEST / self.h + 4 * self.viscosity / self.h**2 + self.drag / 2)
@@ -312,6 +355,16 @@ class Coarse:
         f"{self.cells}² cells cannot give {self.points}² points: need an even number of points, no "
         f"more than cells. Set --config.coarse.cells={max(self.points, GRID)}."
       )
+
+  @property
+  def domain(self) -> domains.Domain:
+    """Of the fields that `output` keeps."""
+    return domain(self.points, self.wave)
+
+  @property
+  def shared(self) -> dict[str, float]:
+    """Constants that the fine solver must have as well, as the symmetries hang on them."""
+    return {"wave": self.wave}
 
   @property
   def h(self) -> float:

@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from downscaling.fields import symmetry
+from downscaling.fields import domain as domains
+from downscaling.fields import grid_symmetry, symmetry
+from downscaling.fields.quadratic import Quadratic, derivative_waves
 
-RANK, SYMBOL = 1, "u"
+NAME, RANK, SYMBOL = "ks", 1, "u"
 TERMS, WAVES = 30, (1, 2, 3)  # of the initial condition
 # √⟨u²⟩ that no snapshot exceeds: rigorous for the initial condition (terms of at most ½, all in
 # phase); afterwards measured, as proven bounds are larger by orders: 512 trajectories each to t =
@@ -71,6 +73,25 @@ def move(u: jax.Array, element: int | jax.Array) -> jax.Array:
   return way * jnp.take(u, (way * jnp.arange(points) + element) % points, axis=-1)
 
 
+def domain(points: int, length: float) -> domains.Domain:
+  """The periodic line on so many points, with the symmetries of `group`."""
+  symmetries = (
+    grid_symmetry.shift(0, 1),
+    grid_symmetry.Generator(flips=(True,), shifts=(0,), sign=-1),
+  )
+  channels = (domains.Channel("u", long_name="velocity"),)
+  return domains.box(("x",), (points,), length, channels=channels, symmetries=symmetries)
+
+
+def quadratic(space: tuple[int, ...]) -> Quadratic:
+  """−½ ∂ₓ u² of u [S, N] on N points; it commutes with `group`.
+
+  On a box of length 2π: units of length do not matter, as whoever uses the term fits coefficients.
+  """
+  none = np.zeros(0, complex)
+  return Quadratic(tuple(space), none, none, -0.5j * derivative_waves(space[-1], half=True))
+
+
 def _need_float64() -> None:
   if not jax.config.jax_enable_x64:
     raise ValueError(
@@ -110,9 +131,20 @@ class Fine:
   stream: ClassVar[int] = 0
   block: ClassVar[str] = "fine"
   bound: ClassVar[float] = BOUND
+  dtype: ClassVar[str] = "float64"
 
   def __post_init__(self):
     _check_grid(self.points, self.length, self.dt)
+
+  @property
+  def domain(self) -> domains.Domain:
+    """Of the fields that `output` keeps."""
+    return domain(self.points, self.length)
+
+  @property
+  def shared(self) -> dict[str, float]:
+    """Constants that the coarse solver must have as well."""
+    return {"length": self.length}
 
   @property
   def grid(self) -> np.ndarray:
@@ -155,9 +187,13 @@ class Fine:
     """Elements of `group` on this grid."""
     return 2 * self.points
 
-  def move(self, u: jax.Array, element: jax.Array) -> jax.Array:
+  def move(self, u: jax.Array, element: int | jax.Array) -> jax.Array:
     """One of them, by index, on u [..., N]."""
     return move(u, element)
+
+  def static(self) -> dict[str, np.ndarray]:
+    """None: the line is alike everywhere."""
+    return {}
 
 
 # ----------------------------------- fluxes of ½u²: cell values [n] -> faces i + ½, [n]
@@ -262,6 +298,7 @@ class Coarse:
   stream: ClassVar[int] = 1
   block: ClassVar[str] = "coarse"
   bound: ClassVar[float] = BOUND
+  dtype: ClassVar[str] = "float64"
 
   def __post_init__(self):
     _check_grid(self.cells, self.length, self.dt)
@@ -277,6 +314,16 @@ class Coarse:
         f"{self.cells} cells cannot be strided to {self.points} points: points are cells, evenly "
         f"spaced. Set --config.coarse.cells={near}."
       )
+
+  @property
+  def domain(self) -> domains.Domain:
+    """Of the fields that `output` keeps."""
+    return domain(self.points, self.length)
+
+  @property
+  def shared(self) -> dict[str, float]:
+    """Constants that the fine solver must have as well."""
+    return {"length": self.length}
 
   @property
   def grid(self) -> np.ndarray:

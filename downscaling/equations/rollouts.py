@@ -8,45 +8,13 @@ the batch, on their order, or on the devices.
 import fractions
 import functools
 import math
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from downscaling.equations.protocol import Solver
 from downscaling.runtime import random_keys
-
-
-class Solver(Protocol):
-  """What `rollout` asks of a solver. It must be hashable (a frozen dataclass is): it is static
-  under jit.
-
-  stream: number of its random stream. Solvers of different worlds have different ones, so that
-    equal ids give unrelated initial conditions: the worlds are unpaired.
-  block: of the config that its dt stands in, for messages. bound: no snapshot's rms is larger, or
-    it is no solution.
-  """
-
-  dt: float
-  stream: int
-  block: str
-
-  @property
-  def bound(self) -> float:
-    """See above; infinite where none is known."""
-    ...
-
-  def start(self, key: jax.Array) -> jax.Array:
-    """A random initial state u [*space]."""
-    ...
-
-  def advance(self, u: jax.Array, steps: int) -> jax.Array:
-    """u after `steps` steps of dt."""
-    ...
-
-  def output(self, u: jax.Array) -> jax.Array:
-    """What is kept of a state, [*space_out]."""
-    ...
 
 
 def rollout(

@@ -11,6 +11,7 @@ with C′ = U Σ Vᵀ (Wan et al. 2023, arXiv:2305.15618, eq. 7).
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ class Operator:
 
   fine: tuple[int, ...]
   coarse: tuple[int, ...]
+  # Is a coarse value a mean over a cell (True), the value of a point (False), or of no grid (None)?
+  averages: ClassVar[bool | None] = None
 
   @property
   def factors(self) -> tuple[int, ...]:
@@ -117,6 +120,8 @@ def _check_cells(operator: Operator) -> None:
 class Strided(Operator):
   """Every factors[a]-th point of space axis a, beginning with the first; no averaging."""
 
+  averages: ClassVar[bool | None] = False
+
   def __post_init__(self):
     _check_cells(self)
 
@@ -148,6 +153,7 @@ class BlockMean(Operator):
   weights: [*fine], areas in any unit, > 0; None for equal cells.
   """
 
+  averages: ClassVar[bool | None] = True
   weights: np.ndarray | None = None
 
   def __post_init__(self):
