@@ -31,8 +31,9 @@ import numpy as np
 
 from downscaling.debias import bias_symmetry
 from downscaling.debias.entropic import entropic_map, sinkhorn
-from downscaling.debias.equivariant import moments, recipes, step_selection
+from downscaling.debias.equivariant import recipes, step_selection
 from downscaling.equations import ks, rollouts
+from downscaling.fields import quadratic as quadratic_terms
 from downscaling.metrics import scoring
 from downscaling.report import terminal
 
@@ -46,6 +47,7 @@ BIASES = {
   "cubic": lambda u: u + 0.05 * u**3,
   "square": lambda u: u + 0.05 * u**2,
 }
+TERM = quadratic_terms.burgers((24,))
 COLUMNS = {
   "cov_rmse": "covRMSE", "sym_cov_rmse": "symcov", "melr_unweighted": "MELRu",
   "melr_weighted": "MELRw",
@@ -71,7 +73,7 @@ def by_recipe(kind, x, y, subgroup):
     subgroup = bias_symmetry.largest(x[..., 0], y[..., 0], whole, (ids, ids))[-1].name
   how = {
     "group": bias_symmetry.subgroups(whole, (24,))[subgroup],
-    "quadratic": "ks",
+    "quadratic": TERM,
     "towards": "stationary",
   }
   letters = RECIPES[kind]
@@ -116,9 +118,7 @@ def main():
   reference, group, rows = scoring.Reference(reference[..., 0]), ks.group(24), []
 
   def measured(mapped, source=None):
-    found = scoring.measure(
-      mapped[..., 0], reference, group=group, source=source, quadratic=moments.burgers
-    )
+    found = scoring.measure(mapped[..., 0], reference, group=group, source=source, quadratic=TERM)
     return {k: found[k] for k in COLUMNS}
 
   def add(bias, name, n, epsilon, found, seconds=0.0, converged=True, chosen=""):

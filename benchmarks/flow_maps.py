@@ -23,8 +23,9 @@ import numpy as np
 
 from downscaling.datasets import simulated
 from downscaling.debias.entropic import entropic_map, sinkhorn
-from downscaling.debias.equivariant import moments, recipes
+from downscaling.debias.equivariant import recipes
 from downscaling.equations import kolmogorov
+from downscaling.fields import quadratic as quadratic_terms
 from downscaling.metrics import scoring
 
 COLUMNS = {
@@ -51,7 +52,8 @@ def fit(kind, x, y, group):
   try:
     epsilon = float(kind)
   except ValueError:
-    return recipes.fit(x, y, group=group, recipe=kind, quadratic="kolmogorov"), ""
+    term = quadratic_terms.advection(x.shape[1:-1])
+    return recipes.fit(x, y, group=group, recipe=kind, quadratic=term), ""
   flat = [a.reshape(len(a), -1) for a in (x, y)]
   done = sinkhorn.fit(*flat, epsilon=epsilon, threshold=1e-3, max_iterations=3000)
   made = entropic_map.EntropicMap(flat[1], done.g, done.epsilon, x.shape[1:])
@@ -78,7 +80,7 @@ class Table:
       self.references[of],
       group=self.group,
       source=source,
-      quadratic=moments.QUADRATIC["kolmogorov"],
+      quadratic=quadratic_terms.advection(mapped.shape[1:]),
     )
     name += "" if of == "held-out" else ", in-sample"
     self.rows.append(

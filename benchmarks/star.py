@@ -64,7 +64,7 @@ def judged_by(ctx, level: str) -> judge.Judge:
     of_grid = {
       "moves": worlds.coarse_moves(c),
       "group": worlds.group(c),
-      "quadratic": debiasing.quadratic_term(c),
+      "quadratic": debiasing.quadratic(c),
     }
   else:
     of_grid = {"moves": worlds.moves(c)}

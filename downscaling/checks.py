@@ -126,17 +126,17 @@ def _stretches(experiment: Experiment, length: int) -> None:
 
 def _solvers(experiment: Experiment) -> None:
   """Both solvers can be made, step onto the snapshots, and are forced alike."""
-  data, waves = experiment.data, []
-  for which in ("hfhr", "lflr"):
-    solver = worlds.equation(experiment, which)
+  data = experiment.data
+  fine, coarse = worlds.fine_solver(experiment), worlds.coarse_solver(experiment)
+  for solver in (fine, coarse):
     rollouts.step_counts(solver.dt, data.burn_in, data.spacing)
-    waves.append(getattr(solver, "wave", None))
-  if waves[0] != waves[1]:
-    raise ValueError(
-      f"config.fine.wave={waves[0]} and config.coarse.wave={waves[1]}: the maps between the two "
-      "worlds keep the symmetries that both have, so they must be forced alike. Set both to the "
-      "same wave."
-    )
+  for key, value in fine.shared.items():
+    if coarse.shared[key] != value:
+      raise ValueError(
+        f"config.fine.{key}={value} and config.coarse.{key}={coarse.shared[key]}: the maps between "
+        "the two worlds keep the symmetries that both have, so they must be forced alike. Set both "
+        f"to the same {key}."
+      )
 
 
 def _debiasing(experiment: Experiment) -> None:

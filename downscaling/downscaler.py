@@ -24,6 +24,7 @@ from downscaling.debias import maps
 from downscaling.diffusion import error_table, train_loop
 from downscaling.experiment import Experiment
 from downscaling.fields import operators, statistics
+from downscaling.fields.domain import Domain
 from downscaling.runtime import files, stage_folder
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import conditional_sampler, ensemble, observation_noise
@@ -140,6 +141,11 @@ class Downscaler:
   def operator(self) -> operators.Operator:
     """C′: fine fields [..., *space, C] -> coarse ones."""
     return worlds.operator(self.experiment)
+
+  @property
+  def domain(self) -> Domain:
+    """Axes, channels and symmetries of the fine fields."""
+    return worlds.domain(self.experiment)
 
   @property
   def fine(self) -> tuple[int, ...]:
@@ -296,8 +302,7 @@ class _Coarse:
     lead = dims[: len(self.lead)]
     names = [*lead, "member", *dims[len(self.lead) :]]
     coords = {k: v for k, v in self.given.coords.items() if not {*v.dims} & {*space}}
-    positions = [v for v in worlds.coordinates(self.of.experiment).items() if v[0] in ("y", "x")]
-    for name, (_, (points, about)) in zip(space, positions, strict=True):
+    for name, (points, about) in zip(space, self.of.domain.coords().values(), strict=True):
       coords[name] = (name, points, about)
     made = xarray.DataArray(values, dims=names, coords=coords, name=self.given.name)
     told = f"drawn by {self.of!r}"

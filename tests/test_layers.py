@@ -63,7 +63,7 @@ def test_the_rooms_know_no_config():
       assert not read, f"{path} reads keys by name: {read}"
 
 
-FACES = ("experiment.py", "checks.py", "main.py", "downscaler.py")
+FACES = ("__init__.py", "experiment.py", "checks.py", "main.py", "downscaler.py")
 HOLDERS = ("experiment", "e", "block", "self.experiment", "work.experiment")
 
 

@@ -5,22 +5,16 @@ import numpy as np
 from downscaling.assembly import worlds
 from downscaling.datasets import simulated
 from downscaling.debias import bias_symmetry, maps
-from downscaling.debias.equivariant import moments
 from downscaling.experiment import Experiment
+from downscaling.fields.quadratic import Quadratic
 
 SINKHORN = ("epsilon", "threshold", "max_iterations", "check_every", "path", "save_seconds")
 
 
-def quadratic(experiment: Experiment) -> str | None:
-  """The name of the equation's quadratic term in moments.QUADRATIC; None if it has none."""
-  name = experiment.data.name
-  return name if name in moments.QUADRATIC else None
-
-
-def quadratic_term(experiment: Experiment):
-  """The equation's quadratic term as a function, or None."""
-  name = quadratic(experiment)
-  return None if name is None else moments.QUADRATIC[name]
+def quadratic(experiment: Experiment) -> Quadratic | None:
+  """The equation's quadratic term on the coarse grid; None if it has none."""
+  make = experiment.physics.quadratic
+  return None if make is None else make(worlds.operator(experiment).coarse)
 
 
 def setting(experiment: Experiment, config_hash: str, **of_job) -> maps.Setting:

@@ -70,8 +70,7 @@ def _static(experiment: Experiment) -> np.ndarray | None:
   asked = experiment.model.static
   if not asked:
     return None
-  solver = worlds.equation(experiment, "hfhr")
-  known = solver.static() if hasattr(solver, "static") else {}
+  known = worlds.fine_solver(experiment).static()
   for name in asked:
     if name not in known:
       raise ValueError(

@@ -8,9 +8,10 @@ import numpy as np
 
 from downscaling.assembly import time_series
 from downscaling.datasets import generate, simulated
-from downscaling.equations import rollouts
+from downscaling.equations import protocol, rollouts
 from downscaling.experiment import Experiment
 from downscaling.fields import operators, symmetry
+from downscaling.fields.domain import Domain
 from downscaling.runtime import mesh as meshes
 
 OPERATORS = {"strided": operators.Strided, "block_mean": operators.BlockMean}
@@ -34,19 +35,32 @@ def dataset(experiment: Experiment, workdir: pathlib.Path, which: str) -> simula
   return simulated.make(experiment.data.name, which, folder, grid)
 
 
-def equation(experiment: Experiment, which: str) -> rollouts.Solver:
+def fine_solver(experiment: Experiment) -> protocol.FineSolver:
+  """The solver of the true world."""
+  return experiment.physics.Fine(
+    points=experiment.grid.points, **_box(experiment), **experiment.fine
+  )
+
+
+def coarse_solver(experiment: Experiment) -> protocol.CoarseSolver:
+  """The solver of the biased world."""
+  points = operator(experiment).coarse[0]
+  return experiment.physics.Coarse(points=points, **_box(experiment), **experiment.coarse)
+
+
+def _box(experiment: Experiment) -> dict[str, float]:
+  """The flow's box is (2π)², a constant of its class."""
+  return {"length": experiment.grid.length} if experiment.data.name == "ks" else {}
+
+
+def equation(experiment: Experiment, which: str) -> protocol.WorldSolver:
   """The solver of "hfhr" or "lflr"."""
-  room = experiment.physics
-  # The flow's box is (2π)², a constant of its class.
-  box = {"length": experiment.grid.length} if experiment.data.name == "ks" else {}
-  if which == "hfhr":
-    return room.Fine(points=experiment.grid.points, **box, **experiment.fine)
-  return room.Coarse(points=operator(experiment).coarse[0], **box, **experiment.coarse)
+  return fine_solver(experiment) if which == "hfhr" else coarse_solver(experiment)
 
 
 def precision(experiment: Experiment, which: str) -> str:
   """In which the solver of "hfhr" or "lflr" computes."""
-  return getattr(equation(experiment, which), "dtype", "float64")
+  return equation(experiment, which).dtype
 
 
 def simulating(experiment: Experiment, which: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
@@ -84,29 +98,27 @@ def generation(
 
 def group(experiment: Experiment) -> symmetry.Group:
   """The equation's symmetry group on the coarse grid."""
-  return equation(experiment, "lflr").group()
+  return coarse_solver(experiment).group()
 
 
 def moves(experiment: Experiment) -> symmetry.Moves:
   """The symmetries of the fine equation's grid, on [..., *space]."""
-  solver = equation(experiment, "hfhr")
+  solver = fine_solver(experiment)
   return symmetry.Moves(solver.symmetries, solver.move)
 
 
 def coarse_moves(experiment: Experiment) -> symmetry.Moves:
   """The symmetries of the coarse grid, on [..., *coarse]: `group` without its table."""
-  return symmetry.Moves(len(group(experiment)), equation(experiment, "hfhr").move)
+  return symmetry.Moves(len(group(experiment)), fine_solver(experiment).move)
 
 
 def coordinates(experiment: Experiment) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
   """Coordinates of the sample store: positions in the equation's own length unit."""
-  op = operator(experiment)
-  length = equation(experiment, "hfhr").length
-  about = {"long_name": "position", "units": "1"}
-  coarse_about = about | {"long_name": "position of the coarse points"}
-  found = time_series.times(experiment)
-  names = ("y", "x")[-len(op.fine) :]
-  for axis, fine, coarse in zip(names, op.fine, op.coarse, strict=True):
-    found[axis] = (np.arange(fine) * (length / fine), about)
-    found[f"{axis}_coarse"] = (np.arange(coarse) * (length / coarse), coarse_about)
-  return found
+  fine, coarse = domain(experiment), domain(experiment).coarsen(operator(experiment))
+  of_coarse = coarse.coords("_coarse", " of the coarse points")
+  return time_series.times(experiment) | fine.coords() | of_coarse
+
+
+def domain(experiment: Experiment) -> Domain:
+  """Axes, channels and symmetries of the fine fields."""
+  return fine_solver(experiment).domain

@@ -20,15 +20,7 @@ def save(
   """Writes the arrays and then, when they are durable, map.json."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  temporary = folder / f".arrays.{os.getpid()}.tmp"
-  try:
-    with open(temporary, "wb") as file:
-      np.savez(file, **arrays)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, folder / "arrays.npz")
-  finally:
-    temporary.unlink(missing_ok=True)
+  files.write_npz(folder / "arrays.npz", dict(arrays))
   about = {
     name: {"shape": a.shape, "dtype": str(a.dtype), "sha256": _digest(a)}
     for name, a in arrays.items()

@@ -27,6 +27,7 @@ from downscaling.debias import bias_symmetry, map_files
 from downscaling.debias.entropic import entropic_map, minibatch, sinkhorn
 from downscaling.debias.equivariant import equivariant_map, recipes, step_selection
 from downscaling.fields import symmetry
+from downscaling.fields.quadratic import Quadratic
 from downscaling.runtime import checkpoints as checkpoints_lib
 from downscaling.runtime import files, progress
 from downscaling.runtime import mesh as meshes
@@ -88,7 +89,7 @@ class Setting:
   only if rows outside the fit gain (selection.py)? outlier: robust standard deviations of a value
   beyond which rows are refused.
 
-  quadratic: the equation's name in moments.QUADRATIC, or None. sinkhorn: keywords of sinkhorn.fit.
+  quadratic: the equation's quadratic term, or None. sinkhorn: keywords of sinkhorn.fit.
   minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash: of
   the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints.
   """
@@ -98,7 +99,7 @@ class Setting:
   towards: str | None = None
   select: bool = True
   outlier: float = 100.0
-  quadratic: str | None = None
+  quadratic: Quadratic | None = None
   sinkhorn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   minibatch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   recipe: str | tuple = "G"

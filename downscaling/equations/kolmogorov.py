@@ -26,7 +26,7 @@ from downscaling.equations.kolmogorov_symmetry import check_glide, group, move
 from downscaling.equations.ks import van_leer
 from downscaling.fields import domain as domains
 from downscaling.fields import grid_symmetry, symmetry
-from downscaling.fields.quadratic import Quadratic, derivative_waves
+from downscaling.fields.quadratic import Quadratic, advection
 
 NAME, RANK, SYMBOL, LENGTH = "kolmogorov", 2, "ω", 2 * math.pi
 SPEED, PEAK, WAVES, GRID = (
@@ -107,17 +107,8 @@ def domain(points: int, wave: int = 4) -> domains.Domain:
 
 
 def quadratic(space: tuple[int, ...]) -> Quadratic:
-  """−u·∇ω of ω [S, N, N], u = ψ_y, v = −ψ_x, −Δψ = ω; it commutes with `group`."""
-  ky, kx = np.fft.fftfreq(space[0], 1 / space[0])[:, None], np.arange(space[1] // 2 + 1.0)[None]
-  k2 = kx**2 + ky**2
-  k2[0, 0] = np.inf
-  kx, ky = (
-    derivative_waves(space[1], half=True)[None],
-    derivative_waves(space[0], half=False)[:, None],
-  )
-  minus_velocity = np.stack([-1j * (ky / k2), 1j * (kx / k2)])
-  gradient = np.stack([1j * np.broadcast_to(k, k2.shape) for k in (kx, ky)])
-  return Quadratic(tuple(space), minus_velocity, gradient, np.zeros(0, complex))
+  """−u·∇ω on N² points; it commutes with `group`."""
+  return advection(space)
 
 
 # ---------------------------------------------------------------- checks at the door

@@ -21,7 +21,7 @@ import numpy as np
 
 from downscaling.fields import domain as domains
 from downscaling.fields import grid_symmetry, symmetry
-from downscaling.fields.quadratic import Quadratic, derivative_waves
+from downscaling.fields.quadratic import Quadratic, burgers
 
 NAME, RANK, SYMBOL = "ks", 1, "u"
 TERMS, WAVES = 30, (1, 2, 3)  # of the initial condition
@@ -84,12 +84,8 @@ def domain(points: int, length: float) -> domains.Domain:
 
 
 def quadratic(space: tuple[int, ...]) -> Quadratic:
-  """−½ ∂ₓ u² of u [S, N] on N points; it commutes with `group`.
-
-  On a box of length 2π: units of length do not matter, as whoever uses the term fits coefficients.
-  """
-  none = np.zeros(0, complex)
-  return Quadratic(tuple(space), none, none, -0.5j * derivative_waves(space[-1], half=True))
+  """−½ ∂ₓ u² on N points; it commutes with `group`."""
+  return burgers(space)
 
 
 def _need_float64() -> None:

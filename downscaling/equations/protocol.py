@@ -123,10 +123,10 @@ class Equation(Protocol):
   SYMBOL: str
 
   @property
-  def Fine(self) -> Callable[..., FineSolver]: ...  # noqa: N802 - a class
+  def Fine(self) -> Callable[..., FineSolver]: ...
 
   @property
-  def Coarse(self) -> Callable[..., CoarseSolver]: ...  # noqa: N802 - a class
+  def Coarse(self) -> Callable[..., CoarseSolver]: ...
 
   @property
   def quadratic(self) -> Callable[[tuple[int, ...]], Quadratic] | None: ...

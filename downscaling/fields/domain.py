@@ -177,7 +177,8 @@ class Domain:
     """Raises ValueError unless the element maps the grid onto itself."""
     if len(symmetry.flips) != len(self.axes):
       raise ValueError(
-        f"the symmetry {symmetry} is of {len(symmetry.flips)} axes, the domain has {len(self.axes)}."
+        f"the symmetry {symmetry} is of {len(symmetry.flips)} axes, the domain has "
+        f"{len(self.axes)}."
       )
     for axis, flip, shift in zip(self.axes, symmetry.flips, symmetry.shifts, strict=True):
       if not axis.periodic and shift % len(axis) != (len(axis) - 1 if flip else 0):

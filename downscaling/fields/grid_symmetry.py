@@ -113,8 +113,9 @@ def table(generators: Sequence[Generator], shape: Sequence[int]) -> tuple[np.nda
   group, points = elements(generators, shape), math.prod(shape)
   if 8 * len(group) * points > LARGEST_TABLE:
     raise ValueError(
-      f"{len(group)} symmetries of {points} points make a table of {8 * len(group) * points / 1e9:.1f}"
-      " GB: use the domain of the coarse grid, or the equation's `move`, which needs no table."
+      f"{len(group)} symmetries of {points} points make a table of "
+      f"{8 * len(group) * points / 1e9:.1f} GB: use the domain of the coarse grid, or the "
+      "equation's `move`, which needs no table."
     )
   place = np.arange(points).reshape(shape)
   rows = []

@@ -79,6 +79,27 @@ class Quadratic:
     return hash(self._digest)
 
 
+def burgers(space: tuple[int, ...]) -> Quadratic:
+  """−½ ∂ₓ u² of u [S, N] on a box of length 2π.
+
+  Units of length do not matter, as maps fit coefficients of their own.
+  """
+  none = np.zeros(0, complex)
+  return Quadratic(tuple(space), none, none, -0.5j * derivative_waves(space[-1], half=True))
+
+
+def advection(space: tuple[int, ...]) -> Quadratic:
+  """−u·∇ω of ω [S, N, N] with rows y, columns x, on (2π)²; u = ψ_y, v = −ψ_x, −Δψ = ω."""
+  ky, kx = np.fft.fftfreq(space[0], 1 / space[0])[:, None], np.arange(space[1] // 2 + 1.0)[None]
+  k2 = kx**2 + ky**2
+  k2[0, 0] = np.inf
+  along = derivative_waves(space[1], half=True)[None]
+  up = derivative_waves(space[0], half=False)[:, None]
+  minus_velocity = np.stack([-1j * (up / k2), 1j * (along / k2)])
+  gradient = np.stack([1j * np.broadcast_to(k, k2.shape) for k in (along, up)])
+  return Quadratic(tuple(space), minus_velocity, gradient, np.zeros(0, complex))
+
+
 def derivative_waves(points: int, half: bool) -> np.ndarray:
   """Wavenumbers of a derivative on a box of length 2π, [points], or [points//2 + 1] of rfft's half.
 

@@ -33,7 +33,7 @@ class Debias(Job):
     loads = self.loads()
     reference = loads["reference"].read()[..., 0]
     group = worlds.group(self.experiment)
-    quadratic = debiasing.quadratic_term(self.experiment)
+    quadratic = debiasing.quadratic(self.experiment)
 
     def against_truth(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
       return scoring.measure(

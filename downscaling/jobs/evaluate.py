@@ -98,7 +98,7 @@ def evidence_of(work: Workdir) -> results.Evidence:
     step=None if length == 1 else e.data.spacing,
     draws=e.evaluate.draws,
     seed=e.seed,
-    quadratic=debiasing.quadratic_term(e),
+    quadratic=debiasing.quadratic(e),
     effective_targets={n: found[targets] for n, found in facts.items() if targets in found},
     health=diagnostics.get("health", []),
     coarse_reference=coarsen(fine),

@@ -8,6 +8,7 @@ import pytest
 from downscaling.debias import fit, maps
 from downscaling.debias.equivariant import moments
 from downscaling.equations import ks
+from downscaling.fields import quadratic as quadratic_terms
 from downscaling.metrics import distances
 
 N, ROWS, HELD, REFERENCE = 12, 4000, 1500, 6000
@@ -27,7 +28,7 @@ def fields(seed, size, slope=1.0):
   y = np.random.default_rng(seed).normal(size=(size, N))
   y = moments.fields(moments.waves(y) * (1.0 + moments.shells((N,))) ** -slope, (N,))
   y = y / y.std()
-  term = moments.burgers(y)
+  term = quadratic_terms.burgers(y.shape[1:])(y)
   return (y + 0.2 * term / term.std())[..., None].astype(np.float32)
 
 
@@ -38,7 +39,8 @@ def debiased(folder, bias, **given):
     for seed, size in ((0, ROWS), (2, HELD))
   ]
   given = {"towards": "stationary"} | given
-  setting = maps.Setting(ks.group(N), quadratic="ks", recipe="GMQM", **given)
+  term = quadratic_terms.burgers((N,))
+  setting = maps.Setting(ks.group(N), quadratic=term, recipe="GMQM", **given)
   how = {"space": (N,), "maps": ("equivariant",), "chosen": "equivariant", "setting": setting}
   report = fit.debias(folder, biased[0], fields(1, ROWS), biased[1], **how)
   return report, maps.load(folder / "equivariant")(biased[1])[..., 0]

@@ -9,10 +9,12 @@ import pytest
 
 from downscaling.debias.equivariant import matching, moments, recipes
 from downscaling.equations import kolmogorov, ks
+from downscaling.fields import quadratic as quadratic_terms
 from downscaling.fields import symmetry
 from downscaling.metrics import higher_order
 
 GRIDS = {"ks": (ks.group(12), (12,)), "kolmogorov": (kolmogorov.group(8), (8, 8))}
+TERM = {"ks": quadratic_terms.burgers((12,)), "kolmogorov": quadratic_terms.advection((8, 8))}
 
 
 def fields(space, seed, *, size=600, bend=0.0):
@@ -22,12 +24,12 @@ def fields(space, seed, *, size=600, bend=0.0):
   y = np.random.default_rng(seed).normal(size=(size, *space))
   y = moments.fields(moments.waves(y) * (1.0 + moments.shells(space)) ** -1.5, space)
   y = y / y.std()
-  term = moments.burgers(y) if len(space) == 1 else moments.advection(y)
+  term = TERM["ks" if len(space) == 1 else "kolmogorov"](y)
   return (y + bend * term / term.std())[..., None]
 
 
-def values(y, name):
-  return matching.Sums.of(y[..., 0].astype(np.float64), name).values / len(y)
+def values(y, term):
+  return matching.Sums.of(y[..., 0].astype(np.float64), term).values / len(y)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -35,13 +37,13 @@ def test_matching_converges_like_newton(name):
   """Each M leaves the square of what the one before it left, until RIDGE lets no more through."""
   group, space = GRIDS[name]
   source, target = fields(space, 0), fields(space, 1, bend=0.15)
-  kept = matching.invariant(group, space, name)
-  scale = np.abs(values(target, name)[kept]).mean()
-  found = recipes.fit(source, target, group=group, recipe="GMMM", quadratic=name)
+  kept = matching.invariant(group, space, TERM[name])
+  scale = np.abs(values(target, TERM[name])[kept]).mean()
+  found = recipes.fit(source, target, group=group, recipe="GMMM", quadratic=TERM[name])
   left = []
   for count in range(4):
     mapped = dataclasses.replace(found, steps=found.steps[: 1 + count])(source)
-    left.append(np.abs(values(mapped, name) - values(target, name))[kept].max() / scale)
+    left.append(np.abs(values(mapped, TERM[name]) - values(target, TERM[name]))[kept].max() / scale)
   # measured .26, .028, 3e-5 (1-D: RIDGE) and .16, 1.2e-3, 1.3e-5 (2-D); a gradient step of fixed
   # length leaves half
   assert left[1] < 0.7 * left[0]
@@ -70,7 +72,7 @@ def test_one_statistic_moves_by_the_least_displacement():
 def test_the_group_commutes(name):
   group, space = GRIDS[name]
   found = recipes.fit(
-    fields(space, 0), fields(space, 1, bend=0.1), group=group, recipe="GMQM", quadratic=name
+    fields(space, 0), fields(space, 1, bend=0.1), group=group, recipe="GMQM", quadratic=TERM[name]
   )
   y = fields(space, 2, size=5)
   flat = found(y).reshape(5, -1)
@@ -88,10 +90,10 @@ def test_statistics_that_the_group_flips_are_left_out():
   """
   space = (12,)
   shifts = symmetry.Group(*(part[:12] for part in ks.group(12)))
-  some, both = (matching.invariant(group, space, "ks") for group in (shifts, ks.group(12)))
+  some, both = (matching.invariant(group, space, TERM["ks"]) for group in (shifts, ks.group(12)))
   triads = sum(1 for j in range(1, 5) for k in range(1, j + 1) if j + k <= 5)
   assert (
-    len(values(fields(space, 0), "ks")) - len(some) == 1
+    len(values(fields(space, 0), TERM["ks"])) - len(some) == 1
   )  # the transfer into Nyquist's wave, which is 0
   assert len(some) - len(both) == triads
 
@@ -103,14 +105,14 @@ def test_what_is_matched_holds_out_of_sample():
   group, space = GRIDS["ks"]
   source, target = fields(space, 0, size=4000), fields(space, 1, size=4000, bend=0.15)
   new, reference = fields(space, 2, size=4000), fields(space, 3, size=8000, bend=0.15)
-  truth = higher_order.higher_order(reference[..., 0], moments.burgers, group)
+  truth = higher_order.higher_order(reference[..., 0], TERM["ks"], group)
   error = {}
   for recipe in ("G", "GM"):
-    mapped = recipes.fit(source, target, group=group, recipe=recipe, quadratic="ks")(new)
-    found = higher_order.higher_order(mapped[..., 0], moments.burgers, group)
+    mapped = recipes.fit(source, target, group=group, recipe=recipe, quadratic=TERM["ks"])(new)
+    found = higher_order.higher_order(mapped[..., 0], TERM["ks"], group)
     error[recipe] = higher_order.errors(found, truth)["bispectrum"]
   floor = higher_order.higher_order(
-    fields(space, 4, size=4000, bend=0.15)[..., 0], moments.burgers, group
+    fields(space, 4, size=4000, bend=0.15)[..., 0], TERM["ks"], group
   )
   assert error["G"] > 0.5  # the Gaussian map leaves third moments where they were, at 0
   assert (
@@ -123,7 +125,9 @@ def test_rows_far_outside_are_held():
   """Cubic gradients of a field 30 times too large would move it by 900 times its size."""
   group, space = GRIDS["ks"]
   source = fields(space, 0)
-  found = recipes.fit(source, fields(space, 1, bend=0.1), group=group, recipe="M", quadratic="ks")
+  found = recipes.fit(
+    source, fields(space, 1, bend=0.1), group=group, recipe="M", quadratic=TERM["ks"]
+  )
   far = 30 * source[:4]
   moved = np.linalg.norm((found(far) - far)[..., 0], axis=1) / np.linalg.norm(far[..., 0], axis=1)
   assert (moved <= found.steps[0].most * (1 + 1e-5)).all()
@@ -141,7 +145,7 @@ def test_sums_of_two_processes_are_joined():
   how = {
     "group": group,
     "recipe": "GAM",
-    "quadratic": "ks",
+    "quadratic": TERM["ks"],
   }  # a Q's table reaches further, the more values there are
   whole = recipes.fit(source, target, **how)
   again = recipes.fit(source, target, together=lambda tree: [tree, tree], **how)

@@ -7,6 +7,7 @@ import pytest
 
 from downscaling.debias.equivariant import moments, recipes, step_selection
 from downscaling.equations import ks
+from downscaling.fields import quadratic as quadratic_terms
 from downscaling.runtime import supervision
 
 N = 12
@@ -18,12 +19,13 @@ def fields(seed, size, slope=1.0, bend=0.0):
   y = np.random.default_rng(seed).normal(size=(size, N))
   y = moments.fields(moments.waves(y) * (1.0 + moments.shells((N,))) ** -slope, (N,))
   y = y / y.std()
-  term = moments.burgers(y)
+  term = quadratic_terms.burgers(y.shape[1:])(y)
   return y + bend * term / term.std()
 
 
 def chosen(source, target, order="GM", **kwargs):
-  return step_selection.select(source, target, order, group=GROUP, quadratic="ks", **kwargs)
+  term = quadratic_terms.burgers((N,))
+  return step_selection.select(source, target, order, group=GROUP, quadratic=term, **kwargs)
 
 
 def test_matching_is_taken_with_many_rows_and_dropped_with_few():
@@ -68,7 +70,7 @@ def test_a_step_that_pays_only_with_the_next_is_tried_with_it(monkeypatch):
 
 def test_a_trial_leaves_the_rows_of_the_other_way_alone():
   source, target = fields(0, 200), fields(1, 200, 1.3)
-  one = recipes.Fitting(source, target, GROUP, "ks")
+  one = recipes.Fitting(source, target, GROUP, quadratic_terms.burgers((N,)))
   other = one.copy()
   other.take("G")
   np.testing.assert_array_equal(one.current, source)
@@ -82,7 +84,7 @@ def test_stopped_between_steps():
 
 def test_families_are_those_of_the_statistics():
   """The numbers of each family are found in the order in which the values stand."""
-  judge = step_selection._Judge(fields(1, 200, bend=0.3), GROUP, "ks")
+  judge = step_selection._Judge(fields(1, 200, bend=0.3), GROUP, quadratic_terms.burgers((N,)))
   y = fields(2, 50, bend=0.3)
   found = judge.summary(y)
   energy = (np.abs(np.fft.rfft(y - judge.centre) / N) ** 2).mean(axis=0)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from downscaling.debias.equivariant import moments
 from downscaling.equations import ks
+from downscaling.fields import quadratic as quadratic_terms
 from downscaling.fields import symmetry
 from downscaling.metrics import bootstrap, judge, replicates, scoring
 from downscaling.metrics.reference import Reference
@@ -63,7 +63,7 @@ def test_replicates_agree_with_the_printed_values(coarse):
   x, ref = fields(rng, rows(150, 1)), fields(rng, rows(200, 1))
   of_grid = {"moves": symmetry.Moves(2 * POINTS, ks.move)}
   if coarse:
-    of_grid |= {"group": ks.group(POINTS), "quadratic": moments.QUADRATIC["ks"]}
+    of_grid |= {"group": ks.group(POINTS), "quadratic": quadratic_terms.burgers((POINTS,))}
   reference = Reference(ref)
   printed = scoring.measure(x, reference, **of_grid)
   found = replicates.metrics(x, np.ones((1, len(x)), np.float32), reference, **of_grid)

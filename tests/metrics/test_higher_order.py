@@ -5,10 +5,13 @@ import pytest
 
 from downscaling.debias.equivariant import moments
 from downscaling.equations import kolmogorov, ks
+from downscaling.fields import quadratic as quadratic_terms
 from downscaling.fields import symmetry
 from downscaling.metrics import distances, higher_order
 
 ALL_1D = {"transfer", "bispectrum", "flatness", "gradient_flatness", "square_covariance"}
+
+TERM = quadratic_terms.burgers((24,))
 
 
 def noise(space, seed=0, size=300):
@@ -26,7 +29,7 @@ def test_bispectrum_and_transfer_of_two_waves():
   """
   x, b = np.arange(24) * 2 * np.pi / 24, 0.3
   found = higher_order.higher_order(
-    shifted(2 * np.cos(x) - 2 * b * np.sin(2 * x)), moments.burgers, symmetry.trivial(24)
+    shifted(2 * np.cos(x) - 2 * b * np.sin(2 * x)), TERM, symmetry.trivial(24)
   )
   assert set(found) == ALL_1D
   expected = np.zeros_like(found["bispectrum"])
@@ -43,7 +46,7 @@ def test_shells_only_pass_on_what_others_lose():
   y = noise((16, 16))
   y = moments.fields(np.where(moments.shells((16, 16)) <= 4, moments.waves(y), 0), (16, 16))
   found = higher_order.higher_order(
-    y - y.mean(axis=(1, 2), keepdims=True), moments.advection, group
+    y - y.mean(axis=(1, 2), keepdims=True), quadratic_terms.advection(y.shape[1:]), group
   )
   assert set(found) == ALL_1D - {"bispectrum"} | {"energy_transfer"}
   for name in ("transfer", "energy_transfer"):
@@ -54,7 +57,7 @@ def test_shells_only_pass_on_what_others_lose():
 
 
 def test_gaussian_noise_has_flatness_three_and_no_third_moments():
-  found = higher_order.higher_order(noise((24,), size=4000), moments.burgers, ks.group(24))
+  found = higher_order.higher_order(noise((24,), size=4000), TERM, ks.group(24))
   # 96 000 values: √(24/96000) = .016 each; differences have correlation −½, about 1.5 × that
   assert found["flatness"] == pytest.approx(3, abs=0.06)
   assert found["gradient_flatness"] == pytest.approx(3, abs=0.1)
@@ -69,7 +72,10 @@ def test_gaussian_noise_has_flatness_three_and_no_third_moments():
 
 @pytest.mark.parametrize(
   ("group", "space", "quadratic"),
-  [(ks.group(24), (24,), moments.burgers), (kolmogorov.group(8), (8, 8), moments.advection)],
+  [
+    (ks.group(24), (24,), TERM),
+    (kolmogorov.group(8), (8, 8), quadratic_terms.advection((8, 8))),
+  ],
 )
 def test_group_elements_and_blocks_change_nothing(group, space, quadratic, monkeypatch):
   y = noise(space) ** 3 + 0.2
@@ -86,8 +92,8 @@ def test_group_elements_and_blocks_change_nothing(group, space, quadratic, monke
 
 def test_errors_are_relative():
   y = noise((24,))
-  one = higher_order.higher_order(y, moments.burgers, ks.group(24))
-  twice = higher_order.higher_order(2 * y, moments.burgers, ks.group(24))
+  one = higher_order.higher_order(y, TERM, ks.group(24))
+  twice = higher_order.higher_order(2 * y, TERM, ks.group(24))
   found = higher_order.errors(twice, one)
   exact = {
     "transfer": 7,
@@ -152,7 +158,7 @@ def test_what_cannot_be_compared():
   with pytest.raises(
     ValueError, match="compute both by higher_order, with the same quadratic term"
   ):
-    higher_order.errors(higher_order.higher_order(y, moments.burgers, group), one)
+    higher_order.errors(higher_order.higher_order(y, TERM, group), one)
   with pytest.raises(ValueError, match="the reference's flatness is zero"):
     higher_order.errors(one, one | {"flatness": np.float64(0)})
   with pytest.raises(ValueError, match=r"need \[D\] and \[D, D\], one D"):

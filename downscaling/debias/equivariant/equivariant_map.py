@@ -25,13 +25,15 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from downscaling.debias import map_files
 from downscaling.debias.entropic.entropic_map import check_finite
 from downscaling.debias.equivariant import matching, moments, network_step
+from downscaling.fields import quadratic as quadratic_terms
+from downscaling.fields.quadratic import ARRAYS, Quadratic
 
 BLOCK = 2**20  # values of a block of rows, when mapping and when fitting
 SLOPE = 16  # entries at either end that give the slope beyond
@@ -110,21 +112,24 @@ class Quantiles:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Transfer:
-  """y + Σ_k τ_k P_k N(y). coefficients: τ, one a shell, [K]; quadratic: N's key in
-  moments.QUADRATIC.
-  """
+  """y + Σ_k τ_k P_k N(y). coefficients: τ, one a shell, [K]; quadratic: N."""
 
   kind: ClassVar[str] = "transfer"
   coefficients: np.ndarray
-  quadratic: str
+  quadratic: Quadratic
 
   def __call__(self, y: np.ndarray) -> np.ndarray:
-    term = moments.waves(moments.QUADRATIC[self.quadratic](y))
+    term = moments.waves(self.quadratic(y))
     return y + moments.fields(term * self.coefficients[moments.shells(y.shape[1:])], y.shape[1:])
 
   def outside(self, y: np.ndarray) -> np.ndarray:
     return np.zeros(len(y), bool)
 
+
+# In map.json and arrays.npz: the step's quadratic term is the one that is saved.
+SAVED, TERM = "saved", "quadratic"
+# Older maps hold the name of an equation in place of its term.
+BY_EQUATION = {"ks": quadratic_terms.burgers, "kolmogorov": quadratic_terms.advection}
 
 Step = Gaussian | Quantiles | Transfer | matching.Matching | network_step.Network
 STEPS = (Gaussian, Quantiles, Transfer, matching.Matching, network_step.Network)
@@ -173,33 +178,49 @@ class EquivariantMap:
     return np.asarray(y)[..., 0]
 
   def save(self, folder: str | os.PathLike) -> None:
-    """See storage.save; map.json holds the steps."""
-    arrays, steps = {}, []
+    """See map_files.save; map.json holds the steps.
+
+    The quadratic term, which all steps share, is saved once, as arrays.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    steps = []
     for i, step in enumerate(self.steps):
-      values = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
-      arrays |= {f"{i}.{name}": a for name, a in values.items() if isinstance(a, np.ndarray)}
-      steps.append(
-        {"kind": step.kind}
-        | {name: v for name, v in values.items() if not isinstance(v, np.ndarray)}
-      )
+      said: dict[str, Any] = {"kind": step.kind}
+      for field in dataclasses.fields(step):
+        value = getattr(step, field.name)
+        if isinstance(value, np.ndarray):
+          arrays[f"{i}.{field.name}"] = value
+        elif isinstance(value, Quadratic):
+          said[field.name] = SAVED
+          arrays |= {f"{TERM}.{name}": getattr(value, name) for name in ARRAYS}
+        else:
+          said[field.name] = value
+      steps.append(said)
     map_files.save(folder, self.kind, {"grid": self.grid, "steps": steps}, arrays)
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> "EquivariantMap":
-    """Reads what `save` wrote. Raises: see storage.load."""
+    """Reads what `save` wrote. Raises: see map_files.load."""
     record, arrays = map_files.load(folder, cls.kind)
     try:
-      steps = tuple(_step(i, said, arrays) for i, said in enumerate(record["steps"]))
+      space = tuple(record["grid"][:-1])
+      steps = tuple(_step(i, said, arrays, space) for i, said in enumerate(record["steps"]))
     except (KeyError, TypeError, AttributeError) as error:
       raise map_files.damaged(folder, f"{type(error).__name__}: {error}") from error
     return cls(steps, tuple(record["grid"]))
 
 
-def _step(i: int, said: dict, arrays: dict[str, np.ndarray]) -> Step:
-  own = {name.split(".", 1)[1]: a for name, a in arrays.items() if name.startswith(f"{i}.")}
-  return KINDS[said["kind"]](
-    **own, **{name: value for name, value in said.items() if name != "kind"}
-  )
+def _step(i: int, said: dict, arrays: dict[str, np.ndarray], space: tuple[int, ...]) -> Step:
+  own: dict[str, Any] = {
+    name.split(".", 1)[1]: a for name, a in arrays.items() if name.startswith(f"{i}.")
+  }
+  own |= {name: value for name, value in said.items() if name != "kind"}
+  term = own.get("quadratic")
+  if term == SAVED:
+    own["quadratic"] = Quadratic(space, *(arrays[f"{TERM}.{name}"] for name in ARRAYS))
+  elif term is not None:
+    own["quadratic"] = BY_EQUATION[term](space)
+  return KINDS[said["kind"]](**own)
 
 
 def blocks(rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

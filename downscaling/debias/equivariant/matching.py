@@ -27,6 +27,7 @@ import numpy as np
 
 from downscaling.debias.equivariant import moments
 from downscaling.fields import symmetry
+from downscaling.fields.quadratic import Quadratic
 from downscaling.runtime import mesh as meshes
 
 MOST = 400  # statistics of one grid; triads of short waves beyond are left out
@@ -39,7 +40,7 @@ ROWS = 1024  # mapped at a time; the last block is padded
 
 
 def statistics(
-  space: tuple[int, ...], quadratic: str | None
+  space: tuple[int, ...], quadratic: Quadratic | None
 ) -> Callable[[jax.Array], dict[str, jax.Array]]:
   """φ of one row y [*space], by name, each [its count].
 
@@ -72,7 +73,7 @@ def statistics(
       pair = lambda a: (a[above] * jnp.conj(a[below])).real
       found |= {"pairs": (pair(low) + pair(low[::-1])).ravel()}
     if quadratic is not None:
-      term = waves(moments.QUADRATIC[quadratic](y[None], jnp)[0])
+      term = waves(quadratic(y[None], jnp)[0])
       found |= {"transfer": by_shell((jnp.conj(z) * term).real)[1:]}
     slopes = [((jnp.roll(y, -1, axis) - y) ** 4).mean() for axis in range(len(space))]
     return found | {"slopes": sum(slopes)[None]}
@@ -95,7 +96,7 @@ def _squares(space: tuple[int, ...]) -> np.ndarray:
 
 
 @functools.cache
-def _flat(space: tuple[int, ...], quadratic: str | None) -> Callable[[jax.Array], jax.Array]:
+def _flat(space: tuple[int, ...], quadratic: Quadratic | None) -> Callable[[jax.Array], jax.Array]:
   named = statistics(space, quadratic)
   return lambda y: jnp.concatenate(list(named(y).values()))
 
@@ -129,7 +130,9 @@ def _displacement(space, quadratic) -> Callable:
   )
 
 
-def invariant(group: symmetry.Group, space: tuple[int, ...], quadratic: str | None) -> np.ndarray:
+def invariant(
+  group: symmetry.Group, space: tuple[int, ...], quadratic: Quadratic | None
+) -> np.ndarray:
   """Numbers, ascending, of the statistics that the group leaves alone and that are not 0, tried on
   a random field.
   """
@@ -168,14 +171,14 @@ class Sums(NamedTuple):
   __add__ = moments.added
 
   @classmethod
-  def of(cls, y: np.ndarray, quadratic: str | None) -> "Sums":
+  def of(cls, y: np.ndarray, quadratic: Quadratic | None) -> "Sums":
     """y: [S, *space], less the mean."""
     return cls(
       np.float64(len(y)), _sum(_values(y.shape[1:], quadratic), y), np.float64((y**2).sum())
     )
 
 
-def gram(y: np.ndarray, quadratic: str | None, kept: np.ndarray) -> np.ndarray:
+def gram(y: np.ndarray, quadratic: Quadratic | None, kept: np.ndarray) -> np.ndarray:
   """Σ over rows of ∇φ_s · ∇φ_t of the kept statistics, [len(kept)]²; y [S, *space] is centred."""
   rows = max(1, min(ROWS, NUMBERS // (len(kept) * math.prod(y.shape[1:]))))
   return _sum(_gram(y.shape[1:], quadratic, tuple(map(int, kept))), y, rows)
@@ -194,7 +197,7 @@ class Matching:
   coefficients: np.ndarray
   mean: np.ndarray
   most: float
-  quadratic: str | None
+  quadratic: Quadratic | None
 
   def __call__(self, y: np.ndarray) -> np.ndarray:
     moved, size = self._moved(y)

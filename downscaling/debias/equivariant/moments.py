@@ -9,13 +9,13 @@ and pools the points of an orbit.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from downscaling.fields import symmetry
+from downscaling.fields.quadratic import Quadratic
 
 # of the largest variance of a mode: below it float32 rounding is seen, and the mode is left out
 CUT = 1e-10
@@ -164,39 +164,6 @@ def optimal(a: np.ndarray, b: np.ndarray, cut: float = CUT) -> np.ndarray:
 # ----------------------------------- quadratic terms and the energy they transfer
 
 
-def burgers(u: np.ndarray, xp=np) -> np.ndarray:
-  """−½ ∂ₓ u² of u [S, N], on a box of length 2π; no dealiasing. xp: numpy, or jax.numpy for arrays
-  of its own.
-  """
-  n = u.shape[-1]
-  k = np.arange(n // 2 + 1.0)
-  k[2 * np.arange(n // 2 + 1) == n] = (
-    0  # the derivative of Nyquist's wave is zero on its own points
-  )
-  return xp.fft.irfft(-0.5j * k[None] * xp.fft.rfft(u**2), n=n)
-
-
-def advection(vorticity: np.ndarray, xp=np) -> np.ndarray:
-  """−u·∇ω of ω [S, N, N] with rows y, columns x, on (2π)²; u = ψ_y, v = −ψ_x, −Δψ = ω; no
-  dealiasing. xp: as above.
-  """
-  space = vorticity.shape[1:]
-  ky, kx = np.fft.fftfreq(space[0], 1 / space[0])[:, None], np.arange(space[1] // 2 + 1.0)[None]
-  k2 = kx**2 + ky**2
-  k2[0, 0] = np.inf
-  kx, ky = (np.where(2 * np.abs(k) == n, 0.0, k) for k, n in ((kx, space[1]), (ky, space[0])))
-  waves = xp.fft.rfft2(vorticity)
-  u, v, along, up = (
-    xp.fft.irfft2(1j * m[None] * waves, s=space) for m in (ky / k2, -kx / k2, kx, ky)
-  )
-  return -u * along - v * up
-
-
-# By equation; each commutes with the equation's group. Units of length do not matter: a map fits
-# its own coefficients.
-QUADRATIC: dict[str, Callable[[np.ndarray], np.ndarray]] = {"ks": burgers, "kolmogorov": advection}
-
-
 def shells(space: tuple[int, ...]) -> np.ndarray:
   """Shell of every mode of rfftn, [*half space] int: ⌊|k| + ½⌋ with k in waves a box; corners have
   their own.
@@ -237,14 +204,14 @@ class Transfer(NamedTuple):
   __add__ = added
 
   @classmethod
-  def of(cls, y: np.ndarray, quadratic: Callable[[np.ndarray], np.ndarray]) -> "Transfer":
+  def of(cls, y: np.ndarray, quadratic: Quadratic) -> "Transfer":
     z, term = waves(y), waves(quadratic(y))
     weight, shell = multiplicity(y.shape[1:]), shells(y.shape[1:]).ravel()
     sums = (weight * part.sum(axis=0) for part in ((z.conj() * term).real, np.abs(term) ** 2))
     return cls(np.float64(len(y)), *(np.bincount(shell, s.ravel()) for s in sums))
 
 
-def response(y: np.ndarray, quadratic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def response(y: np.ndarray, quadratic: Quadratic) -> np.ndarray:
   """d transfer_k / dτ_l at τ = 0 of y + Σ_l τ_l P_l N(y), mean over rows, [K, K].
 
   N(y) = B(y, y) gives Re E[N̂_k* (P_l N)ˆ_k + ŷ_k* (2B(y, P_l N))ˆ_k], and 2B(y, d) = N(y + d) −

@@ -31,6 +31,7 @@ from downscaling.debias.equivariant.equivariant_map import (
   blocks,
 )
 from downscaling.fields import symmetry
+from downscaling.fields.quadratic import Quadratic
 from downscaling.runtime import random_keys, supervision
 
 LEVELS, TAIL = 257, 8  # entries of a quantile table; pooled values beyond its last
@@ -53,7 +54,7 @@ def fit(
   *,
   group: symmetry.Group,
   recipe: str | tuple[str | tuple[str, int], ...] = "G",
-  quadratic: str | None = None,
+  quadratic: Quadratic | None = None,
   towards: str | None = None,
   seed: int = 0,
   damping: float = 1.0,
@@ -73,8 +74,8 @@ def fit(
     group: symmetry of the grid; symmetry.trivial(n) if there is none.
     recipe: letters of the steps in order, "GQG", or with counts, ("G", ("A", 12), ("S", 60)). An A
       is followed by a G.
-    quadratic: the equation's name in moments.QUADRATIC, for A; without it an M leaves the transfer
-      alone.
+    quadratic: the equation's quadratic term on this grid, for A; without it an M leaves the
+      transfer alone.
     towards: "stationary", for periodic grids, or "tapered": what covariances are drawn towards as
       far as rows outside the estimate say (shrinkage.py), if the group has fewer elements than the
       grid points. None: they are not.
@@ -110,7 +111,7 @@ def fit(
   return EquivariantMap(tuple(steps), (*source.shape[1:], 1))
 
 
-def letters(recipe, quadratic: str | None, damping: float = 1.0) -> str:
+def letters(recipe, quadratic: Quadratic | None, damping: float = 1.0) -> str:
   """The letters of a recipe, one a step, in order.
 
   Raises ValueError for one that cannot be read or fitted.
@@ -130,10 +131,10 @@ def letters(recipe, quadratic: str | None, damping: float = 1.0) -> str:
       f"recipe={recipe!r} cannot be read: need letters of G, Q, A, S, M and N, as 'GQG', or with "
       "counts, as ('G', ('A', 12), ('S', 60))."
     )
-  if "A" in found and quadratic not in moments.QUADRATIC:
+  if "A" in found and quadratic is None:
     raise ValueError(
-      f"recipe={recipe!r} has an A and quadratic={quadratic!r}: A needs the equation's quadratic "
-      f"term; known: {sorted(moments.QUADRATIC)}. For other data leave A out, e.g. recipe='GQG'."
+      f"recipe={recipe!r} has an A and quadratic=None: A needs the equation's quadratic term. For "
+      "data without one leave A out, e.g. recipe='GQG'."
     )
   if not 0 < damping <= 1:
     raise ValueError(
@@ -167,7 +168,7 @@ class Fitting:
     source: np.ndarray,
     target: np.ndarray,
     group: symmetry.Group,
-    quadratic: str | None = None,
+    quadratic: Quadratic | None = None,
     towards: str | None = None,
     seed: int = 0,
     damping: float = 1.0,
@@ -237,7 +238,7 @@ class Fitting:
     return moments.Moments.of(block, self.frame)
 
   def _transfer(self, block):
-    return moments.Transfer.of(block, moments.QUADRATIC[self.quadratic])
+    return moments.Transfer.of(block, self.quadratic)
 
   def _matching(self, block):
     return matching.Sums.of(block - self.centre, self.quadratic)
@@ -269,7 +270,7 @@ class Fitting:
   def transfer(self) -> Transfer:
     now, goal = self.sums("current", self._transfer), self.once(self._transfer)
     gap = goal.transfer / goal.count - now.transfer / now.count
-    quadratic = moments.QUADRATIC[self.quadratic]
+    quadratic = self.quadratic
     # a direction asks for less than the gap
     matrix = self.mean(
       SAMPLE // math.prod(self.space), lambda rows: len(rows) * moments.response(rows, quadratic)

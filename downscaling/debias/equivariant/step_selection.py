@@ -29,6 +29,7 @@ from downscaling.debias.equivariant import matching, moments
 from downscaling.debias.equivariant.equivariant_map import Step, blocks
 from downscaling.debias.equivariant.recipes import Fitting
 from downscaling.fields import symmetry
+from downscaling.fields.quadratic import Quadratic
 from downscaling.runtime import supervision
 
 FOLDS = 4
@@ -69,7 +70,7 @@ def select(
   order: str,
   *,
   group: symmetry.Group,
-  quadratic: str | None = None,
+  quadratic: Quadratic | None = None,
   stop: Callable[[], bool] = lambda: False,
   progress: Callable[[int], None] = lambda steps: None,
   **fitting,
@@ -185,7 +186,7 @@ class _Judge:
   not count.
   """
 
-  def __init__(self, target: np.ndarray, group: symmetry.Group, quadratic: str | None):
+  def __init__(self, target: np.ndarray, group: symmetry.Group, quadratic: Quadratic | None):
     self.space, self.group, self.quadratic = target.shape[1:], group, quadratic
     self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
     self.families = self._families()
