@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+from tensorflow_datasets.core import example_serializer
+from tensorflow_datasets.core import splits as tfds_splits
 
 from downscaling.datasets import simulated
 from downscaling.runtime import files, progress, supervision
@@ -89,7 +91,7 @@ def generate(
   )  # as process 0 sees them, so that all deal out the same
   missing = [s for s, exists in zip(shards, there[0], strict=True) if not exists]
   mine, rounds = missing[process :: len(there)], -(-len(missing) // len(there))
-  name = f"generate {plan.builder.name}/{plan.builder.builder_config.name}"
+  name = f"generate {plan.builder.name}/{plan.builder.grid.name}"
   total, todo = (sum(len(s[2]) for s in group) for group in (shards, missing))
   width = (
     -(-plan.shard // mesh.size) * mesh.size
@@ -137,11 +139,11 @@ def _write(plan: Plan, shard, fields: np.ndarray) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def _serialize(features: tfds.features.FeaturesDict, example: dict) -> bytes:
+def _serialize(features: Any, example: dict) -> bytes:
   """One record. Fields in order of their names: protocol buffers else put them in an order of the
   process's own.
   """
-  serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+  serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
   return serializer.get_tf_example(features.encode_example(example)).SerializeToString(
     deterministic=True
   )
@@ -179,6 +181,6 @@ def _finalise(plan: Plan, shards) -> None:
           name=split, shard_lengths=lengths, num_bytes=size, filename_template=plan.template(split)
         )
       )
-  plan.builder.info.set_splits(tfds.core.splits.SplitDict(splits))
+  plan.builder.info.set_splits(tfds_splits.SplitDict(splits))
   plan.builder.info.write_to_directory(plan.builder.data_dir)
   plan.builder.info.read_from_directory(plan.builder.data_dir)

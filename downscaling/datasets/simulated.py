@@ -56,12 +56,18 @@ class FieldsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     super().__init__(file_format="array_record", **kwargs)
 
   @property
+  def grid(self) -> FieldsConfig:
+    """The config: which world, and on which grid."""
+    assert isinstance(self.builder_config, FieldsConfig)
+    return self.builder_config
+
+  @property
   def shape(self) -> tuple[int, ...]:
     """Of a field, [*space, C]."""
-    return (*self.builder_config.space, self.builder_config.channels)
+    return (*self.grid.space, self.grid.channels)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    config = self.builder_config
+    config = self.grid
     return tfds.core.DatasetInfo(
       builder=self,
       description=f"{self.about} {config.description}".strip(),
@@ -164,7 +170,8 @@ def source(builder: FieldsBuilder, split: str, at_least: int = 1):
       "(trajectories or snapshots) and generate into another --workdir, or ask for fewer."
     )
   try:
-    return builder.as_data_source(split)
+    # TFDS decorates the method so that its types lose its arguments.
+    return builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
   except Exception as error:  # array_record raises its own kinds for a truncated file
     raise ValueError(
       f"{builder.data_dir} split {split} cannot be read ({error}): generate it anew elsewhere."

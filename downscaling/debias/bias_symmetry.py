@@ -274,10 +274,10 @@ def largest(
   raw, true: [S, *space], [R, *space]; ids: the trajectories of their rows, or None each.
   """
   scale = Scale.of(raw, true)
-  clouds = [profile(rows, scale, own) for rows, own in zip((raw, true), ids, strict=True)]
+  biased, goal = profile(raw, scale, ids[0]), profile(true, scale, ids[1])
   verdicts: list[Verdict] = []
   for name, part in subgroups(group, raw.shape[1:]).items():
-    verdicts.append(judged(*clouds, part, name))
+    verdicts.append(judged(biased, goal, part, name))
     if verdicts[-1].passes:
       break
   return verdicts

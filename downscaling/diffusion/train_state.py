@@ -74,7 +74,9 @@ def initial(
 
 def empty() -> metrics.Average:
   """A running mean of nothing, in arrays of fixed dtype."""
-  return metrics.Average(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), jnp.float32))
+  zero = jnp.zeros((), jnp.float32)
+  # clu's dataclass has these fields, which its types do not tell.
+  return metrics.Average(total=zero, count=zero)  # pyright: ignore[reportCallIssue]
 
 
 def make(mesh: jax.sharding.Mesh, initialise: Callable, *keys) -> tuple[Callable, Any, Any]:

@@ -31,7 +31,7 @@ def denoising_error(
   sigma is [B].
   """
   s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
-  denoised = denoiser.apply({"params": params}, x + s * noise, sigma)
+  denoised = jnp.asarray(denoiser.apply({"params": params}, x + s * noise, sigma))
   error = jnp.mean((denoised - x) ** 2, axis=tuple(range(1, x.ndim)))
   return (sigma**2 + 1) / sigma**2 * error
 

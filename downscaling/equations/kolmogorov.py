@@ -152,7 +152,7 @@ def _largest_rms(flow) -> float:
 
 
 def _need(dtype: str) -> None:
-  if dtype == "float64" and not jax.config.jax_enable_x64:
+  if dtype == "float64" and not jax.config.read("jax_enable_x64"):
     raise ValueError(
       'dtype="float64", but jax is in float32 here: call within `with jax.enable_x64(True):`.'
     )

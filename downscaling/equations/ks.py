@@ -89,7 +89,7 @@ def quadratic(space: tuple[int, ...]) -> Quadratic:
 
 
 def _need_float64() -> None:
-  if not jax.config.jax_enable_x64:
+  if not jax.config.read("jax_enable_x64"):
     raise ValueError(
       "KS is simulated in float64 (chaos, and energies down to 1e-14), but jax is in float32 here: "
       "call within `with jax.enable_x64(True):`."

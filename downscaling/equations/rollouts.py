@@ -128,15 +128,16 @@ def check_finite(u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) 
     u: snapshots on this host. ids: [T]. times: [S], of the snapshots.
   """
   u = np.asarray(u)
-  bad = ~np.isfinite(u).all(axis=tuple(range(2, u.ndim)))  # [T, S]
+  whole = np.isfinite(u).reshape(*u.shape[:2], -1).all(axis=2)
+  bad = np.asarray(~whole)  # [T, S]
   if not bad.any():
     return
   when = int(bad.any(0).argmax())
   row = int(bad[:, when].argmax())  # of the first that went
   raise FloatingPointError(
     f"trajectory {int(np.asarray(ids)[row])} is not finite at t = "
-    f"{float(np.asarray(times)[when]):g} (so ended {int(bad.any(1).sum())} of {len(u)} in this "
-    "block): the solver blew up. Set a smaller dt (--config.coarse.dt or --config.fine.dt, "
+    f"{float(np.asarray(times)[when]):g} (so ended {int(bad.any(axis=1).sum())} of {len(u)} in "
+    "this block): the solver blew up. Set a smaller dt (--config.coarse.dt or --config.fine.dt, "
     "whichever was running)."
   )
 
@@ -167,6 +168,6 @@ def check(solver: Solver, u: jax.Array | np.ndarray, ids: np.ndarray, times: np.
   raise FloatingPointError(
     f"trajectory {int(np.asarray(ids)[row])} has an rms of {size[row, when]:.3g} at t = "
     f"{float(np.asarray(times)[when]):g}, where no solution has more than {solver.bound:.3g} (so "
-    f"ended {int(bad.any(1).sum())} of {len(u)} in this block): the solver is blowing up. Set a "
-    f"smaller dt, e.g. --config.{solver.block}.dt={solver.dt / 2:g}"
+    f"ended {int(bad.any(axis=1).sum())} of {len(u)} in this block): the solver is blowing up. Set "
+    f"a smaller dt, e.g. --config.{solver.block}.dt={solver.dt / 2:g}"
   )

@@ -11,11 +11,13 @@ with C′ = U Σ Vᵀ (Wan et al. 2023, arXiv:2305.15618, eq. 7).
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Field = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +36,7 @@ class Operator:
     """
     return tuple(n // c for n, c in zip(self.fine, self.coarse, strict=True))
 
-  def apply(self, x: jax.Array) -> jax.Array:
+  def apply(self, x: Field) -> jax.Array:
     """C′x: [..., *fine, C] -> [..., *coarse, C]."""
     raise TypeError(f"{type(self).__name__} is abstract; use Strided, BlockMean or Dense.")
 
@@ -58,7 +60,7 @@ class Operator:
       eye = jnp.eye(math.prod(self.fine), dtype=jnp.float64).reshape(-1, *self.fine, 1)
       return np.asarray(self.apply(eye)).reshape(len(eye), -1).T
 
-  def _blocks(self, x: jax.Array) -> jax.Array:
+  def _blocks(self, x: Field) -> Any:
     """[..., *fine, C] -> [..., c₀, f₀, c₁, f₁, ..., C], every axis split in (cell, place in the
     cell).
     """
@@ -67,7 +69,7 @@ class Operator:
     split = [s for c, n in zip(self.coarse, self.fine, strict=True) for s in (c, n // c)]
     return x.reshape(*lead, *split, x.shape[-1])
 
-  def _check(self, x: jax.Array, space: tuple[int, ...], which: str) -> None:
+  def _check(self, x: Field, space: tuple[int, ...], which: str) -> None:
     if x.ndim <= len(space) or x.shape[-len(space) - 1 : -1] != space:
       raise ValueError(
         f"a field of shape {x.shape} came, {type(self).__name__} needs [..., "

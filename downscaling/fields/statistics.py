@@ -100,13 +100,13 @@ def measure(source, space: tuple[int, ...], chunk: int = 2048) -> Statistics:
     power = power + (np.abs(np.fft.fftn(u, axes=axes)) ** 2).sum(0)
     mean_field = mean_field + u.sum(0)
   points = int(np.prod(space))
-  mean = total / (count * points)
+  mean = np.asarray(total / (count * points))
   std = np.sqrt(squares / (count * points) - mean**2)
   if (std < 1e-12).any():
     raise ValueError(
       f"channel {int(np.argmin(std))} of the training split is constant: there is nothing to learn."
     )
-  spectrum = power / count / points
+  spectrum = np.asarray(power / count / points)
   zero = (0,) * len(space)
   spectrum[zero] -= points * mean**2  # the normalised field has no mean
   return Statistics(

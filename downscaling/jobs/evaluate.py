@@ -120,7 +120,7 @@ def evidence_of(work: Workdir) -> results.Evidence:
     threshold=solve.get("threshold"),
     loss=metric_writer.read_scalars(work.folder("train"), "loss"),
     symbol=e.physics.SYMBOL,
-    length=worlds.equation(e, "hfhr").length,
+    length=worlds.fine_solver(e).length,
     provenance=report_provenance(work),
   )
 

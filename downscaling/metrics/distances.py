@@ -258,12 +258,12 @@ def kernel_mean(
   x [S, D], y [R, D]; at most one 2048 × 2048 tile exists at a time. `centre` [D] is subtracted from
   both first: it changes nothing but the rounding of float32 distances.
   """
-  centre = x.mean(axis=0, dtype=np.float64) if centre is None else centre
+  middle = np.asarray(x.mean(axis=0, dtype=np.float64) if centre is None else centre)
   tile = min(_TILE, max(len(x), 0 if y is None else len(y)))
   with jax.enable_x64(True):  # for the sums alone: tiles are float32
     scale = jnp.float32(scale)
-    left = _tiles(x, centre, tile)
-    right = left if y is None else _tiles(y, centre, tile)
+    left = _tiles(x, middle, tile)
+    right = left if y is None else _tiles(y, middle, tile)
     total = 0.0
     for i, (a, in_a) in enumerate(left):
       for j, (b, in_b) in enumerate(right):

@@ -12,6 +12,7 @@ all replicates. No array of all pairs is ever made, and none of [D, D].
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def _tile(x, y, left, right, scale, within):
   """
   inner = jnp.matmul(x, y.T, precision="highest")
   apart = jnp.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * inner, 0) / scale
-  kernel = sum(a**2 / (a**2 + apart) for a in distances.MMD_LENGTHS)
+  kernel = functools.reduce(operator.add, [a**2 / (a**2 + apart) for a in distances.MMD_LENGTHS])
   square = (inner / scale) ** 2
   if not within:  # all weights of y are alike: a sum over y first, then the weights of x
     return tuple(left @ (f @ right[0]) for f in (square, kernel))

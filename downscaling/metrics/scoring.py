@@ -6,6 +6,7 @@ See `judge.py` for what intervals and floors are. `terminal.py` prints the table
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,8 @@ def _of_ensemble(pred, ensemble, conditions, operator, misfit) -> dict[str, floa
   """What all members of a set say: how they vary, how well they meet their conditions, how many
   failed.
   """
-  row = dict.fromkeys(("variability", "constraint_rmse", "corr_condition", "misfit"))
+  names = ("variability", "constraint_rmse", "corr_condition", "misfit")
+  row: dict[str, float | int | None] = dict.fromkeys(names)
   row["failed"] = 0
   if ensemble is not None:
     whole = np.isfinite(ensemble).reshape(*ensemble.shape[:2], -1).all(axis=2)
@@ -241,7 +243,7 @@ def first_members(x: np.ndarray, name: str = "samples") -> tuple[np.ndarray, np.
   if x.ndim < 3 or x.size == 0:
     raise ValueError(f"{name} has shape {x.shape}: need [conditions, members, *space].")
   finite = np.isfinite(x).reshape(*x.shape[:2], -1)
-  whole, none = finite.all(axis=2), ~finite.any(axis=2)
+  whole, none = np.asarray(finite.all(axis=2)), np.asarray(~finite.any(axis=2))
   if not (whole | none).all():
     k, m = np.argwhere(~(whole | none))[0]
     raise ValueError(
@@ -259,7 +261,7 @@ def first_members(x: np.ndarray, name: str = "samples") -> tuple[np.ndarray, np.
 def _judged(name: str, x, judge: Judge, origin: bootstrap.Rows, **of_set) -> dict:
   """One row of a table: measure's values, their intervals and their floor."""
   try:
-    row = measure(x, judge.reference, rows=origin, **of_set)
+    row: dict[str, Any] = dict(measure(x, judge.reference, rows=origin, **of_set))
   except ValueError as error:
     raise ValueError(f"row {name!r}: {error}") from None
   row |= {"interval": judge.interval(x, origin, row), "floor": dict(judge.floor(origin))}

@@ -50,10 +50,13 @@ def section(e: Evidence) -> Section:
   some = np.linspace(0, len(e.coarse[e.default]) - 1, min(ROWS, len(e.coarse[e.default]))).astype(
     int
   )
-  shape = np.shape(e.coarse_reference)[1:]
+  true_rows, floor = e.coarse_reference, e.coarse_floor
+  assert true_rows is not None  # Evidence has checked it
+  assert floor is not None
+  shape = true_rows.shape[1:]
   flat = {name: np.reshape(e.coarse[name][some], (len(some), -1)) for name in ("lflr", e.default)}
-  reference = np.reshape(e.coarse_reference[:TARGETS], (min(TARGETS, len(e.coarse_reference)), -1))
-  true = np.reshape(e.coarse_floor[:ROWS], (min(ROWS, len(e.coarse_floor)), -1))
+  reference = np.reshape(true_rows[:TARGETS], (min(TARGETS, len(true_rows)), -1))
+  true = np.reshape(floor[:ROWS], (min(ROWS, len(floor)), -1))
   group = e.group or symmetry.trivial(reference.shape[1])
   apart, fields = nearest(flat[e.default], reference, group)
   usual = nearest(true, reference, group)[0]

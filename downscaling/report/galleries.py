@@ -89,7 +89,7 @@ def _maps(
 def rows(e: Evidence) -> Section:
   """Rows of fields as images: truth beside its samples, and reference beside samples."""
   panels = []
-  if not e.samples or np.ndim(e.fine_reference) != 2:
+  if not e.samples or e.fine_reference is None or e.fine_reference.ndim != 2:
     text = "" if e.samples else html_page.job("sample", "No samples yet:")
     return Section(
       "pictures", "Fields beside fields", "", text or "<p>The maps above show whole fields.</p>", []

@@ -71,10 +71,8 @@ def moved(e: Evidence) -> figures.Draw | None:
   without maps.
   """
   y = e.coarse.get("lflr")
-  rows = (
-    {} if y is None else {k: x for k, x in e.coarse.items() if k != "lflr" and k not in e.sources}
-  )
-  if not rows:
+  rows = {k: x for k, x in e.coarse.items() if k != "lflr" and k not in e.sources}
+  if y is None or not rows:
     return None
   size = lambda x: np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)
   shares = {

@@ -4,6 +4,7 @@ they give.
 
 import dataclasses
 import functools
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -150,17 +151,21 @@ class Evidence:
     found = {}
     for name in self.calibrations:
       truth = self.whole(name)[1]
-      found[name] = {
-        "climatology": calibration.climatology(self.fine_reference[:CLIMATOLOGY], truth)
-      }
+      found[name] = {"climatology": calibration.climatology(self._true_fields[:CLIMATOLOGY], truth)}
       if name in self.guesses:
         found[name]["interpolation"] = calibration.single(self.guesses[name], self.truth[name])
     return found
 
+  @property
+  def _true_fields(self) -> np.ndarray:
+    assert self.fine_reference is not None  # samples do not come without
+    return self.fine_reference
+
   @functools.cached_property
   def coarse_judge(self) -> judge.Judge:
     """Of coarse rows; without a group, symcov is covRMSE."""
-    group = self.group or symmetry.trivial(int(np.prod(np.shape(self.coarse_reference)[1:])))
+    assert self.coarse_reference is not None  # coarse rows do not come without
+    group = self.group or symmetry.trivial(math.prod(self.coarse_reference.shape[1:]))
     moves = None if self.group is None else self.coarse_moves
     return self._judge("coarse", moves=moves, group=group, quadratic=self.quadratic)
 

@@ -187,8 +187,9 @@ def density(e: Evidence) -> Section:
   panels = []
   for level, rows, ref, floor in _levels(e):
     pooled = {name: _pool(x) for name, x in (rows | {"reference": ref, "floor": floor}).items()}
-    ends = [f(f(v) for v in pooled.values()) for f in (min, max)]
-    at = np.linspace(*ends, 400)
+    low = min(v.min() for v in pooled.values())
+    high = max(v.max() for v in pooled.values())
+    at = np.linspace(low, high, 400)
     values = {name: distances.kernel_density(x, at) for name, x in pooled.items() if np.ptp(x) > 0}
     if "reference" not in values or "floor" not in values:
       continue
@@ -228,7 +229,7 @@ def covariance(e: Evidence) -> Section:
     reference = table(ref)
     wanted = ("lflr", e.default) if level == "coarse" else (f"{e.default}+diffusion",)
     shown = [name for name in wanted if name in rows]
-    for name in shown or list(rows)[:1]:
+    for name in map(str, shown or list(rows)[:1]):
       pred = table(rows[name])
       draw = figures.covariances(
         {"reference": reference, label(name): pred, "difference": pred - reference},
@@ -269,6 +270,7 @@ def transfer(e: Evidence) -> Section:
   if not e.coarse:
     return Section("transfer", title, "", html_page.job("debias", "No debiased fields yet:"), [])
   judged = e.coarse_judge
+  assert judged.group is not None  # of coarse rows there is one
   reference = judged.reference.higher(e.quadratic, judged.group)["transfer"]
   rows = {name: x for name, x in e.coarse.items() if not name.endswith("in-sample")}
   drawn = {name: map_fronts.transfer_of(x, judged) for name, x in rows.items()}

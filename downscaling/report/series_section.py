@@ -47,9 +47,9 @@ def section(e: Evidence) -> Section:
     "over those of coarsened true ones; debiasing acts frame by frame and does not change how "
     "fast the coarse world moves.</p>"
   )
-  panels = (
-    [] if np.ndim(e.series.reference) != 3 else [_hovmoeller(e, name) for name in e.series.truth]
-  )
+  assert e.series is not None
+  on_a_line = np.ndim(e.series.reference) == 3
+  panels = [_hovmoeller(e, name) for name in e.series.truth] if on_a_line else []
   return Section(
     "series", "In time", lead, html_page.table(["", *COLUMNS.values()], rows) + note, panels
   )
@@ -57,6 +57,7 @@ def section(e: Evidence) -> Section:
 
 def _hovmoeller(e: Evidence, name: str) -> Panel:
   """Space across, time upwards: truth, one member, and what exchanged members make of it."""
+  assert e.series is not None
   members, true = e.series.samples[name][0], e.series.truth[name][0]
   shown = {"truth": true, "one member": members[0]}
   if len(members) > 1:

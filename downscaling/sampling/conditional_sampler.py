@@ -26,7 +26,7 @@ class Soft(NamedTuple):
   """
 
   params: Any
-  error: jax.Array
+  error: jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def write_ensemble(
   space: tuple[int, ...],
   channels: int = 1,
   unit: tuple[int, int],
-  devices: Sequence[jax.Device],
+  devices: Sequence[Any],
   seed: int,
   identity: Mapping,
   attrs: Mapping[str, str],

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorstore
 import zarr
+from zarr.errors import ZarrUserWarning
 
 from downscaling.runtime import files, provenance, stage_folder
 
@@ -146,7 +147,8 @@ def grow(path: pathlib.Path, stage: stage_folder.Stage, layout: Layout, ids, con
     "members": layout.members,
     "digest": digest(ids, conditions),
   }
-  if (old := record.get("size")) == size:
+  old = record.get("size") or {}
+  if old == size:
     return
   for key in ("conditions", "members") if old else ():
     if size[key] < old[key]:
@@ -193,8 +195,9 @@ def create(
   for name, fields in layout.drawn.items():
     shape = (layout.conditions, layout.members, *fields)
     if name in known:
-      if group[name].shape != shape:
-        group[name].resize(shape)  # its metadata alone
+      stored = _array_of(group, name)
+      if stored.shape != shape:
+        stored.resize(shape)  # its metadata alone
       continue
     group.create_array(
       name, shape=shape, dtype="float32", fill_value=np.nan, shards=(kc, km, *fields),
@@ -209,13 +212,15 @@ def create(
         attributes=words,
         fill_value=fill,
       )  # fmt: skip
-    elif group[name].shape != values.shape:
-      group[name].resize(values.shape)
-    group[name][...] = values
+    stored = _array_of(group, name)
+    if stored.shape != values.shape:
+      stored.resize(values.shape)
+    stored[...] = values
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   sizes = f"{layout.conditions} conditions, {layout.members} members"
   did = f"{now} downscaling sample, commit {provenance.commit()}: {sizes}"
-  history = "\n".join([*filter(None, [group.attrs.get("history")]), did])
+  told = group.attrs.get("history")
+  history = f"{told}\n{did}" if told else did
   about_it = {
     "Conventions": "CF-1.11",
     "source": f"downscaling {provenance.versions().get('downscaling', '')}".strip(),
@@ -224,7 +229,7 @@ def create(
   with warnings.catch_warnings():
     # xarray warns where consolidated metadata is missing, zarr where it is made: it lies outside
     # the v3 text.
-    warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
+    warnings.simplefilter("ignore", ZarrUserWarning)
     zarr.consolidate_metadata(path)
 
 
@@ -253,9 +258,15 @@ def say_done(path: pathlib.Path, fraction: float, **attributes: int) -> None:
   files.write_json(path / "zarr.json", root)
 
 
+def _array_of(group: zarr.Group, name: str) -> zarr.Array:
+  found = group[name]
+  assert isinstance(found, zarr.Array)
+  return found
+
+
 def failed(fields: np.ndarray) -> np.ndarray:
   """Which members of fields [K, M, ...] failed, [K, M]: those that are NaN throughout."""
-  return np.isnan(fields).all(axis=tuple(range(2, fields.ndim)))
+  return np.asarray(np.isnan(fields).reshape(*fields.shape[:2], -1).all(axis=2))
 
 
 def failures(path: pathlib.Path) -> tuple[int, int]:
@@ -386,7 +397,7 @@ def read(path: pathlib.Path):
     )
   found = files.read_json(marker)
   if not found["complete"]:
-    fixed = {
+    fixed: dict[str, Any] = {
       k: tuple(v) if isinstance(v, list) else v for k, v in found["config"]["layout"].items()
     }
     size = found.get("size", {"conditions": 0, "members": 0})

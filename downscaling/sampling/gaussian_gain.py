@@ -127,6 +127,7 @@ class Gain:
 
   def _check_error(self) -> None:
     """Raises ValueError unless R broadcasts against coarse fields; the dense path needs white."""
+    assert self.error is not None
     coarse, came = self.operator.coarse, jnp.shape(self.error)
     fits = len(came) == len(coarse) + 1
     fits = fits and all(n in (1, full) for n, full in zip(came[:-1], coarse, strict=True))

@@ -73,8 +73,8 @@ def euler_maruyama(
   Raises: ValueError for levels that the schedule does not reach.
   """
   schedule.check_levels(levels)
-  levels = jnp.asarray(levels, x.dtype)
-  t = schedule.inverse(levels)
+  sigmas = jnp.asarray(levels, x.dtype)
+  t = schedule.inverse(sigmas)
   scale = schedule.scale(t)
   sigma_rate, scale_rate = schedule.rates(t)
   dt = t[1:] - t[:-1]
@@ -91,10 +91,10 @@ def euler_maruyama(
     spread = s * sigma * jnp.sqrt(2 * sigma_rate * -dt)
     return (scaled + drift * dt + spread * noise(keys, k, x.shape[1:], x.dtype), weights), None
 
-  steps = (jnp.arange(len(dt)), dt, levels[:-1], scale[:-1], sigma_rate[:-1], scale_rate[:-1])
+  steps = (jnp.arange(len(dt)), dt, sigmas[:-1], scale[:-1], sigma_rate[:-1], scale_rate[:-1])
   weights = None if select is None else select.start(len(x))
   (scaled, _), _ = jax.lax.scan(step, (x * scale[0], weights), steps)
-  return _call(last or denoise, scaled / scale[-1], levels[-1])
+  return _call(last or denoise, scaled / scale[-1], sigmas[-1])
 
 
 def heun(
@@ -118,12 +118,13 @@ def heun(
     raise ValueError(
       f"heun with churn={churn:g} draws noise: hand in keys, [B], one a member; or set churn=0."
     )
-  levels = jnp.asarray(levels, x.dtype)
-  gamma = churned(churn, len(levels) - 1)
+  sigmas = jnp.asarray(levels, x.dtype)
+  gamma = churned(churn, len(sigmas) - 1)
 
   def step(x, inputs):
     k, sigma, below = inputs
     if gamma > 0:
+      assert keys is not None
       above = sigma * (1 + gamma)
       x = x + noise_factor * jnp.sqrt(above**2 - sigma**2) * noise(keys, k, x.shape[1:], x.dtype)
       sigma = above
@@ -132,8 +133,8 @@ def heun(
     slope_below = (guess - _call(denoise, guess, below)) / below
     return x + (below - sigma) * (slope + slope_below) / 2, None
 
-  x, _ = jax.lax.scan(step, x, (jnp.arange(len(levels) - 1), levels[:-1], levels[1:]))
-  return _call(last or denoise, x, levels[-1])
+  x, _ = jax.lax.scan(step, x, (jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]))
+  return _call(last or denoise, x, sigmas[-1])
 
 
 def churned(churn: float, steps: int) -> float:

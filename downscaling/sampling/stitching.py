@@ -149,10 +149,11 @@ def extended(values: np.ndarray, plan: Stitching) -> np.ndarray:
     return values
   places, shares = plan.sources
   frames = values.reshape(*values.shape[:-1], plan.frames, -1)
-  taken = sum(
+  parts = [
     share[:, None] * frames[..., place % plan.frames, :]
     for place, share in zip(places, shares, strict=True)
-  )
+  ]
+  taken = functools.reduce(np.add, parts)
   return taken.reshape(*values.shape[:-1], -1).astype(values.dtype)
 
 

@@ -41,7 +41,8 @@ class Blockwise(geometry.Geometry):
     epsilon: float | jax.Array,
     tile: tuple[int, int] = soft_min.TILE,
   ):
-    super().__init__(epsilon=epsilon)
+    # ott annotates a float; a traced scalar serves it as well.
+    super().__init__(epsilon=epsilon)  # pyright: ignore[reportArgumentType]
     self.x, self.y, self.tile = x, y, tuple(tile)
 
   @property

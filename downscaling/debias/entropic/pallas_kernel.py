@@ -73,7 +73,7 @@ def log_sum_exp(
       "there, or interpret=True to try the kernel's arithmetic."
     )
   form = _FORMS[backend]
-  tile = tuple(tile or TILE[form])
+  tile = tile or TILE[form]
   _check(x, y, f, g, tile, form)
   eps = jnp.asarray(eps, jnp.float32)  # a float64 scalar would promote all
   left, right = x * (2 / eps), (g - jnp.sum(y**2, 1)) / eps
@@ -174,7 +174,8 @@ def _cuda(left, y, right, tile, interpret) -> jax.Array:
         return t + _product(left_ref[:, part], y_ref[here, part])
 
       t = lax.fori_loop(ZERO, np.int32(d // depth), add, jnp.zeros((rows, columns), jnp.float32))
-      return _merge(*carry, t + right_ref[:, here])
+      top, total = carry
+      return _merge(top, total, t + right_ref[:, here])
 
     start = jnp.full((rows, 1), PAD, jnp.float32), jnp.zeros((rows, 1), jnp.float32)
     top, total = lax.fori_loop(ZERO, np.int32(len(y) // columns), one_tile, start)

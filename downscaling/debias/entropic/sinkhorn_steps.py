@@ -170,9 +170,12 @@ def _fused(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices
   del costs, devices
   whole_y, whole_g = _whole(y), _whole(g)
   step = functools.partial(_fused_step, x, whole_y, a, _whole(b), eps, moves)
-  (f, g), _ = lax.scan(
-    lambda fg, _: (step(*fg, momentum)[0], None), (f, whole_g), length=iterations
-  )
+
+  def advance(potentials, _):
+    f, g = potentials
+    return step(f, g, momentum)[0], None
+
+  (f, g), _ = lax.scan(advance, (f, whole_g), length=iterations)
   error = step(f, g, 0.0)[1]
   return f, _own(g, len(y)), error
 

@@ -11,6 +11,9 @@ needs, and one pass over the tile does. A tile with a sum outside [1e-20, 1e20] 
 rung of ε too steep) is done again with a running maximum, which cannot overflow.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +44,7 @@ def tiled(a: jax.Array, size: int, value: float = 0.0) -> jax.Array:
   return jnp.pad(a, padding, constant_values=value).reshape(-1, size, *a.shape[1:])
 
 
-def scan_tiles(body, carry, arrays: tuple[jax.Array, ...], size: int):
+def scan_tiles(body: Callable, carry: Any, arrays: tuple[jax.Array, ...], size: int) -> Any:
   """lax.scan over tiles of rows of arrays [n, ...], sliced out one by one, so that no cloud is ever
   copied.
 

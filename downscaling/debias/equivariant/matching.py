@@ -18,6 +18,7 @@ Rows are [S, *space] float64, one channel, and enter φ less their mean.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -76,7 +77,7 @@ def statistics(
       term = waves(quadratic(y[None], jnp)[0])
       found |= {"transfer": by_shell((jnp.conj(z) * term).real)[1:]}
     slopes = [((jnp.roll(y, -1, axis) - y) ** 4).mean() for axis in range(len(space))]
-    return found | {"slopes": sum(slopes)[None]}
+    return found | {"slopes": functools.reduce(operator.add, slopes)[None]}
 
   return of
 
@@ -146,7 +147,7 @@ def invariant(
 
 def _sum(program: Callable, rows: np.ndarray, size: int = ROWS) -> np.ndarray:
   """Σ over rows [S, *space] of a program of (block, weight), in blocks of one shape."""
-  total = 0.0
+  total = np.zeros(())
   for block, there in _padded(rows, size):
     with meshes.float64():
       total = total + np.asarray(program(jnp.asarray(block), jnp.asarray(there)))
@@ -173,9 +174,8 @@ class Sums(NamedTuple):
   @classmethod
   def of(cls, y: np.ndarray, quadratic: Quadratic | None) -> "Sums":
     """y: [S, *space], less the mean."""
-    return cls(
-      np.float64(len(y)), _sum(_values(y.shape[1:], quadratic), y), np.float64((y**2).sum())
-    )
+    values = _sum(_values(y.shape[1:], quadratic), y)
+    return cls(np.asarray(float(len(y))), values, np.asarray((y**2).sum()))
 
 
 def gram(y: np.ndarray, quadratic: Quadratic | None, kept: np.ndarray) -> np.ndarray:

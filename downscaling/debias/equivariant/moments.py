@@ -118,7 +118,7 @@ class Moments(NamedTuple):
   @classmethod
   def of(cls, y: np.ndarray, frame: Frame) -> "Moments":
     z = frame.split(y)
-    return cls(np.float64(len(y)), y.sum(axis=0), z @ z.conj().transpose(0, 2, 1))
+    return cls(np.asarray(float(len(y))), y.sum(axis=0), z @ z.conj().transpose(0, 2, 1))
 
   def averaged(self, group: symmetry.Group, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
     """Mean [*space] and covariance [K, m, m] of the law that the group leaves alone; the sum is
@@ -207,8 +207,8 @@ class Transfer(NamedTuple):
   def of(cls, y: np.ndarray, quadratic: Quadratic) -> "Transfer":
     z, term = waves(y), waves(quadratic(y))
     weight, shell = multiplicity(y.shape[1:]), shells(y.shape[1:]).ravel()
-    sums = (weight * part.sum(axis=0) for part in ((z.conj() * term).real, np.abs(term) ** 2))
-    return cls(np.float64(len(y)), *(np.bincount(shell, s.ravel()) for s in sums))
+    sums = (weight * part.sum(axis=0) for part in (np.real(z.conj() * term), np.abs(term) ** 2))
+    return cls(np.asarray(float(len(y))), *(np.bincount(shell, s.ravel()) for s in sums))
 
 
 def response(y: np.ndarray, quadratic: Quadratic) -> np.ndarray:
@@ -226,7 +226,7 @@ def response(y: np.ndarray, quadratic: Quadratic) -> np.ndarray:
     d = fields(waves_of_term * (shell == part), space)
     change = waves(quadratic(y + d) - term - quadratic(d))
     out[:, part] += np.bincount(
-      shell.ravel(), (weight * (z.conj() * change).real.mean(axis=0)).ravel()
+      shell.ravel(), (weight * np.real(z.conj() * change).mean(axis=0)).ravel()
     )
   return out
 

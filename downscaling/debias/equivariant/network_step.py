@@ -80,7 +80,7 @@ def _rise(space: tuple[int, ...]):
   def value(y, params, index, sign):
     flat = y.reshape(len(y), -1)
     moved = sign[:, None, None] * jnp.moveaxis(flat[:, index], 1, 0)
-    logits = Logit().apply(unravel(params), moved.reshape(-1, *space))
+    logits = jnp.asarray(Logit().apply(unravel(params), moved.reshape(-1, *space)))
     each = logits.reshape(len(sign), len(y)).mean(axis=0)
     return each.sum(), each
 
@@ -195,7 +195,7 @@ class Learner:
     def train(state, x):
       params, average, inner = state
       change, inner = self.optimizer.update(jax.grad(loss)(params, x), inner, params)
-      params = optax.apply_updates(params, change)
+      params = jnp.asarray(optax.apply_updates(params, change))
       return params, AVERAGE * average + (1 - AVERAGE) * params, inner
 
     return train

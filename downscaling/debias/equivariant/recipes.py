@@ -196,7 +196,11 @@ class Fitting:
         self.current = np.memmap(file, np.float64, "w+", shape=source.shape)
       for place, block in blocks(source):
         self.current[place] = block
-    self.known, self.kinds, self.kept, self.goal = {}, None, None, None
+    self.known: dict[str, Any] = {}
+    self.kinds: Any = None
+    self.kept: Any = None  # statistics that an M may move
+    self.goal: Any = None  # (mean, covariance) of the target
+    self.centre: Any = None  # the target's mean
     self.shrunk: list[dict] = []  # what `gaussian` did to its covariances
 
   def copy(self) -> "Fitting":
@@ -238,7 +242,13 @@ class Fitting:
     return moments.Moments.of(block, self.frame)
 
   def _transfer(self, block):
-    return moments.Transfer.of(block, self.quadratic)
+    return moments.Transfer.of(block, self.term)
+
+  @property
+  def term(self) -> Quadratic:
+    """The quadratic term, which `letters` has asked for."""
+    assert self.quadratic is not None
+    return self.quadratic
 
   def _matching(self, block):
     return matching.Sums.of(block - self.centre, self.quadratic)
@@ -270,13 +280,13 @@ class Fitting:
   def transfer(self) -> Transfer:
     now, goal = self.sums("current", self._transfer), self.once(self._transfer)
     gap = goal.transfer / goal.count - now.transfer / now.count
-    quadratic = self.quadratic
+    quadratic = self.term
     # a direction asks for less than the gap
     matrix = self.mean(
       SAMPLE // math.prod(self.space), lambda rows: len(rows) * moments.response(rows, quadratic)
     )
     return Transfer(
-      self.damping * moments.newton(gap, matrix, now.power / now.count), self.quadratic
+      self.damping * moments.newton(gap, np.asarray(matrix), now.power / now.count), quadratic
     )
 
   def matching(self) -> matching.Matching:
@@ -289,7 +299,7 @@ class Fitting:
       self.gram, lambda rows: matching.gram(rows - mean, self.quadratic, self.kept)
     )
     step = matching.Matching(
-      matching.solve(now, goal, products, self.kept), mean, math.inf, self.quadratic
+      matching.solve(now, goal, np.asarray(products), self.kept), mean, math.inf, self.quadratic
     )
     most = self.sums("current", lambda block: step.shares(block).max(), max)
     return dataclasses.replace(step, most=float(most))

@@ -68,6 +68,7 @@ def shrink(parts: list[moments.Moments], group, frame: moments.Frame, towards: s
         error,
         Shrunk(mean, ((1 - weight) * covariance[0] + weight * goal)[None], weight, name),
       )
+  assert best is not None  # there is always a structure
   return best[1]
 
 

@@ -16,6 +16,7 @@ some steps (quantiles before a G) pay only together.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -237,12 +238,13 @@ class _Judge:
     mean, covariance = self._moments(rows)
     out = {
       "mean": mean.ravel(),
-      "covariance": np.concatenate([covariance.real.ravel(), covariance.imag.ravel()]),
+      "covariance": np.concatenate([np.real(covariance).ravel(), np.imag(covariance).ravel()]),
     }
     out["law"] = self._law(rows)
-    values = sum(
+    parts = [
       matching.Sums.of(block - self.centre, self.quadratic).values for _, block in blocks(rows)
-    )
+    ]
+    values = functools.reduce(np.add, parts)
     return out | {name: values[kept] / len(rows) for name, kept in self.families.items()}
 
   def _law(self, rows: np.ndarray) -> np.ndarray:
