@@ -94,7 +94,7 @@ def rewritten(text: str, source: str, page: str) -> str:
     known = guests()
     if file in known:
       place = known[file]
-    elif file.startswith("docs/"):
+    elif file.startswith("docs/") and not file.endswith(".ipynb"):
       place = file.removeprefix("docs/")
     elif (ROOT / file).exists():
       return words if words.startswith("`") else f"{words} (`{file}`)"

@@ -114,7 +114,7 @@ class CoarseSplits(Settings, key="data.lflr"):
 class Data(Settings, key="data"):
   """Two unpaired worlds of trajectories. Times are in the equation's unit."""
 
-  name: str = choice("ks", ("kolmogorov", "ks"), "the equation")
+  name: str = text("ks", "the equation", words="the name of an equation")
   dir: str = text("", "where the data lie, WORKDIR/data by default", words=FOLDER,
                   read=local_folder, free=True, example="/data/ks")  # fmt: skip
   burn_in: float = number(25.0, "time before the first snapshot", least=0)

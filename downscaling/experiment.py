@@ -67,6 +67,11 @@ class Experiment(Settings):
 
   def __post_init__(self):
     super().__post_init__()
+    if self.data.name not in EQUATIONS:
+      raise ValueError(
+        f"config.data.name={self.data.name}: need one of {', '.join(sorted(EQUATIONS))} (the "
+        "equation). E.g. --config.data.name=ks"
+      )
     for name, solver in (("fine", self.physics.Fine), ("coarse", self.physics.Coarse)):
       object.__setattr__(self, name, keywords(solver, getattr(self, name), name))
 

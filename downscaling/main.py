@@ -1,8 +1,8 @@
 """The command line: parse, build, call.
 
-  downscaling JOB --config=NAME[:VARIANT] --workdir=DIR [--config.key=value ...]
-                  [--distributed=auto|on|off]
-                  [--dry_run [--devices=N|v5e:16x16|h200:8]] [--traceback]
+    downscaling JOB --config=NAME[:VARIANT] --workdir=DIR [--config.key=value ...]
+                    [--distributed=auto|on|off]
+                    [--dry_run [--devices=N|v5e:16x16|h200:8]] [--traceback]
 
 JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order. NAME is a
 built-in config (ks, kolmogorov) or a file (configs/ks.py). `downscaling doctor` looks at processes,

@@ -1,5 +1,6 @@
 """The two worlds of an experiment: grids, C′, solvers, data sets and symmetries."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -49,8 +50,9 @@ def coarse_solver(experiment: Experiment) -> protocol.CoarseSolver:
 
 
 def _box(experiment: Experiment) -> dict[str, float]:
-  """The flow's box is (2π)², a constant of its class."""
-  return {"length": experiment.grid.length} if experiment.data.name == "ks" else {}
+  """The length of the box, of solvers that take one; the flow's is (2π)², a constant."""
+  taken = {field.name for field in dataclasses.fields(experiment.physics.Fine)}
+  return {"length": experiment.grid.length} if "length" in taken else {}
 
 
 def equation(experiment: Experiment, which: str) -> protocol.WorldSolver:

@@ -131,15 +131,13 @@ def make(
   """The builder of one data set, on the grid of this run.
 
   Args:
-    name: a key of BUILDERS.
+    name: of the equation.
     which: "hfhr" or "lflr".
     data_dir: where NAME/WHICH/VERSION lies.
     space, channels: the grid.
-  Raises: ValueError for an unknown name.
+  Returns: a builder; of an equation without a class here, one of a class made for it.
   """
-  if name not in BUILDERS:
-    raise ValueError(f"config.data.name={name!r} is unknown; known: {sorted(BUILDERS)}.")
-  cls = BUILDERS[name]
+  cls = BUILDERS.get(name) or _class_of(name)
   config = {c.name: c for c in cls.BUILDER_CONFIGS}[which]
   if (config.space, config.channels) != (
     tuple(space),
@@ -149,6 +147,14 @@ def make(
     config = dataclasses.replace(config, name=name, space=tuple(space), channels=channels)
   builder = cls(config=config, data_dir=str(pathlib.Path(data_dir).absolute()))
   return builder
+
+
+def _class_of(name: str) -> type[FieldsBuilder]:
+  """A builder class for an equation that has none. TFDS names the data set after its class."""
+  configs = [FieldsConfig(name=which, description=which) for which in ("hfhr", "lflr")]
+  made = type(name.capitalize(), (FieldsBuilder,), {"BUILDER_CONFIGS": configs, "about": name})
+  BUILDERS[name] = made
+  return made
 
 
 def source(builder: FieldsBuilder, split: str, at_least: int = 1):

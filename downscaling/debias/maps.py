@@ -69,14 +69,18 @@ def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
   Raises: FileNotFoundError if there is none; ValueError if it is damaged or of a kind that this
     version does not know.
   """
-  kinds = {
-    each.kind: each for each in (entropic_map.EntropicMap, equivariant_map.EquivariantMap, Chain)
-  }
-  if (kind := map_files.kind_of(folder)) not in kinds:
+  kind = map_files.kind_of(folder)
+  if kind not in KINDS:
     raise ValueError(
-      f"{folder}/map.json holds a map of kind {kind!r}, this version reads {sorted(kinds)}."
+      f"{folder}/map.json holds a map of kind {kind!r}, this version reads {sorted(KINDS)}."
     )
-  return kinds[kind].load(folder)
+  return KINDS[kind].load(folder)
+
+
+# The kind in map.json -> the class that reads it.
+KINDS: dict[str, Any] = {
+  each.kind: each for each in (entropic_map.EntropicMap, equivariant_map.EquivariantMap, Chain)
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,10 +1,10 @@
 """The ensemble on disk: one Zarr v3 store that grows, and beside it what is finished.
 
-NAME.zarr    sample (condition, member, [time,] [y,] x[, channel]) float32, NaN where not yet drawn;
-             misfit (condition, member) where the sampler tells it; coordinates; the coarse fields
-             it was drawn from as condition_field. One shard a unit, so one writer a shard. A member
-             that failed is NaN throughout and has an infinite misfit. The markers, not the NaN, say
-             what is drawn.
+NAME.zarr    sample (condition, member, time if series, space, channel if several) float32, NaN
+             where not yet drawn; misfit (condition, member) where the sampler tells it;
+             coordinates; the coarse fields it was drawn from as condition_field. One shard a unit,
+             so one writer a shard. A member that failed is NaN throughout and has an infinite
+             misfit. The markers, not the NaN, say what is drawn.
 NAME.units   stage.json: what the samples depend on, and how many conditions and members there are;
              one marker a finished unit, written after the unit's bytes are durable; beside it, if
              members of it failed, how many of each condition; lock.json while a job writes.
