@@ -46,7 +46,8 @@ def debias(
     source, target, held_out: [S, *space, C] float32; held-out rows are biased rows that no fit
       sees.
     maps: names in maps.FITS. chosen: the one of them that samples are drawn behind.
-    setting: its group is the equation's; which subgroup of it maps use is found here (groups.py).
+    setting: its group is the equation's; bias_symmetry.py finds which subgroup
+      of it maps use.
     evaluators: name -> function of (rows, mapped rows) -> metrics.
     trajectories: of the rows of source and target, [S] and [R], which are the units of a test;
       None: not known.
@@ -80,6 +81,9 @@ def debias(
   health.refuse(findings)
   setting, said = _with_group(setting, source, target, space, trajectories)
   findings += said
+  if meshes.is_main():
+    health.tell(findings, progress.say)  # before the fits: one of them may fail for what it says
+  of_rows = len(findings)
   fitted, facts = {}, {}
   for name in maps:
     fitted[name], facts[name] = _fitted(name, folder / name, source, target, setting)
@@ -92,9 +96,10 @@ def debias(
       if rows is not None:
         ids = in_sample if name == "in_sample" else None
         mapped[name] = _mapped_rows(folder / f"{name}.zarr", fitted, rows, ids)
+    inflated = health.inflating({"source": source, "target": target})
     for name in maps:
       of_map = (mapped["held_out"][name], mapped["in_sample"][name], target, name == chosen)
-      findings += health.of_map(name, facts[name], *of_map)
+      findings += health.of_map(name, facts[name], *of_map, inflated)
     sizes = {"source": len(source), "target": len(target), "held_out": len(held_out)}
     report = {
       "map": chosen,
@@ -108,7 +113,7 @@ def debias(
       },
       "seconds": time.monotonic() - began,
     }
-    health.tell(findings, progress.say)
+    health.tell(findings[of_rows:], progress.say)
     files.write_json(folder / "diagnostics.json", report)
   setting.agree("written")
   report = files.read_json(folder / "diagnostics.json")

@@ -24,6 +24,10 @@ POOLED, PINNED = (
 # of the amplitude, or of the variance by averaging: a map that loses more carries little
 # information
 LOST = 0.5
+# Standard errors beyond which their number says nothing.
+COUNTED = 1000.0
+# Mean over median squared distance of rows; 1.1 of Gaussian fields in 24 dimensions.
+INFLATED = 10.0
 SHRUNK = 0.1  # of the variance may be lost by averaging over targets
 LOOK_UP = 1.05  # effective targets below it: each row is replaced by its nearest target
 SPREAD_OUT = 0.1  # of all targets in one row's average
@@ -137,6 +141,27 @@ def of_size(rows: int, points: int, elements: int) -> Finding:
   return finding("rows for each point", value, ROWS_PER_POINT, say)
 
 
+def inflating(clouds: Mapping[str, np.ndarray]) -> str:
+  """What to say if a few rows make the mean cost, which scales ε, much larger than most costs are.
+
+  clouds: {name: rows [S, *space, C]}. Returns "" if none do.
+  """
+  said = []
+  for name, rows in clouds.items():
+    flat = rows.reshape(len(rows), -1).astype(np.float64)
+    size = ((flat - np.median(flat, axis=0)) ** 2).sum(axis=1)
+    middle = float(np.median(size))
+    if size.mean() > INFLATED * middle:
+      far = np.flatnonzero(size > INFLATED * middle)
+      said.append(f"{len(far)} {name} rows ({_places(far[np.argsort(-size[far])])})")
+  if not said:
+    return ""
+  return (
+    f"{' and '.join(said)} lie so far from the others that they inflate the mean cost, of which "
+    "config.debias.epsilon is a share. Remove or mend these rows."
+  )
+
+
 def of_group(verdicts: Sequence[bias_symmetry.Verdict], used: str) -> list[Finding]:
   """What the test said of the groups that it looked at, the largest first; used: the one that maps
   are fitted with.
@@ -153,13 +178,16 @@ def of_group(verdicts: Sequence[bias_symmetry.Verdict], used: str) -> list[Findi
     return found
   first, *others = broken
   where = "over all points" if first.point is None else f"at point {first.point}"
+  # A point without spread, or nearly so, has no standard error that means anything.
+  errors = f"{first.worst:.1f}" if first.worst < COUNTED else f"more than {COUNTED:g}"
   say = (
     f"the bias breaks the symmetry of the group {first.name!r} ({first.elements} elements): the "
     f"difference in {first.statistic} {where} is {first.size:+.2g} from what the group allows, "
-    f"{first.worst:.1f} standard errors where sampling allows {first.limit:.1f}"
+    f"{errors} standard errors where sampling allows {first.limit:.1f}"
   )
   if others:
-    say += " (" + ", ".join(f"{each.name!r}: {each.worst:.1f}" for each in others) + ")"
+    told = [f"{each.name!r}: {min(each.worst, COUNTED):.1f}" for each in others]
+    say += f" ({', '.join(told)})"
   if used in [each.name for each in broken]:
     say += f"; config.debias.group keeps {used!r}, and maps cannot mend that: set "
     say += "--config.debias.group=auto."
@@ -179,17 +207,19 @@ def of_map(
   in_sample: np.ndarray,
   target: np.ndarray,
   chosen: bool,
+  inflated: str = "",
 ) -> list[Finding]:
   """Amplitude of a map's fields, and what averaging over targets has cost a barycentric one.
 
   Args:
     facts: of the fit (maps.fit). held_out, in_sample: mapped rows, [S, *space, C]. target: true
-      rows. chosen: are samples drawn behind this map? Only then is a fault an error.
+      rows. chosen: are samples drawn behind this map? Only then is a fault an error. inflated: see
+      `inflating`.
   """
   worst = "error" if chosen else "warning"
   found = [*_amplitude(name, held_out, target, worst)]
   if "epsilon" in facts:
-    found.append(_shrinkage(name, in_sample, target, worst))
+    found.append(_shrinkage(name, in_sample, target, worst, inflated))
   if "effective_targets" in facts:
     found.append(_effective(name, facts["effective_targets"]["0.5"], len(target), chosen))
   if facts.get("dropped"):
@@ -233,7 +263,9 @@ def _amplitude(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) ->
   return [*found, finding("amplitude ratio at a point", ratio[place], limit, say, "warning", name)]
 
 
-def _shrinkage(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) -> Finding:
+def _shrinkage(
+  name: str, mapped: np.ndarray, target: np.ndarray, worst: str, inflated: str
+) -> Finding:
   ours, true = (
     float(rows.reshape(len(rows), -1).var(axis=0, dtype=np.float64).sum())
     for rows in (mapped, target)
@@ -242,8 +274,8 @@ def _shrinkage(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) ->
   say, level = "", "warning"
   if lost > LOST:
     level = worst
-    say = (
-      f"map {name} has lost {lost:.0%} of the variance by averaging over targets: "
+    say = f"map {name} has lost {lost:.0%} of the variance by averaging over targets: "
+    say += inflated or (
       "config.debias.epsilon is too large for its output to carry information. Set "
       "--config.debias.epsilon=0.001 or so, in another --workdir."
     )

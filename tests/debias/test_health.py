@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from downscaling.debias import fit, health, maps
+from downscaling.debias import bias_symmetry, fit, health, maps
 from downscaling.equations import ks
 from downscaling.fields import symmetry
 from downscaling.runtime import files
@@ -91,6 +91,35 @@ def test_of_a_map_that_is_only_shown_it_is_a_warning(tmp_path, capfd):
   report = debias(tmp_path, rows(200, 0), rows(200, 1), names=("gaussian", "entropic"), epsilon=1.0)
   assert levels(report)["shrinkage of the barycentric map"] == "warning"
   assert "debias: warning: map entropic has lost" in capfd.readouterr().err
+
+
+def test_rows_are_told_of_before_a_fit_fails(tmp_path, capfd, monkeypatch):
+  """A column that never varies, and a fit that raises: the user has read the warning by then."""
+  source = rows(200, 0)
+  source[:, 3] = 0.5
+  monkeypatch.setitem(maps.FITS, "gaussian", lambda *_: 1 / 0)
+  with pytest.raises(ZeroDivisionError):
+    debias(tmp_path, source, rows(200, 1))
+  said = capfd.readouterr().err
+  assert "debias: warning: " in said
+  assert "points 3" in said
+
+
+def test_a_standard_error_without_meaning_is_not_quoted():
+  """A point of one value and a bias: 1.6e14 standard errors were said."""
+  verdict = bias_symmetry.Verdict("full", 12, 1.6e14, 4.1, "mean", 2, 0.5)
+  (found,) = health.of_group([verdict], "trivial")
+  assert "more than 1000 standard errors where sampling allows 4.1" in found["message"]
+
+
+def test_outlying_rows_are_named_where_they_inflate_the_cost(tmp_path, capfd):
+  """One row of 2·10⁴ makes the mean cost 10⁶ times the median: ε is not what is wrong."""
+  source = rows(200, 0)
+  source[17] = 2e4
+  debias(tmp_path, source, rows(200, 1), names=("gaussian", "entropic"), outlier=1e9)
+  said = capfd.readouterr().err
+  assert "1 source rows (17) lie so far from the others" in said
+  assert "epsilon is too large" not in said
 
 
 def test_a_broken_symmetry_is_said_on_one_line(tmp_path, capfd):
