@@ -333,6 +333,21 @@ def test_sigterm_in_the_middle_of_a_pipeline(finished, command, execute, tmp_pat
   assert "train: train is done already" in done.stderr
 
 
+def test_sigterm_while_evaluating(finished, command, execute, tmp_path):
+  """It ends at once, and the next call makes the report that an undisturbed one makes."""
+  workdir, _ = finished
+  copy(workdir, tmp_path, "debias", "train", "samples")
+  argv = command("evaluate", tmp_path, **{"data.dir": workdir / "data"})
+  code, said = interrupt(argv, lambda: list(tmp_path.glob("report/stage.json")))
+  assert code == 143, said
+  assert "stopped while evaluating; run the same command to go on." in said
+  assert not (tmp_path / "report" / "metrics.json").exists()
+  goes_on(argv, execute)
+  one, two = (json.loads((w / "report" / "metrics.json").read_text()) for w in (workdir, tmp_path))
+  for part in ("debias", "samples", "config_hash"):
+    assert one[part] == two[part]
+
+
 def test_kill_9_while_training(finished, command, execute, tmp_path):
   """No chance to save anything: the last whole checkpoint counts, and the steps since are replayed
   with their noise.

@@ -247,7 +247,8 @@ def load(
     index = balanced(len(data) // snapshots, snapshots, count or len(data))
   rows = data.__getitems__(index.tolist())
   out = {k: np.stack([np.asarray(r[k]) for r in rows]) for k in ("u", "trajectory", "time")}
-  if not (finite := np.isfinite(out["u"]).reshape(len(rows), -1).all(1)).all():
+  finite = np.isfinite(out["u"]).reshape(len(rows), -1).all(1)
+  if not finite.all():
     bad = int(np.argmin(finite))
     raise ValueError(
       f"{builder.data_dir} split {split}: trajectory {out['trajectory'][bad]} at time "

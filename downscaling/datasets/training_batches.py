@@ -48,7 +48,8 @@ class Batches:
     """Rows `which` of the batch of a step: {"x": [len(which), *space, C]}, normalised float32."""
     examples = self.source.__getitems__(self.indices(step, which).tolist())
     u = np.stack([example["u"] for example in examples])
-    if not (finite := np.isfinite(u).reshape(len(u), -1).all(1)).all():
+    finite = np.isfinite(u).reshape(len(u), -1).all(1)
+    if not finite.all():
       bad = examples[int(np.argmin(finite))]
       raise ValueError(
         f"trajectory {bad['trajectory']} at time {bad['time']:g} of the training split holds NaN "

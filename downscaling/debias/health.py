@@ -55,7 +55,8 @@ def finding(
 
 def refuse(findings: Sequence[Finding]) -> None:
   """Raises ValueError with the messages of all errors."""
-  if errors := [each["message"] for each in findings if each["level"] == "error"]:
+  errors = [each["message"] for each in findings if each["level"] == "error"]
+  if errors:
     raise ValueError(" ".join(errors))
 
 

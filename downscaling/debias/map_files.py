@@ -41,7 +41,8 @@ def load(folder: str | os.PathLike, kind: str) -> tuple[dict, dict[str, np.ndarr
   """
   folder = pathlib.Path(folder)
   record = _record(folder)
-  if (found := (record.get("schema"), record.get("kind"))) != (SCHEMA, kind):
+  found = (record.get("schema"), record.get("kind"))
+  if found != (SCHEMA, kind):
     raise ValueError(
       f"{folder}/map.json has schema and kind {found}, this version reads {(SCHEMA, kind)}."
     )

@@ -99,13 +99,15 @@ def fit(
     asked, due, metrics = stop(), False, None
     if plan.save_minutes and plan.is_time("log", step):
       due = agree(time.monotonic() - saved_at > 60 * plan.save_minutes)[0]
-    if (evaluate := not evaluated or plan.is_time("eval", step)) and not asked:
+    evaluate = not evaluated or plan.is_time("eval", step)
+    if evaluate and not asked:
       flush()
       with watch.paused():
         found = {}
         for name, evaluator in evaluators.items():
           found |= {f"{name}/{k}": v for k, v in evaluator(state).items()}
-          if asked := stop():
+          asked = stop()
+          if asked:
             break
         else:
           metrics = watch.evaluated(step, found)
@@ -162,7 +164,8 @@ class Watch:
     Raises FloatingPointError if a step since the last log was not finite.
     """
     host = {k: float(v) for k, v in jax.device_get(logs).items()}
-    if bad := int(host.pop("bad_step")):
+    bad = int(host.pop("bad_step"))
+    if bad:
       last = saver.steps()[-1] if saver.steps() else None
       raise FloatingPointError(
         f"loss or gradient norm not finite at step {bad}, in the window ({self._from}, {step}]. "
@@ -186,7 +189,8 @@ class Watch:
     }
     if self.peak:
       speed["flops_utilisation"] = speed["flops_per_second"] / self.peak
-    if stats := jax.local_devices()[0].memory_stats():
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
       speed["device_peak_bytes"] = stats.get("peak_bytes_in_use", 0)
     self.writer.write_scalars(step, scalars)
     self.writer.write_speed(step, speed)
@@ -267,7 +271,8 @@ def train(
     saver = ckpt.Checkpoints(folder / "checkpoints", config_hash, keep, agree)
     example = jax.ShapeDtypeStruct((batches.batch, *shape), jnp.float32, sharding=meshes.rows(mesh))
     step_fn, flops = compiled(make_update(specs.params), target, {"x": example})
-    if (found := saver.restore_last(target)) is not None:
+    found = saver.restore_last(target)
+    if found is not None:
       state = found[1]
       progress.say(f"train: going on from step {found[0]}")
     else:

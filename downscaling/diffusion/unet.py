@@ -182,7 +182,8 @@ class UNet(nn.Module):
         "a level."
       )
     total = self.stem * math.prod(self.strides)
-    if bad := [n for n in space if n % total]:
+    bad = [n for n in space if n % total]
+    if bad:
       raise ValueError(
         f"a grid of {bad[0]} points cannot be coarsened {total} times (stem {self.stem} × strides "
         f"{self.strides}): choose config.model.strides whose product divides it."

@@ -162,7 +162,8 @@ class Domain:
       )
     for kind, named in (("axes", self.axes), ("channels", self.channels)):
       names = [one.name for one in named]
-      if twice := sorted({name for name in names if names.count(name) > 1}):
+      twice = sorted({name for name in names if names.count(name) > 1})
+      if twice:
         raise ValueError(f"the {kind} {names} name {twice[0]!r} twice: give each its own name.")
     if self.mask is not None:
       raise ValueError(

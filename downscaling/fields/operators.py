@@ -222,7 +222,8 @@ class Dense(Operator):
         f"a matrix of shape {array.shape} came, need [n, {math.prod(fine)}] for the grid "
         f"{tuple(fine)}."
       )
-    if (rank := np.linalg.matrix_rank(array)) < len(array):
+    rank = np.linalg.matrix_rank(array)
+    if rank < len(array):
       raise ValueError(f"the matrix has {len(array)} rows of rank {rank}: drop the dependent ones.")
     return cls(tuple(fine), (len(array),), array, np.linalg.pinv(array))
 

@@ -1,7 +1,5 @@
 """The job `evaluate`: measures everything against held-out truth and writes the report."""
 
-import contextlib
-
 import numpy as np
 
 from downscaling.assembly import debiasing, samples, time_series, worlds
@@ -31,7 +29,10 @@ class Evaluate(Job):
     def measure():
       print(terminal.summary(writer.write(stage.path, evidence_of(work))))
 
-    with stage.timed(), contextlib.nullcontext() if meshes.is_main() else work.stop.waiting():
+    # The report's files are written at the end, whole or not at all: nothing is lost by a stop.
+    main = meshes.is_main()
+    quiet = work.stop.interruptible("evaluating") if main else work.stop.waiting()
+    with stage.timed(), quiet:
       processes.main_only("evaluate", measure)
     html = stage.path / "report.html"
     stage.finish(html=str(html), extent=e.extent())

@@ -178,7 +178,8 @@ def kld_by_dimension(pred: np.ndarray, ref: np.ndarray) -> np.ndarray:
   """
   pred, ref = pair(pred, ref)
   for name, x in (("pred", pred), ("ref", ref)):
-    if (flat := np.flatnonzero(np.ptp(x, axis=0) == 0)).size:
+    flat = np.flatnonzero(np.ptp(x, axis=0) == 0)
+    if flat.size:
       raise ValueError(
         f"{name} has the same value in all {len(x)} rows at point {flat[0]} ({flat.size} such "
         "points): a density needs samples that vary."

@@ -148,7 +148,8 @@ def errors(found: dict[str, np.ndarray], ref: dict[str, np.ndarray]) -> dict[str
     )
   out = {}
   for name, value in ref.items():
-    if not (size := float(np.linalg.norm(value))):
+    size = float(np.linalg.norm(value))
+    if not size:
       raise ValueError(
         f"the reference's {name} is zero: it has no relative error. Is its field constant?"
       )

@@ -90,7 +90,8 @@ def log_ratios(pred_energies: np.ndarray, ref_energies: np.ndarray) -> np.ndarra
       f"spectra of {pred_energies.size} and {ref_energies.size} shells: compare fields on one grid "
       "(coarse with coarse, fine with fine)."
     )
-  if (total := float(ref_energies.sum())) <= 0:
+  total = float(ref_energies.sum())
+  if total <= 0:
     raise ValueError("the reference has no energy in any shell: its fields are constant in space.")
   return np.abs(
     np.log(np.maximum(pred_energies, 1e-30 * total) / np.maximum(ref_energies, 1e-30 * total))

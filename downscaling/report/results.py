@@ -115,7 +115,8 @@ class Evidence:
           f"{name} rows {sorted(rows)} came without {name}_reference and {name}_floor: a number "
           "needs a set to be compared with and an independent one for its floor."
         )
-    if strangers := sorted({*self.truth, *self.conditions, *self.guesses} - {*self.samples}):
+    strangers = sorted({*self.truth, *self.conditions, *self.guesses} - {*self.samples})
+    if strangers:
       raise ValueError(
         f"truth or conditions for {strangers}, which are not among the samples "
         f"{sorted(self.samples)}."

@@ -306,7 +306,8 @@ def fits(e: Evidence) -> Section:
       )
     panels.append(Panel("moved", draw, "Displacement by quantile", caption))
   text += _health(e)
-  if record := e.convergence():
+  record = e.convergence()
+  if record:
     unit = "of mean cost" if e.mean_cost else "absolute"
     steps, epsilon, error = (values[-1] for values in record)
     caption = (
@@ -453,7 +454,8 @@ def run(e: Evidence) -> Section:
     if pairs
   ]
   body += f'<div class="pair">{"".join(parts)}</div>'
-  if config := given.get("config"):
+  config = given.get("config")
+  if config:
     text = html_page.escape(json.dumps(config, indent=2, default=str))
     body += f"<details><summary>The whole configuration</summary><pre>{text}</pre></details>"
   return Section("run", "How this was made", "", body, [])

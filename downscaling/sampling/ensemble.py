@@ -233,7 +233,8 @@ def _conclude(path, layout, before: int, drawn: int, began: float, max_failed: f
         "away."
       )
     marker = path.with_suffix(".units") / stage_folder.MARKER
-    if not (record := files.read_json(marker))["complete"]:
+    record = files.read_json(marker)
+    if not record["complete"]:
       ensemble_store.say_done(path, 1.0, failed_members=failed, failed_conditions=conditions)
       told = summary | {"failed": failed, "seconds": seconds}
       files.write_json(marker, record | {"complete": True, "summary": told})
@@ -490,7 +491,8 @@ def _layout(conditions, members: int, space, channels: int, unit, frames: int) -
   ):
     need = ", ".join(["conditions", *map(str, time), "*coarse", "channels"])
     raise ValueError(f"conditions of shape {conditions.shape} came, need [{need}].")
-  if bad := [i for i, y in enumerate(conditions) if not np.isfinite(y).all()]:
+  bad = [i for i, y in enumerate(conditions) if not np.isfinite(y).all()]
+  if bad:
     raise ValueError(
       f"{len(bad)} of {len(conditions)} conditions hold NaN or infinity, first number {bad[0]}: "
       "repair or drop them."

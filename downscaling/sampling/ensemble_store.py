@@ -241,10 +241,12 @@ def find(path: pathlib.Path, layout: Layout) -> Found:
   parts: dict[int, Unit] = {}
   expected = {u.name for u in layout.units()}
   for name in names - expected:  # of edge units that have grown since
-    if not (words := re.fullmatch(r"c(\d+)-(\d+)-m(\d+)-(\d+)\.json", name)):
+    words = re.fullmatch(r"c(\d+)-(\d+)-m(\d+)-(\d+)\.json", name)
+    if not words:
       continue
     part = Unit(*map(int, words.groups()))
-    if (place := starts.get((part.c0, part.m0))) is not None:
+    place = starts.get((part.c0, part.m0))
+    if place is not None:
       parts[place] = max(part, parts.get(place, part), key=lambda u: (u.c1 - u.c0) * (u.m1 - u.m0))
   return Found(missing, parts)
 

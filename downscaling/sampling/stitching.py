@@ -61,7 +61,8 @@ class Stitching:
         "window must go on beyond the one before. Set "
         f"--config.sampling.series.overlap={min(max(o, 0), f - 1)}."
       )
-    if left := (length - f) % (f - o):
+    left = (length - f) % (f - o)
+    if left:
       raise ValueError(
         f"windows of {f} frames with {o} in common do not end where a series of {length} frames "
         f"does: set --config.sampling.series.frames={length - left} or {length - left + f - o}."

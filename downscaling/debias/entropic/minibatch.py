@@ -178,7 +178,8 @@ class _Run:
     squares = sum(np.einsum("ij,ij->", c, c, dtype=np.float64) / len(c) for c in (y, h))
     self.mean_cost = float(squares - 2 * y.mean(0, dtype=np.float64) @ h.mean(0, dtype=np.float64))
     self.epsilon = epsilon * self.mean_cost
-    if (rounding := float(np.finfo(np.float32).eps) / 4 * squares / self.epsilon) > ROUNDING:
+    rounding = float(np.finfo(np.float32).eps) / 4 * squares / self.epsilon
+    if rounding > ROUNDING:
       raise ValueError(
         f"epsilon={epsilon:g} of the mean cost is too small for float32: rounding leaves a "
         f"marginal error of {rounding:.1g}, {ROUNDING:g} is accepted. Use epsilon >= "

@@ -116,7 +116,8 @@ def _check(x, y, f, g, tile, form) -> None:
       f"VMEM, {VMEM_BYTES / 2**20:.0f} are ours: pass a smaller tile, (8, 128) is the least; "
       "beyond that use geometry.log_sum_exp."
     )
-  if (most := max(s[0] + t for s, t in zip(shapes[:2], tile, strict=True)) * depth) >= 2**31:
+  most = max(s[0] + t for s, t in zip(shapes[:2], tile, strict=True)) * depth
+  if most >= 2**31:
     raise ValueError(
       f"a cloud of {most} numbers came, the kernel counts in int32: split the rows below 2**31 "
       "numbers."

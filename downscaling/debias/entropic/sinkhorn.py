@@ -252,7 +252,8 @@ def _clouds(source, target, weights, epsilon, threshold, group):
   squares = sum(np.einsum("i,ij,ij->", w, c, c, dtype=np.float64) for w, c in ((a, x), (b, y)))
   means = (soft_min.centre(c, group, w).astype(np.float64) for w, c in ((a, x), (b, y)))
   mean_cost = float(squares - 2 * np.dot(*means))
-  if (rounding := _rounding(x, y, epsilon * mean_cost)) > threshold:
+  rounding = _rounding(x, y, epsilon * mean_cost)
+  if rounding > threshold:
     raise ValueError(
       f"epsilon={epsilon:g} of the mean cost is too small for {dtype}: rounding alone leaves a "
       f"marginal error of {rounding:.1g}, threshold {threshold:g}. Use epsilon >= "

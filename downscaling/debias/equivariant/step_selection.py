@@ -206,7 +206,8 @@ class _Judge:
     )
     if self.noise["mean"].sum() < ROUNDING * power:  # a symmetry or the equation forbids it
       del self.noise["mean"]
-    if bad := [name for name, noise in self.noise.items() if not noise.any()]:
+    bad = [name for name, noise in self.noise.items() if not noise.any()]
+    if bad:
       raise ValueError(
         f"the target rows do not differ in {', '.join(bad)}: nothing can be judged by them. Hand "
         "in more rows, or set --config.debias.select=False."
