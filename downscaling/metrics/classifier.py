@@ -287,7 +287,10 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 
 @functools.cache
 def _step(steps: int, moves: symmetry.Moves | None):
-  """The jitted step: (parameters, optimiser's state, batch [B, *space], scale, key) -> both."""
+  """The jitted step: (parameters, optimiser's state, batch [B, *space], scale, key, i) -> both.
+
+  i: the step's number, which is folded into the key of the run.
+  """
   optimizer = _optimizer(steps)
 
   def loss(params, x):
@@ -296,9 +299,9 @@ def _step(steps: int, moves: symmetry.Moves | None):
     return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
   @jax.jit
-  def step(params, state, x, scale, key):
+  def step(params, state, x, scale, key, i):
     if moves is not None:
-      elements = jax.random.randint(key, (len(x),), 0, moves.count)
+      elements = jax.random.randint(jax.random.fold_in(key, i), (len(x),), 0, moves.count)
       x = jax.vmap(moves.move)(x, elements)
     gradient = jax.grad(loss)(params, (x - scale[0]) / scale[1])
     change, state = optimizer.update(gradient, state, params)
@@ -330,8 +333,7 @@ def _train(fields: np.ndarray, true_fields: np.ndarray, scale: np.ndarray, key: 
   state, step = _optimizer(steps).init(params), _step(steps, moves)
   for i in range(steps):
     batch = np.concatenate([fields[chosen[i]], true_fields[chosen_true[i]]])
-    moved = jax.random.fold_in(moving, i)
-    params, state = step(params, state, batch.astype(np.float32), scale, moved)
+    params, state = step(params, state, batch.astype(np.float32), scale, moving, np.uint32(i))
   return params
 
 
