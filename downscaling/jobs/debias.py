@@ -19,6 +19,9 @@ from downscaling.runtime import mesh as meshes
 from downscaling.runtime import processes, program_cost
 
 ENTROPIC = ("entropic", "symmetric", "rescaled")
+# Bytes that the compiler and the libraries of this job take beside arrays: measured on ks:smoke,
+# whose arrays are 1 MB.
+LIBRARIES = 250e6
 
 
 class Debias(Job):
@@ -100,7 +103,24 @@ class Debias(Job):
         recipe = "G" if name == "gaussian" else self.setting().recipe
         order = recipes.letters(recipe, debiasing.quadratic(self.experiment))
         lines.append(f"{name}: recipe {order}, {self._own_rows} rows a process")
-    return lines
+    return [*lines, f"memory of a process: about {size(self.peak())}"]
+
+  def peak(self) -> float:
+    """Bytes that one process takes at the most, beside what importing the package takes.
+
+    On a CPU, the devices' memory is the host's.
+    """
+    arrays = sum(item.nbytes for item in self.held())
+    return arrays + LIBRARIES + self._on_devices()
+
+  def _on_devices(self) -> float:
+    """Bytes of the entropic program on all devices of this process; 0 beside accelerators."""
+    if meshes.platform(self.work.mesh) != "cpu":
+      return 0.0
+    kinds = [name for name in self.experiment.debias.maps if name in ENTROPIC]
+    memories = [program_cost.memory(self._program(name)[1]) for name in kinds]
+    most = max((m["arguments"] + m["temporaries"] for m in memories), default=0)
+    return most * meshes.local(self.work.mesh).size
 
   @property
   def dimensions(self) -> int:
@@ -112,8 +132,8 @@ class Debias(Job):
     """Rows of a fit that one process works on."""
     return -(-self.experiment.debias.points // meshes.hosts(self.work.mesh))
 
-  def _sinkhorn(self, name: str) -> list[str]:
-    """The plan of an entropic map, by the very program that would run."""
+  def _program(self, name: str):
+    """(path, the compiled chunk of iterations) of an entropic map."""
     block, mesh = self.experiment.debias, self.work.mesh
     n, d = block.points, self.dimensions
     meshes.check_divides(n, mesh.size, "a cloud", "debias.points")
@@ -130,12 +150,20 @@ class Debias(Job):
     kept = rows_on(mesh, n, n) if sinkhorn_steps.keeps_costs(path, d, elements) else None
     epsilon = jax.ShapeDtypeStruct((), jnp.float32)
     program = chunk.lower(cloud, cloud, *(potential,) * 4, epsilon, moves, kept).compile()
+    return path, program
+
+  def _sinkhorn(self, name: str) -> list[str]:
+    """The plan of an entropic map, by the very program that would run."""
+    block, mesh = self.experiment.debias, self.work.mesh
+    n, d = block.points, self.dimensions
+    elements = len(worlds.group(self.experiment)) if name == "symmetric" else 1
+    path, program = self._program(name)
     memory = program_cost.memory(program)
     passes = 2 if path in ("ring", "pallas") else 1
     pairs = f"{n * n * elements * passes / mesh.size:.3g} pairs a device an iteration"
     if path == "dense":
       pairs += f", their exponentials once in {block.check_every}"
-    costs = " and the costs" if kept is not None else ""
+    costs = " and the costs" if sinkhorn_steps.keeps_costs(path, d, elements) else ""
     return [
       f"ε {block.epsilon:g} of the mean cost, annealed; at most {block.max_iterations} iterations "
       f"to a marginal error of {block.threshold:g}",

@@ -64,7 +64,7 @@ class Job(abc.ABC):
     """The dry run: what `run` would compute, hold and write."""
     return [
       *self.lines(),
-      f"memory a process: {total(self.held())}",
+      f"arrays of a process: {total(self.held())}",
       f"disk: {total(self.written())} in {self.work.folder(self.stage)}",
     ]
 
