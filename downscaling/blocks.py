@@ -311,13 +311,14 @@ class Resample(Settings, key="sampling.resample"):
   below: float = number(100.0, "noise level below which members are weighed", above=0)
 
 
+SOLVERS = ("dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "euler_maruyama", "heun")
+
+
 @block
 class Solver(Settings, key="sampling.solver"):
   """The solver of the sampling equation."""
 
-  name: str = choice("dpm_solver_pp_2m_sde",
-                     ("dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "euler_maruyama", "heun"),
-                     "the method")  # fmt: skip
+  name: str = choice("dpm_solver_pp_2m_sde", SOLVERS, "the method")
   eta: float = number(10.0, "of dpm_solver_pp_2m_sde: share of fresh noise", least=0)
   churn: float = number(0.0, "of heun: fresh noise", least=0)
   noise: float = number(1.0, "factor on fresh noise, above 1 for a prior that loses small scales",

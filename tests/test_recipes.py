@@ -73,8 +73,8 @@ def test_a_solver(checkout):
   solvers.write_text(solvers.read_text() + "\n\n" + function)
   anchor = '  if block.name == "dpm_solver_pp_2m":\n'
   change(checkout / second, anchor, branch + anchor)
-  old = '("dpm_solver_pp_2m", "dpm_solver_pp_2m_sde", "euler_maruyama", "heun"),'
-  change(checkout / third, old, choices.strip())
+  old = re.search(r"^SOLVERS = .*\n", (checkout / third).read_text(), re.MULTILINE)[0]
+  change(checkout / third, old, choices)
   flags = ("--config.sampling.solver.name=euler", "--config.sampling.resample.strength=0")
   said = job(checkout, "sample", "ks:smoke", "--dry_run", *flags)
   assert "4 steps of euler" in said
