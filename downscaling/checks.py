@@ -167,7 +167,8 @@ def _programs(experiment: Experiment) -> None:
   stats = prior.unit_statistics(e)
   network = prior.network(e, stats)
   key = jax.eval_shape(lambda: random_keys.key(0, "plans"))
-  window = jax.ShapeDtypeStruct((1, *space, e.grid.frames), jnp.float32)
+  values = e.grid.frames * worlds.channels(e)
+  window = jax.ShapeDtypeStruct((1, *space, values), jnp.float32)
   variables = jax.eval_shape(network.init, key, window, jnp.ones(1))
   jax.eval_shape(lambda key: prior.noise_levels(e)(key, 4), key)
   rows, length = 2 * e.sampling.unit[1], e.sampling.series.frames

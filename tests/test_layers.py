@@ -8,8 +8,8 @@ import sys
 PACKAGE = pathlib.Path(__file__).parents[1] / "downscaling"
 BELOW_ALL = ("fields", "runtime", "equations", "datasets", "debias", "diffusion", "sampling")
 BELOW = {
-  "fields": set(),
   "runtime": set(),
+  "fields": {"runtime"},
   "equations": {"fields", "runtime"},
   "datasets": {"fields", "runtime", "equations"},
   "debias": {"fields", "runtime"},

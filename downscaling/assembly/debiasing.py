@@ -35,6 +35,7 @@ def setting(experiment: Experiment, config_hash: str, **of_job) -> maps.Setting:
     recipe=debias.recipe,
     seed=experiment.seed,
     config_hash=config_hash,
+    weights=tuple(worlds.domain(experiment).weights),
     **of_job,
   )
 

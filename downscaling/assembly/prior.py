@@ -48,6 +48,7 @@ def network(
     convolution = model.convolution
   if convolution == "auto" and looped:
     convolution = "im2col"  # microbatches are a loop: see unet.convolve
+  domain = worlds.domain(experiment)
   net = unet.UNet(
     channels=model.channels,
     strides=model.strides,
@@ -55,14 +56,16 @@ def network(
     stem=model.stem,
     heads=model.heads,
     embedding=model.embedding,
+    periodic=tuple(axis.periodic for axis in domain.axes),
     convolution=convolution,
     dtype=PRECISIONS[model.dtype],
     remat=memory.remat,
   )
-  net.check(worlds.space(experiment))
+  net.check(domain.shape)
   spectrum = stats.repeated(experiment.grid.frames).spectrum
   known = {"edm": (None, False), "wiener": (spectrum, False), "adaptive": (spectrum, True)}
-  return denoiser.Denoiser(net, *known[model.preconditioning], static=_static(experiment))
+  spectral = known[model.preconditioning]
+  return denoiser.Denoiser(net, *spectral, static=_static(experiment), basis=domain.basis())
 
 
 def _static(experiment: Experiment) -> np.ndarray | None:
@@ -199,12 +202,13 @@ def error_levels(experiment: Experiment) -> np.ndarray:
 def stand_in_table(experiment: Experiment) -> error_table.ErrorTable:
   """A table of the right shape, for programs that are compiled and never run."""
   levels = error_levels(experiment)
-  shape = (len(levels), *worlds.space(experiment), experiment.grid.frames)
+  values = experiment.grid.frames * worlds.channels(experiment)
+  shape = (len(levels), *worlds.space(experiment), values)
   return error_table.ErrorTable(levels, np.ones(shape, np.float32))
 
 
 def unit_statistics(experiment: Experiment) -> statistics.Statistics:
   """Statistics of the right shape, for programs that are compiled and never run."""
-  one = np.ones(1, np.float32)
-  spectrum = np.ones((*worlds.space(experiment), 1), np.float32)
-  return statistics.Statistics(np.zeros(1, np.float32), one, spectrum)
+  one = np.ones(worlds.channels(experiment), np.float32)
+  spectrum = np.ones((*worlds.space(experiment), len(one)), np.float32)
+  return statistics.Statistics(np.zeros_like(one), one, spectrum)

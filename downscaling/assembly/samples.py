@@ -1,5 +1,6 @@
 """The sampler of an experiment, and which sets of samples it draws."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -101,8 +102,10 @@ def _folded(experiment: Experiment, stats, network, table=None, alpha=None) -> C
   measured = needs_table(experiment)
   # Levels are numbers, also for a caller who builds a sampler under jit.
   with jax.ensure_compile_time_eval():
-    prior_gain = gaussian_gain.Gain(op, gaussian_gain.prior_variance(stats.spectrum), noise)
-    guide = prior_gain if not measured else _measured_gain(op, table, plan, noise)
+    basis = worlds.domain(experiment).basis()
+    variance = gaussian_gain.prior_variance(stats.spectrum)
+    prior_gain = gaussian_gain.Gain(op, variance, noise, basis=basis)
+    guide = prior_gain if not measured else _measured_gain(prior_gain, table, plan)
     covered = table if measured else None
     check_noise_levels(experiment, covered)
     levels, high = _noise_levels(experiment, guide or prior_gain)
@@ -138,12 +141,13 @@ def _folded(experiment: Experiment, stats, network, table=None, alpha=None) -> C
   )
 
 
-def _measured_gain(op, table, plan, noise):
-  """The gain of the measured error; None without a table."""
+def _measured_gain(prior_gain: gaussian_gain.Gain, table, plan) -> gaussian_gain.Gain | None:
+  """The same with the measured error in place of the prior's variance; None without a table."""
   if table is None:
     return None
   errors = stitching.extended(table.errors, plan)
-  return gaussian_gain.Gain(op, gaussian_gain.measured_variance(table.sigmas, errors), noise)
+  variance = gaussian_gain.measured_variance(table.sigmas, errors)
+  return dataclasses.replace(prior_gain, variance=variance)
 
 
 def _guidance(experiment: Experiment, alpha) -> dict:

@@ -11,7 +11,7 @@ from downscaling.assembly import time_series
 from downscaling.datasets import generate, simulated
 from downscaling.equations import protocol, rollouts
 from downscaling.experiment import Experiment
-from downscaling.fields import operators, symmetry
+from downscaling.fields import grid_symmetry, operators, symmetry
 from downscaling.fields.domain import Domain
 from downscaling.runtime import mesh as meshes
 
@@ -20,7 +20,12 @@ OPERATORS = {"strided": operators.Strided, "block_mean": operators.BlockMean}
 
 def space(experiment: Experiment) -> tuple[int, ...]:
   """Fine points along each axis."""
-  return (experiment.grid.points,) * experiment.physics.RANK
+  return domain(experiment).shape
+
+
+def channels(experiment: Experiment) -> int:
+  """Variables of a field."""
+  return len(domain(experiment).channels)
 
 
 def operator(experiment: Experiment) -> operators.Operator:
@@ -33,7 +38,7 @@ def dataset(experiment: Experiment, workdir: pathlib.Path, which: str) -> simula
   """The data set of "hfhr" or "lflr"."""
   grid = space(experiment) if which == "hfhr" else operator(experiment).coarse
   folder = experiment.folder(workdir, "data")
-  return simulated.make(experiment.data.name, which, folder, grid)
+  return simulated.make(experiment.data.name, which, folder, grid, channels(experiment))
 
 
 def fine_solver(experiment: Experiment) -> protocol.FineSolver:
@@ -45,7 +50,7 @@ def fine_solver(experiment: Experiment) -> protocol.FineSolver:
 
 def coarse_solver(experiment: Experiment) -> protocol.CoarseSolver:
   """The solver of the biased world."""
-  points = operator(experiment).coarse[0]
+  points = experiment.grid.points // experiment.grid.factor
   return experiment.physics.Coarse(points=points, **_box(experiment), **experiment.coarse)
 
 
@@ -93,9 +98,14 @@ def generation(
     trajectories=data.trajectories(which),
     shard=data.shard,
     times=data.burn_in + data.spacing * np.arange(data.snapshots),
-    rollout=lambda ids: rollout(ids)[..., None],
+    rollout=lambda ids: _with_channels(rollout(ids), solver),
     check=functools.partial(rollouts.check, solver),
   )
+
+
+def _with_channels(snapshots: jax.Array, solver: protocol.WorldSolver) -> jax.Array:
+  """[T, S, *space, C]; solvers of one channel leave its axis out."""
+  return snapshots[..., None] if len(solver.domain.channels) == 1 else snapshots
 
 
 def group(experiment: Experiment) -> symmetry.Group:
@@ -109,6 +119,12 @@ def moves(experiment: Experiment) -> symmetry.Moves:
   return symmetry.Moves(solver.symmetries, solver.move)
 
 
+def shifts_freely(experiment: Experiment) -> bool:
+  """Are all shifts along the last axis among the symmetries, so that modes do not correlate?"""
+  along_last = grid_symmetry.shift(axis=domain(experiment).rank - 1, rank=domain(experiment).rank)
+  return along_last in domain(experiment).symmetries
+
+
 def coarse_moves(experiment: Experiment) -> symmetry.Moves:
   """The symmetries of the coarse grid, on [..., *coarse]: `group` without its table."""
   return symmetry.Moves(len(group(experiment)), fine_solver(experiment).move)
@@ -116,7 +132,7 @@ def coarse_moves(experiment: Experiment) -> symmetry.Moves:
 
 def coordinates(experiment: Experiment) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
   """Coordinates of the sample store: positions in the equation's own length unit."""
-  fine, coarse = domain(experiment), domain(experiment).coarsen(operator(experiment))
+  fine, coarse = domain(experiment), coarse_domain(experiment)
   of_coarse = coarse.coords("_coarse", " of the coarse points")
   return time_series.times(experiment) | fine.coords() | of_coarse
 
@@ -124,3 +140,8 @@ def coordinates(experiment: Experiment) -> dict[str, tuple[np.ndarray, dict[str,
 def domain(experiment: Experiment) -> Domain:
   """Axes, channels and symmetries of the fine fields."""
   return fine_solver(experiment).domain
+
+
+def coarse_domain(experiment: Experiment) -> Domain:
+  """The same of the coarse fields."""
+  return domain(experiment).coarsen(operator(experiment))

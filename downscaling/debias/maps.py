@@ -63,6 +63,33 @@ class Chain:
     return cls(tuple(load(pathlib.Path(folder) / str(i)) for i in range(int(record["length"]))))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled:
+  """A map of fields whose channels are divided by `scale` [C], so that their units do not count."""
+
+  kind: ClassVar[str] = "scaled"
+  map: Any
+  scale: np.ndarray
+
+  def __call__(self, y: np.ndarray) -> np.ndarray:
+    return self.map(y / self.scale) * self.scale
+
+  def outside(self, y: np.ndarray) -> np.ndarray:
+    return self.map.outside(y / self.scale)
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """The map as FOLDER/map, then map.json."""
+    self.map.save(pathlib.Path(folder) / "map")
+    map_files.save(folder, self.kind, {}, {"scale": self.scale})
+
+  @classmethod
+  def load(cls, folder: str | os.PathLike) -> "Scaled":
+    _, arrays = map_files.load(folder, cls.kind)
+    if set(arrays) != {"scale"}:
+      raise map_files.damaged(folder, ", ".join(sorted(arrays)))
+    return cls(load(pathlib.Path(folder) / "map"), arrays["scale"])
+
+
 def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
   """The map in a folder, of whatever kind: [S, *space, C] -> the same shape.
 
@@ -79,7 +106,8 @@ def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
 
 # The kind in map.json -> the class that reads it.
 KINDS: dict[str, Any] = {
-  each.kind: each for each in (entropic_map.EntropicMap, equivariant_map.EquivariantMap, Chain)
+  each.kind: each
+  for each in (entropic_map.EntropicMap, equivariant_map.EquivariantMap, Chain, Scaled)
 }
 
 
@@ -95,7 +123,8 @@ class Setting:
 
   quadratic: the equation's quadratic term, or None. sinkhorn: keywords of sinkhorn.fit.
   minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash: of
-  the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints.
+  the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints. weights: of the
+  channels, for squared errors in units of their own standard deviation; () for one alike for all.
   """
 
   group: symmetry.Group
@@ -112,6 +141,7 @@ class Setting:
   mesh: jax.sharding.Mesh | None = None
   stop: Callable[[], bool] = lambda: False
   agree: Callable[[Any], list] = lambda value: [value]
+  weights: tuple[float, ...] = ()
 
 
 def fit(name: str, folder: pathlib.Path, source: np.ndarray, target: np.ndarray, setting: Setting):
@@ -127,7 +157,25 @@ def fit(name: str, folder: pathlib.Path, source: np.ndarray, target: np.ndarray,
     raise ValueError(
       f"config.debias.maps has {name!r}, which is unknown; use some of {sorted(FITS)}."
     )
-  return FITS[name](folder, source, target, setting)
+  channels = source.shape[-1]
+  if channels == 1:
+    return FITS[name](folder, source, target, setting)
+  scale = _scale(target, setting.weights or (1.0,) * channels)
+  made, facts = FITS[name](folder, source / scale, target / scale, setting)
+  return Scaled(made, scale), facts | {"scale": scale.tolist()}
+
+
+def _scale(target: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
+  """What channels are divided by, [C] float32: a squared difference of 1 then counts its weight in
+  standard deviations of the target.
+  """
+  spread = target.std(axis=tuple(range(target.ndim - 1)), dtype=np.float64)
+  if len(weights) != len(spread) or not (spread > 0).all():
+    raise ValueError(
+      f"{len(weights)} weights for {len(spread)} channels with standard deviations "
+      f"{spread.tolist()}: need one weight a channel, and no channel that is constant."
+    )
+  return np.asarray(spread / np.sqrt(weights), np.float32)
 
 
 def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | None = None):
@@ -186,7 +234,8 @@ def plan(
 
 
 def _symmetric(folder, source, target, setting: Setting):
-  return _entropic(folder, source, target, setting, setting.group)
+  group = setting.group.over_channels(source.shape[-1], last=True)
+  return _entropic(folder, source, target, setting, group)
 
 
 def _rescaled(folder, source, target, setting: Setting):
@@ -267,6 +316,7 @@ def _gaussian(folder, source, target, setting: Setting):
 def _equivariant(folder, source, target, setting: Setting):
   """The steps of the recipe that rows outside the fit ask for."""
   order = recipes.letters(setting.recipe, setting.quadratic)
+  recipes.check_channels(source.shape[1:], order)
   if not setting.select:
     return _recipe(folder, source, target, setting, setting.recipe)
   with progress.Progress(f"{folder.name}: trials", len(order), "steps") as bar:

@@ -5,7 +5,7 @@ Three preconditionings, one form, D = skip·x + out·net(inp·x, ln σ / 4), inp
 
   edm       scalars skip = 1/(σ²+1), out = σ/√(σ²+1) (Karras et al. 2022, arXiv:2206.00364,
             Table 1);
-  wiener    skip and out act mode by mode on the Fourier transform, skip_k = S_k/(S_k+σ²),
+  wiener    skip and out act mode by mode of a basis (fields/basis.py), skip_k = S_k/(S_k+σ²),
             out_k = √(S_k σ²/(S_k+σ²)), with S the spectrum of the training data. A silent net is
             then the exact denoiser of a Gaussian field of that spectrum, and the net's output is
             coloured by the variance that is left. A steep tail of the data costs nothing.
@@ -20,12 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from downscaling.fields.basis import Basis, Trigonometric
+
+SMALLEST = 1e-14  # of the largest variance of a mode: keeps ratios finite in float32
+
 
 class Denoiser(nn.Module):
   """Attributes:
   net: module (x [B, *space, C], level [B]) -> [B, *space, C].
     adaptive: with 2·C channels in and out.
-  spectrum: None for edm; else [*space, C], E|x̂_k|²/N on the full FFT grid (fields/statistics.py).
+  spectrum: None for edm; else [*space, C], the variance of every mode (fields/statistics.py).
+  basis: of the spectrum's modes; None for waves along every axis.
   gated: adaptive instead of wiener; needs a spectrum.
   static: None, or fields [*space, K] that the net sees beside x: net is (x, level, static) then. A
     net that shifts with its input cannot tell where in the box it is, which matters where the law
@@ -36,6 +41,7 @@ class Denoiser(nn.Module):
   spectrum: np.ndarray | None = None
   gated: bool = False
   static: np.ndarray | None = None
+  basis: Basis | None = None
 
   def __call__(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
     """Removes noise.
@@ -57,25 +63,18 @@ class Denoiser(nn.Module):
     net = self.net if self.static is None else lambda x, level: self.net(x, level, self.static)
     if self.spectrum is None:
       return inp**2 * x + s * inp * net(inp * x, level)
-    axes = tuple(range(1, x.ndim - 1))
-    back = lambda modes: jnp.fft.irfftn(modes, x.shape[1:-1], axes=axes).astype(x.dtype)
-    half = jnp.asarray(half_spectrum(self.spectrum), x.dtype)[None]
-    var, modes = half + s**2, jnp.fft.rfftn(x, axes=axes)
+    basis = self.basis or Trigonometric(x.shape[1:-1])
+    spectrum = np.maximum(self.spectrum, SMALLEST * self.spectrum.max())
+    half = jnp.asarray(basis.held(spectrum), x.dtype)[None]
+    var, modes = half + s**2, basis.modes(x)
     if self.gated:
       full = jnp.asarray(self.spectrum, x.dtype)[None]
+      axes = tuple(range(1, x.ndim - 1))
       power = jnp.mean(full / (full + s**2), axis=axes, keepdims=True)  # of the modes' √S/(S+σ²)·x
-      z = back(jnp.sqrt(half / power) / var * modes)
+      z = basis.fields(jnp.sqrt(half / power) / var * modes).astype(x.dtype)
       a, b = jnp.split(net(jnp.concatenate([inp * x, z], axis=-1), level), 2, axis=-1)
       found = a + b * z
     else:
       found = net(inp * x, level)
-    return back(half / var * modes + s * jnp.sqrt(half / var) * jnp.fft.rfftn(found, axes=axes))
-
-
-def half_spectrum(spectrum: np.ndarray) -> np.ndarray:
-  """[*space, C] on the full FFT grid -> the half grid of rfftn, with a floor that keeps float32
-  ratios finite.
-  """
-  n = spectrum.shape[-2]
-  half = spectrum[..., : n // 2 + 1, :]
-  return np.maximum(half, 1e-14 * spectrum.max())
+    coloured = s * jnp.sqrt(half / var) * basis.modes(found)
+    return basis.fields(half / var * modes + coloured).astype(x.dtype)

@@ -1,7 +1,7 @@
-"""What a trained denoiser leaves unknown: its held-out error by Fourier mode and noise level,
-tabulated once.
+"""What a trained denoiser leaves unknown: its held-out error by mode and noise level, tabulated
+once. The modes are those of a basis (fields/basis.py).
 
-    e_k(σ) = E|(D(x₀ + σn, σ) − x₀)ˆ_k|²/N
+    e_k(σ) = E|(Qᵀ(D(x₀ + σn, σ) − x₀))_k|²
 
 For a Gaussian field and an exact D this is S_kσ²/(S_k + σ²). A network knows more: modes that are
 slaved to larger ones have a small part of that, and the gain of `measured` guidance
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from downscaling.diffusion import schedules
+from downscaling.fields.basis import Basis, Trigonometric
 from downscaling.runtime import files, progress, random_keys, supervision
 from downscaling.runtime import mesh as meshes
 
@@ -32,8 +33,8 @@ FLOOR = 1e-14  # of a level's largest mode: below float32's rounding, and above 
 
 
 class ErrorTable(NamedTuple):
-  """sigmas: [K] ascending. errors: [K, *space, C] > 0, e_k(σ) on the full FFT grid, of
-  unit-variance data.
+  """sigmas: [K] ascending. errors: [K, *space, C] > 0, e_k(σ) of every mode, of unit-variance
+  data.
   """
 
   sigmas: np.ndarray
@@ -74,6 +75,7 @@ def tabulate(
   mesh: jax.sharding.Mesh,
   seed: int,
   stop: Callable[[], bool] = lambda: False,
+  basis: Basis | None = None,
 ) -> ErrorTable:
   """The table over held-out fields x [V, *space, C], normalised, the same on every process; V
   beyond a multiple of the devices is left out. A mode's value is the mean over V fields, good to
@@ -84,6 +86,7 @@ def tabulate(
 
   Args:
     params: replicated. stop: polled at each level.
+    basis: None for waves along every axis.
   Raises:
     ValueError: fewer fields than devices.
     FloatingPointError: an error is not finite. supervision.Interrupted: stop said so; nothing is
@@ -95,15 +98,14 @@ def tabulate(
       f"{len(x)} held-out fields for {mesh.size} devices: need one a device "
       "(config.data.hfhr.calibration)."
     )
-  count, axes = len(x) // chunk * chunk, tuple(range(1, x.ndim - 1))
-  points = int(np.prod(x.shape[1:-1]))
+  count = len(x) // chunk * chunk
+  modes = basis or Trigonometric(x.shape[1:-1])
 
   def local(params, x, ids, key, sigma):
     draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype)
     noisy = x + sigma * jax.vmap(draw)(ids)
     error = denoiser.apply({"params": params}, noisy, jnp.full(len(x), sigma)) - x
-    power = jnp.abs(jnp.fft.fftn(error, axes=axes)) ** 2 / points
-    return jax.lax.psum(power.sum(0), meshes.AXES)
+    return jax.lax.psum(modes.power(error).sum(0), meshes.AXES)
 
   rows, one = meshes.ROWS, PartitionSpec()
   many = jax.shard_map(
@@ -132,8 +134,8 @@ def tabulate(
     raise FloatingPointError(
       "the denoising error is not finite: the prior is damaged, or diverged in training."
     )
-  errors = (errors + np.roll(np.flip(errors, axes), 1, axes)) / 2  # mode −k of k
-  largest = errors.max(axis=axes, keepdims=True)
+  errors = modes.symmetrised(errors)
+  largest = errors.max(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
   return ErrorTable(
     np.asarray(sigmas, np.float32), np.maximum(errors, FLOOR * largest).astype(np.float32)
   )
@@ -142,15 +144,9 @@ def tabulate(
 def save(folder: str | os.PathLike, table: ErrorTable, config_hash: str) -> None:
   """folder/FILE with a SHA-256 over numbers and config hash; all or nothing."""
   path = pathlib.Path(folder) / FILE
-  temporary = path.with_name(f".{FILE}.{os.getpid()}.tmp.npz")
-  try:
-    with files.full_disk_in_words(path, "the prior is whole"):
-      np.savez(
-        temporary, **table._asdict(), config_hash=config_hash, sha256=_digest(table, config_hash)
-      )
-      os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  about = {"config_hash": config_hash, "sha256": _digest(table, config_hash)}
+  with files.full_disk_in_words(path, "the prior is whole"):
+    files.write_npz(path, table._asdict() | about)
 
 
 def load(folder: str | os.PathLike, config_hash: str) -> ErrorTable:

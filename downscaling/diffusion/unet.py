@@ -1,5 +1,5 @@
-"""U-Net for fields in one or two dimensions, periodic or not: one implementation, the rank comes
-with the input.
+"""U-Net for fields in one or two dimensions, each axis periodic or not: one implementation, the
+rank comes with the input.
 
 Stem (optionally space-to-depth), then per level a strided patch embedding and residual blocks with
 FiLM from the noise level; self-attention at the coarsest level; the way back up adds blocks on
@@ -17,13 +17,16 @@ import jax.numpy as jnp
 
 
 def convolve(
-  x: jax.Array, kernel: jax.Array, periodic: bool = True, method: str = "auto"
+  x: jax.Array,
+  kernel: jax.Array,
+  periodic: bool | tuple[bool, ...] = True,
+  method: str = "auto",
 ) -> jax.Array:
   """Convolution with unit stride and the output the size of the input.
 
   Args:
     x: [B, *space, C]. kernel: [*odd sizes, C, C'].
-    periodic: wrap around; else zeros beyond the edge.
+    periodic: wrap around; else zeros beyond the edge. One word for all axes, or one an axis.
     method: "lax" calls the backend's convolution, "im2col" gathers neighbours and does one matmul;
       "auto" is lax. What runs inside a loop on CPU should ask for im2col, as build.sampler does.
   Returns: [B, *space, C'].
@@ -39,8 +42,7 @@ def convolve(
       f"kernel {kernel.shape} for a field {x.shape}: need {rank} odd sizes, then [in, out] "
       "channels."
     )
-  halo = [(0, 0), *[(k // 2, k // 2) for k in kernel.shape[:rank]], (0, 0)]
-  padded = jnp.pad(x, halo, mode="wrap" if periodic else "constant")
+  padded = _padded(x, kernel.shape[:rank], periodic)
   if method in ("lax", "auto"):
     layout = ("NWC", "WIO", "NWC") if rank == 1 else ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
@@ -57,6 +59,19 @@ def convolve(
   # The last axis was gathered slowest-first: (k_last, ..., k_first, C).
   order = (*reversed(range(rank)), rank, rank + 1)
   return columns @ kernel.transpose(order).reshape(-1, kernel.shape[-1])
+
+
+def _padded(x: jax.Array, sizes: tuple[int, ...], periodic: bool | tuple[bool, ...]) -> jax.Array:
+  """x with half a kernel beyond either edge of every axis."""
+  wrapped = (periodic,) * len(sizes) if isinstance(periodic, bool) else periodic
+  if len(wrapped) != len(sizes):
+    raise ValueError(f"periodic={periodic} for {len(sizes)} axes of space: need one word an axis.")
+  halo = [(size // 2, size // 2) for size in sizes]
+  for mode, chosen in (("wrap", True), ("constant", False)):
+    padding = [h if w is chosen else (0, 0) for h, w in zip(halo, wrapped, strict=True)]
+    if any(before for before, _ in padding):
+      x = jnp.pad(x, [(0, 0), *padding, (0, 0)], mode=mode)
+  return x
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
@@ -82,7 +97,7 @@ class Conv(nn.Module):
 
   features: int
   size: int = 3
-  periodic: bool = True
+  periodic: bool | tuple[bool, ...] = True
   method: str = "auto"
   scale: float = 1.0  # of the initial weights; 0 starts a residual branch silent
   dtype: jnp.dtype = jnp.float32
@@ -112,7 +127,7 @@ class ResidualBlock(nn.Module):
   """
 
   features: int
-  periodic: bool
+  periodic: bool | tuple[bool, ...]
   method: str
   dtype: jnp.dtype
 
@@ -155,7 +170,7 @@ class UNet(nn.Module):
     stem: patch of the space-to-depth stem; 1 keeps the full grid.
     heads: attention heads at the coarsest level; 0 for none.
     embedding: width of the noise embedding.
-    periodic: wrap around every axis, or zeros beyond the edge.
+    periodic: wrap around every axis, or zeros beyond the edge; or one word an axis.
     convolution: see convolve().
     dtype: of the computation; parameters stay float32.
     remat: on so many of the finest levels, where activations are largest, residual blocks keep only
@@ -169,7 +184,7 @@ class UNet(nn.Module):
   stem: int = 1
   heads: int = 8
   embedding: int = 128
-  periodic: bool = True
+  periodic: bool | tuple[bool, ...] = True
   convolution: str = "auto"
   dtype: jnp.dtype = jnp.float32
   remat: int = 0

@@ -51,7 +51,7 @@ class Solver(Protocol):
     ...
 
   def output(self, u: jax.Array, /) -> jax.Array:
-    """What is kept of a state, [*space]."""
+    """What is kept of a state, [*space]; [*space, C] of a domain with several channels."""
     ...
 
 

@@ -224,6 +224,12 @@ class Domain:
 
     return symmetry.Group(*grid_symmetry.table(self.symmetries, self.shape))
 
+  def basis(self):
+    """The basis.Trigonometric of this grid: waves along periodic axes, cosines along the others."""
+    from downscaling.fields import basis  # here: it brings jax
+
+    return basis.Trigonometric(self.shape, tuple(axis.periodic for axis in self.axes))
+
   def check(self, fields, name: str = "fields") -> None:
     """Raises ValueError, calling the array `name`, unless it is [..., *space, C] of this domain."""
     need = (*self.shape, len(self.channels))

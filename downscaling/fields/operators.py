@@ -56,7 +56,7 @@ class Operator:
     """C′ for one channel as a dense [n, N] array, n = Πcoarse, N = Πfine (float64; tests and small
     problems).
     """
-    with jax.enable_x64(True):
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
       eye = jnp.eye(math.prod(self.fine), dtype=jnp.float64).reshape(-1, *self.fine, 1)
       return np.asarray(self.apply(eye)).reshape(len(eye), -1).T
 

@@ -5,17 +5,21 @@ point.
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 
 import numpy as np
 
+from downscaling.fields.basis import Basis
+from downscaling.runtime import files
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-  """mean, std: [C], units of the data. spectrum: [*space, C], E|x̂_k|²/N of the *normalised* field,
-  on the full FFT grid (N = number of points; sums to N times the variance, 1, plus nothing
-  else)."""
+  """mean, std: [C], units of the data. spectrum: [*space, C], the variance of every mode of the
+  *normalised* field, a table of a basis (fields/basis.py). Over N modes it sums to N.
+  """
 
   mean: np.ndarray
   std: np.ndarray
@@ -30,27 +34,18 @@ class Statistics:
     return x * _last(self.std, x) + _last(self.mean, x)
 
   def repeated(self, frames: int) -> "Statistics":
-    """Of so many frames folded into the channels (windows.py): on the attractor all times have the
-    same statistics.
+    """Of so many frames folded into the channels (datasets/time_windows.py).
+
+    On the attractor all times have the same statistics.
     """
     if frames == 1:
       return self
-    return Statistics(
-      *(
-        np.concatenate([values] * frames, axis=-1)
-        for values in (self.mean, self.std, self.spectrum)
-      )
-    )
+    once = (self.mean, self.std, self.spectrum)
+    return Statistics(*(np.concatenate([values] * frames, axis=-1) for values in once))
 
   def save(self, path: str | os.PathLike) -> None:
-    """All or nothing: a temporary file, then a rename."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
-    try:
-      np.savez(temporary, mean=self.mean, std=self.std, spectrum=self.spectrum)
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    """All or nothing."""
+    files.write_npz(path, dataclasses.asdict(self))
 
 
 def _last(values: np.ndarray, like) -> np.ndarray:
@@ -77,15 +72,14 @@ def load(path: str | os.PathLike) -> Statistics:
     ) from error
 
 
-def measure(source, space: tuple[int, ...], chunk: int = 2048) -> Statistics:
+def measure(source, basis: Basis, chunk: int = 2048) -> Statistics:
   """Streams a source of examples {"u": [*space, C]} once, in float64.
 
+  basis: of the domain; the spectrum is a table of it.
   Raises: ValueError if a field is not finite or a channel is constant.
   """
-  axes = tuple(range(1, 1 + len(space)))
-  count, total, squares = 0, 0.0, 0.0
-  power = 0.0
-  mean_field = 0.0
+  axes = tuple(range(1, 1 + len(basis.space)))
+  count, total, squares, power = 0, 0.0, 0.0, 0.0
   for first in range(0, len(source), chunk):
     rows = source.__getitems__(list(range(first, min(first + chunk, len(source)))))
     u = np.stack([r["u"] for r in rows]).astype(np.float64)
@@ -97,18 +91,17 @@ def measure(source, space: tuple[int, ...], chunk: int = 2048) -> Statistics:
     count += len(u)
     total = total + u.sum((0, *axes))
     squares = squares + (u**2).sum((0, *axes))
-    power = power + (np.abs(np.fft.fftn(u, axes=axes)) ** 2).sum(0)
-    mean_field = mean_field + u.sum(0)
-  points = int(np.prod(space))
+    power = power + basis.power(u).sum(0)
+  points = math.prod(basis.space)
   mean = np.asarray(total / (count * points))
   std = np.sqrt(squares / (count * points) - mean**2)
   if (std < 1e-12).any():
     raise ValueError(
       f"channel {int(np.argmin(std))} of the training split is constant: there is nothing to learn."
     )
-  spectrum = np.asarray(power / count / points)
-  zero = (0,) * len(space)
-  spectrum[zero] -= points * mean**2  # the normalised field has no mean
-  return Statistics(
-    mean.astype(np.float32), std.astype(np.float32), (spectrum / std**2).astype(np.float32)
-  )
+  spectrum = np.asarray(power / count)
+  zero = (0,) * len(basis.space)
+  # The normalised field has no mean. Where fields do not vary in theirs, rounding is left.
+  spectrum[zero] = np.maximum(spectrum[zero] - points * mean**2, 0)
+  found = (mean, std, spectrum / std**2)
+  return Statistics(*(values.astype(np.float32) for values in found))

@@ -35,6 +35,20 @@ class Group(NamedTuple):
     """The group with every element replaced by its inverse."""
     return Group(np.argsort(self.index, axis=1), self.sign)
 
+  def over_channels(self, channels: int, last: bool = False) -> "Group":
+    """The group on fields of several channels, flattened channel by channel, [..., C·n].
+
+    It moves the points of all channels alike. last: flattened point by point, [..., n·C].
+    """
+    if channels == 1:
+      return self
+    if last:
+      index = self.index[..., None] * channels + np.arange(channels)
+      return Group(index.reshape(len(self), -1), self.sign)
+    points = self.index.shape[1]
+    shifted = [self.index + points * channel for channel in range(channels)]
+    return Group(np.concatenate(shifted, axis=1), self.sign)
+
   def average_covariance(self, cov: np.ndarray) -> np.ndarray:
     """Mean over the group of g Cov gᵀ, [n, n]: the covariance of a field whose law the group leaves
     alone.

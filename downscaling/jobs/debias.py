@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from downscaling.debias.equivariant import recipes
 from downscaling.jobs import rows
 from downscaling.jobs.job import Item, Job, communication, rows_on, size
 from downscaling.metrics import scoring
+from downscaling.metrics.reference import Reference
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import processes, program_cost
 
@@ -34,15 +36,6 @@ class Debias(Job):
     work.need("data", "generate")
     stage = work.stage(self.stage)
     loads = self.loads()
-    reference = loads["reference"].read()[..., 0]
-    group = worlds.group(self.experiment)
-    quadratic = debiasing.quadratic(self.experiment)
-
-    def against_truth(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-      return scoring.measure(
-        after[..., 0], reference, group=group, source=before[..., 0], quadratic=quadratic
-      )
-
     source, target = loads["source"].load(), loads["target"].load()
     agree = functools.partial(processes.gather, "debias")
     setting = self.setting(stage.hash, mesh=work.mesh, stop=work.stop, agree=agree)
@@ -56,7 +49,7 @@ class Debias(Job):
         maps=block.maps,
         chosen=block.map,
         setting=setting,
-        evaluators={"metrics": against_truth},
+        evaluators=self._evaluators(loads["reference"].read()),
         trajectories=(source["trajectory"], target["trajectory"]),
         in_sample=debiasing.in_sample_rows(self.experiment),
         calibration=loads["calibration"].read(),
@@ -80,6 +73,28 @@ class Debias(Job):
       "calibration": coarse("calibration", rows.judged(e, "lflr", "calibration", tuned)),
       "reference": fine("reference", rows.balanced(e, "hfhr", "reference", e.evaluate.reference)),
     }
+
+  def _evaluators(self, truth: np.ndarray) -> dict[str, Callable]:
+    """{name: (rows before, rows after) -> metrics}, one a channel. truth: [R, *coarse, C]."""
+    e = self.experiment
+    group, quadratic = worlds.group(e), debiasing.quadratic(e)
+    domain = worlds.coarse_domain(e)
+    found = {}
+    for place, channel in enumerate(domain.channels):
+      reference = Reference(truth[..., place], domain)
+
+      def against_truth(before, after, place=place, reference=reference) -> dict[str, Any]:
+        return scoring.measure(
+          after[..., place],
+          reference,
+          group=group,
+          source=before[..., place],
+          quadratic=quadratic,
+        )
+
+      name = "metrics" if len(domain.channels) == 1 else f"metrics of {channel.name}"
+      found[name] = against_truth
+    return found
 
   def setting(self, config_hash: str = "", **of_job) -> maps.Setting:
     """What all fits share."""

@@ -1,5 +1,7 @@
 """The job `evaluate`: measures everything against held-out truth and writes the report."""
 
+import pathlib
+
 import numpy as np
 
 from downscaling.assembly import debiasing, samples, time_series, worlds
@@ -8,6 +10,7 @@ from downscaling.jobs import rows
 from downscaling.jobs.job import Item, Job
 from downscaling.jobs.workdir import Workdir, readable
 from downscaling.metrics import bootstrap, increments
+from downscaling.metrics.ensembles import Ensemble, frames_as_rows
 from downscaling.report import results, terminal, writer
 from downscaling.runtime import files, metric_writer, processes, provenance, stage_folder
 from downscaling.runtime import mesh as meshes
@@ -27,7 +30,15 @@ class Evaluate(Job):
     stage = work.stage(self.stage)
 
     def measure():
-      print(terminal.summary(writer.write(stage.path, evidence_of(work))))
+      channels = worlds.domain(e).channels
+      if len(channels) == 1:
+        print(terminal.summary(writer.write(stage.path, evidence_of(work))))
+        return
+      for place, channel in enumerate(channels):
+        (stage.path / channel.name).mkdir(exist_ok=True)
+        found = writer.write(stage.path / channel.name, evidence_of(work, place))
+        print(f"{channel.name}:\n{terminal.summary(found)}")
+      writer.write_index(stage.path, e.experiment, [channel.name for channel in channels])
 
     # The report's files are written at the end, whole or not at all: nothing is lost by a stop.
     main = meshes.is_main()
@@ -65,27 +76,32 @@ class Evaluate(Job):
     return [Item("of tables and figures", REPORT_BYTES)]
 
 
-def evidence_of(work: Workdir) -> results.Evidence:
-  """Everything the report is made from, read back from the work folder."""
+def evidence_of(work: Workdir, channel: int = 0) -> results.Evidence:
+  """Everything the report of one channel is made from, read back from the work folder."""
   e, op = work.experiment, worlds.operator(work.experiment)
   length, default = e.sampling.series.frames, e.debias.map
+  domain = worlds.domain(e)
+  periodic = tuple(axis.periodic for axis in domain.axes)
 
   def coarsen(x):
     return np.asarray(op.apply(x[..., None]))[..., 0]
 
+  def interpolated(y):
+    return interpolation.cubic(y[..., None], op, periodic=periodic)[..., 0]
+
   reference = rows.judged(e, "hfhr", "reference", e.evaluate.reference)
-  fine = rows.of(work, "hfhr", "reference", reference).read()[..., 0]
-  floor = rows.of(work, "hfhr", "floor", rows.floor(e)).read()[..., 0]
-  truth = rows.true_fields(work, e.sampling.conditions)[..., 0]
-  held_out = _ordered(work, rows.mapped(work, "held_out"))
-  fitted = _ordered(work, rows.mapped(work, "in_sample"))
-  drawn, conditions, misfits, in_time = _drawn(work)
+  fine = rows.of(work, "hfhr", "reference", reference).read()[..., channel]
+  floor = rows.of(work, "hfhr", "floor", rows.floor(e)).read()[..., channel]
+  truth = rows.true_fields(work, e.sampling.conditions)[..., channel]
+  held_out = _ordered(work, rows.mapped(work, "held_out"), channel)
+  fitted = _ordered(work, rows.mapped(work, "in_sample"), channel)
+  drawn, conditions, misfits, in_time = _drawn(work, channel)
   cubic = f"{default}+cubic"
-  behind = rows.condition_fields(work, default)[..., 0]
+  behind = rows.condition_fields(work, default)[..., channel]
   conditions[cubic] = time_series.as_rows(behind, e, 1)
-  drawn[cubic] = interpolation.cubic(conditions[cubic][..., None], op)[:, None, ..., 0]
+  drawn[cubic] = Ensemble.of(interpolated(conditions[cubic])[:, None])
   known = {"true+diffusion"} & {*drawn}  # sets of which the truth is known
-  guesses = {n: interpolation.cubic(conditions[n][..., None], op)[..., 0] for n in known}
+  guesses = {n: interpolated(conditions[n]) for n in known}
   diagnostics = files.read_json(work.folder("debias") / "diagnostics.json")
   facts = diagnostics["maps"]
   targets = "effective_targets"
@@ -104,14 +120,16 @@ def evidence_of(work: Workdir) -> results.Evidence:
     health=diagnostics.get("health", []),
     coarse_reference=coarsen(fine),
     coarse_floor=coarsen(floor),
+    domain=domain,
+    coarse_domain=worlds.coarse_domain(e),
     group=worlds.group(e),
-    coarse_moves=worlds.coarse_moves(e),
-    moves=worlds.moves(e),
+    coarse_moves=worlds.coarse_moves(e) if worlds.shifts_freely(e) else None,
+    moves=worlds.moves(e) if worlds.shifts_freely(e) else None,
     samples=drawn,
     conditions=conditions,
     misfits=misfits,
     truth={n: time_series.as_rows(truth, e, 1) for n in known},
-    series=None if length == 1 else _in_time(work, in_time, truth, coarsen),
+    series=None if length == 1 else _in_time(work, in_time, truth, coarsen, channel),
     guesses=guesses,
     fine_reference=fine,
     fine_floor=floor,
@@ -120,36 +138,59 @@ def evidence_of(work: Workdir) -> results.Evidence:
     mean_cost=solve.get("mean_cost"),
     threshold=solve.get("threshold"),
     loss=metric_writer.read_scalars(work.folder("train"), "loss"),
-    symbol=e.physics.SYMBOL,
+    symbol=e.physics.SYMBOL if len(domain.channels) == 1 else domain.channels[channel].name,
     length=worlds.fine_solver(e).length,
     provenance=report_provenance(work),
   )
 
 
-def _ordered(work: Workdir, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Rows of the report, without channels: lflr, the default map, the other maps."""
+def _ordered(work: Workdir, stored: dict[str, np.ndarray], channel: int) -> dict[str, np.ndarray]:
+  """Rows of the report, of one channel: lflr, the default map, the other maps."""
   first = ("lflr", work.experiment.debias.map)
   names = [*first, *(name for name in stored if name not in first)]
-  return {name: stored[name][..., 0] for name in names}
+  return {name: stored[name][..., channel] for name in names}
 
 
-def _drawn(work: Workdir) -> tuple[dict, dict, dict, dict]:
-  """Of each set: samples as rows, conditions as rows, misfits, samples with their axis of time."""
+def _drawn(work: Workdir, channel: int) -> tuple[dict, dict, dict, dict]:
+  """Of each set: samples as rows, conditions as rows, misfits, samples with their axis of time.
+
+  No samples are read yet.
+  """
   e = work.experiment
   found, conditions, misfits, in_time = {}, {}, {}, {}
   for name, source in samples.sources(e).items():
     path = work.folder("samples") / f"{name}.zarr"
+    in_time[name] = _members(path, channel, "condition" if source else "member")
     with readable(path, "sample"):
       stored = ensemble.read(path)
-      data = np.asarray(stored["sample"])
       if "misfit" in stored:
         misfits[name] = np.asarray(stored["misfit"])
-    in_time[name] = data if source else data.swapaxes(0, 1)
-    found[name] = time_series.as_rows(in_time[name], e, 2)
+    found[name] = in_time[name]
+    if e.sampling.series.frames > 1:
+      found[name] = frames_as_rows(in_time[name])
     if source:
-      behind = rows.condition_fields(work, source)[..., 0]
+      behind = rows.condition_fields(work, source)[..., channel]
       conditions[name] = time_series.as_rows(behind, e, 1)
   return found, conditions, misfits, in_time
+
+
+def _members(path: pathlib.Path, channel: int, rows_along: str) -> Ensemble:
+  """The samples of a store, one channel, read a block of rows at a time.
+
+  rows_along: "condition"; or "member" of a set without conditions, each of which becomes a row.
+  """
+  with readable(path, "sample"):
+    stored = ensemble.read(path)["sample"]
+    if "channel" in stored.dims:
+      stored = stored.isel(channel=channel)
+    other = {"condition": "member", "member": "condition"}[rows_along]
+    stored = stored.transpose(rows_along, other, ...)
+
+  def read(numbers: np.ndarray) -> np.ndarray:
+    with readable(path, "sample"):
+      return stored.isel({rows_along: numbers}).to_numpy()
+
+  return Ensemble(read, stored.shape)
 
 
 def _origins(work: Workdir, drawn: dict, reference: int) -> dict[str, bootstrap.Rows]:
@@ -183,20 +224,22 @@ def _without_origin(work: Workdir, count: int) -> bootstrap.Rows:
   return bootstrap.Rows(number, rows.origin(e, number % e.data.snapshots).time)
 
 
-def _in_time(work: Workdir, drawn: dict, truth: np.ndarray, coarsen) -> increments.Series:
+def _in_time(
+  work: Workdir, drawn: dict, truth: np.ndarray, coarsen, channel: int
+) -> increments.Series:
   """What the report knows of time. truth: [K, L, *space]."""
   e = work.experiment
   plan, most = time_series.plan(e), max(map(len, drawn.values()))
   count = -(-e.evaluate.reference // plan.series)
-  reference = rows.stretches(work, "hfhr", "reference", count)[..., 0]
+  reference = rows.stretches(work, "hfhr", "reference", count)[..., channel]
   sets = samples.sources(e).items()
   return increments.Series(
     samples=drawn,
     truth={name: truth for name in ("true+diffusion",) if name in drawn},
-    conditions={n: rows.condition_fields(work, source)[..., 0] for n, source in sets if source},
+    conditions={n: rows.condition_fields(work, s)[..., channel] for n, s in sets if s},
     coarse_reference=coarsen(reference),
     reference=reference,
-    floor=rows.stretches(work, "hfhr", "floor", most)[..., 0],
+    floor=rows.stretches(work, "hfhr", "floor", most)[..., channel],
     seams=plan.seams,
     spacing=e.data.spacing,
   )

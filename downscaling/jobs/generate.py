@@ -33,7 +33,7 @@ class Generate(Job):
       if meshes.is_main():
         dataset = worlds.dataset(self.experiment, work.path, "hfhr")
         source = simulated.source(dataset, "train")
-        measured = statistics.measure(source, worlds.space(self.experiment))
+        measured = statistics.measure(source, worlds.domain(self.experiment).basis())
         measured.save(stage.path / "statistics.npz")
       processes.barrier("statistics")
     stage.finish(std=work.statistics().std.tolist())

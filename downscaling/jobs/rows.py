@@ -194,7 +194,7 @@ def mapped(
   import xarray
 
   e, path = work.experiment, work.folder("debias") / f"{name}.zarr"
-  shape = (-1, *worlds.operator(e).coarse, 1)
+  shape = (-1, *worlds.operator(e).coarse, worlds.channels(e))
   with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
     names = variables or ("lflr", *e.debias.maps)
     found = {key: np.asarray(data[key]).reshape(shape) for key in names}

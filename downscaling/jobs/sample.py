@@ -146,8 +146,9 @@ class Sample(Job):
     """Conditions, and the fields of two units a device on their way to disk."""
     e, block = self.experiment, self.experiment.sampling
     op, frames = worlds.operator(e), block.series.frames
-    conditions = 4 * e.debias.held_out * math.prod(op.coarse)
-    unit = 4 * math.prod(block.unit) * math.prod(worlds.space(e)) * frames
+    value = 4 * worlds.channels(e)
+    conditions = value * e.debias.held_out * math.prod(op.coarse)
+    unit = value * math.prod(block.unit) * math.prod(worlds.space(e)) * frames
     devices = meshes.local(self.work.mesh).size
     return [
       Item("held-out rows of a map", conditions),
@@ -156,7 +157,7 @@ class Sample(Job):
 
   def written(self) -> list[Item]:
     e = self.experiment
-    field = 4 * math.prod(worlds.space(e)) * e.sampling.series.frames
+    field = 4 * worlds.channels(e) * math.prod(worlds.space(e)) * e.sampling.series.frames
     return [Item("fields before compression", self.counts["fields"] * field)]
 
   def _program(self, device):
@@ -170,12 +171,13 @@ class Sample(Job):
     state, _ = abstract_state(work, network)
     draw = samples.sampler(e, stats, network, prior.stand_in_table(e))
     time = () if frames == 1 else (frames,)
-    coarse = (*time, *worlds.operator(e).coarse, 1)
+    coarse = (*time, *worlds.operator(e).coarse, worlds.channels(e))
     layout = ensemble.layout_of(
       draw,
       state.params,
       space=worlds.space(e),
       coarse=coarse,
+      channels=worlds.channels(e),
       conditions=block.conditions,
       members=block.members,
       unit=block.unit,

@@ -106,7 +106,9 @@ class Train(Job):
     count = max(error_table.rows(held.shape[1:]), mesh.size)
     few = held[:: max(1, len(held) // count)]
     levels = prior.error_levels(e)
-    table = error_table.tabulate(network, params, few, levels, mesh, e.seed, self.work.stop)
+    table = error_table.tabulate(
+      network, params, few, levels, mesh, e.seed, self.work.stop, worlds.domain(e).basis()
+    )
     if meshes.is_main():
       error_table.save(stage.path, table, stage.hash)
     processes.barrier("error table")
@@ -140,7 +142,8 @@ class Train(Job):
 
   def held(self) -> list[Item]:
     e = self.experiment
-    windows = prior.validation_rows(e) * math.prod(worlds.space(e)) * e.grid.frames
+    window = math.prod(worlds.space(e)) * e.grid.frames * worlds.channels(e)
+    windows = prior.validation_rows(e) * window
     return [Item("calibration windows", 4 * windows)]
 
   def written(self) -> list[Item]:
@@ -157,7 +160,8 @@ class Train(Job):
     """(the compiled step, its operations, seconds of compilation)."""
     e, mesh = self.experiment, self.work.mesh
     update = prior.update(e, stats, network, mesh, specs.params)
-    batch = {"x": rows_on(mesh, e.train.batch, *worlds.space(e), e.grid.frames)}
+    values = e.grid.frames * worlds.channels(e)
+    batch = {"x": rows_on(mesh, e.train.batch, *worlds.space(e), values)}
     began = time.monotonic()
     program, flops = train_loop.compiled(update, state, batch)
     return program, flops, time.monotonic() - began
@@ -166,7 +170,7 @@ class Train(Job):
 def abstract_state(work, network):
   """(the training state as shapes on the mesh, its specs)."""
   e, key = work.experiment, random_keys.key(0, "plans")
-  make = prior.initial_state(e, network, e.grid.frames)
+  make = prior.initial_state(e, network, e.grid.frames * worlds.channels(e))
   _, target, specs = train_state.make(work.mesh, make, key, key)
   return target, specs
 

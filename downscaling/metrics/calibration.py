@@ -10,11 +10,13 @@ often as it says.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from downscaling.metrics import distances
+from downscaling.metrics.ensembles import Ensemble
 
 PINNED = 0.01  # of the typical spread; points with less are fixed by the constraint
 
@@ -55,32 +57,32 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-  ensemble: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = (0.5, 0.9)
+  ensemble: distances.Members, truth: np.ndarray, levels: tuple[float, ...] = (0.5, 0.9)
 ) -> Calibration:
-  """Scores ensemble [K, M, *space] against truth [K, *space].
+  """Scores ensemble [K, M, *space] against truth [K, *space], a block of conditions at a time.
 
   Raises ValueError for NaN (naming the array), shapes that do not belong together, or fewer than
   two members.
   """
-  ensemble, truth = distances.members(ensemble, "the ensemble"), np.asarray(truth)
+  found, truth = distances.members(ensemble, "the ensemble"), np.asarray(truth)
   distances.rows(truth, "the truth", least=1)
-  if truth.shape != (len(ensemble), *ensemble.shape[2:]):
+  if truth.shape != (len(found), *found.shape[2:]):
     raise ValueError(
-      f"the truth is {truth.shape} and the ensemble {ensemble.shape}: need truth [K, *space] for "
+      f"the truth is {truth.shape} and the ensemble {found.shape}: need truth [K, *space] for "
       "[K, M, *space]."
     )
-  k, m = ensemble.shape[:2]
+  k, m = found.shape[:2]
   if m < 2:
     raise ValueError(
       "the ensemble has 1 member: spread needs two. Draw more with --config.sampling.members=8."
     )
-  ensemble, truth = ensemble.reshape(k, m, -1), truth.reshape(k, -1)
-  free, spread = _free_points(ensemble)
+  truth = truth.reshape(k, -1)
+  free, spread = _free_points(found)
   rms = _rms(truth)
   squares = np.zeros(2)
   crps, energy, ranks, inside = 0.0, 0.0, np.zeros(m + 1), np.zeros(len(levels))
-  for first, block in distances.chunks(ensemble):
-    true = truth[first : first + len(block)].astype(np.float64)
+  for place, block in _flat_blocks(found):
+    true = truth[place].astype(np.float64)
     energy += _fair_energy(block, true)
     block = np.sort(block, axis=1)
     squares += ((block - true[:, None]) ** 2).sum() / m, ((block.mean(axis=1) - true) ** 2).sum()
@@ -153,7 +155,7 @@ def single(fields: np.ndarray, truth: np.ndarray) -> Reference:
   )
 
 
-def by_condition(ensemble: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_condition(ensemble: distances.Members, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """(spread [K], error of the mean [K]) of every condition over the rms of the truth; a right
   ensemble has both alike.
 
@@ -162,11 +164,11 @@ def by_condition(ensemble: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, n
   k, m = ensemble.shape[:2]
   truth = np.reshape(truth, (k, -1))
   spread, error = [], []
-  for first, block in distances.chunks(np.reshape(ensemble, (k, m, -1))):
-    spread.append(np.sqrt((m + 1) / m * block.var(axis=1, ddof=1).mean(axis=1)))
-    error.append(
-      np.sqrt(((block.mean(axis=1) - truth[first : first + len(block)]) ** 2).mean(axis=1))
-    )
+  for place, block in _flat_blocks(distances.members(ensemble, "the ensemble")):
+    variance = block.var(axis=1, ddof=1).mean(axis=1)
+    spread.append(np.sqrt((m + 1) / m * variance))
+    apart = block.mean(axis=1) - truth[place]
+    error.append(np.sqrt((apart**2).mean(axis=1)))
   rms = _rms(truth)
   return np.concatenate(spread) / rms, np.concatenate(error) / rms
 
@@ -178,10 +180,16 @@ def _rms(truth: np.ndarray) -> float:
   return rms
 
 
-def _free_points(ensemble: np.ndarray) -> tuple[np.ndarray, float]:
-  """(mask [D] of points the constraint leaves free, overall spread), from members [K, M, D]."""
-  variance = np.zeros(ensemble.shape[2])
-  for _, block in distances.chunks(ensemble):
+def _flat_blocks(ensemble: Ensemble) -> Iterator[tuple[slice, np.ndarray]]:
+  """(which conditions, members [k, M, D] in float64) block by block."""
+  for place, block in distances.finite_blocks(ensemble, "the ensemble"):
+    yield place, block.reshape(*block.shape[:2], -1)
+
+
+def _free_points(ensemble: Ensemble) -> tuple[np.ndarray, float]:
+  """(mask [D] of points the constraint leaves free, overall spread)."""
+  variance = np.zeros(math.prod(ensemble.shape[2:]))
+  for _, block in _flat_blocks(ensemble):
     variance += block.var(axis=1, ddof=1).sum(axis=0)
   variance /= len(ensemble)
   typical = float(variance.mean())

@@ -69,8 +69,13 @@ class Floor(NamedTuple):
 class Network(nn.Module):
   """[B, *space] -> logit of "true" [B].
 
-  Convolutions wrap around, and their mean over space makes the network blind to shifts.
+  Convolutions wrap around periodic axes, and their mean over space makes the network blind to
+  shifts along these. Beyond the ends of other axes it sees zeros.
+
+  periodic: is each axis; None for all of them.
   """
+
+  periodic: tuple[bool, ...] | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -79,12 +84,21 @@ class Network(nn.Module):
     strides = (stride,) * len(space)
     size = (3,) * len(space)
     wide = (max(3, 2 * stride - 1),) * len(space)
-    h = nn.swish(nn.Conv(WIDTH, wide, strides, padding="CIRCULAR")(x[..., None]))
+    h = self._convolved(x[..., None], wide, strides)
     for _ in range(LAYERS - 1):
-      h = nn.swish(nn.Conv(WIDTH, size, padding="CIRCULAR")(h))
+      h = self._convolved(h, size, (1,) * len(space))
     h = h.mean(axis=tuple(range(1, h.ndim - 1)))
     h = nn.swish(nn.Dense(WIDTH)(h))
     return nn.Dense(1)(h)[:, 0]
+
+  def _convolved(self, h: jax.Array, size: tuple[int, ...], strides: tuple[int, ...]) -> jax.Array:
+    if self.periodic is None or all(self.periodic):
+      return nn.swish(nn.Conv(WIDTH, size, strides, padding="CIRCULAR")(h))
+    for axis, (wide, wrap) in enumerate(zip(size, self.periodic, strict=True), start=1):
+      halo = [(0, 0)] * h.ndim
+      halo[axis] = (wide // 2, wide // 2)
+      h = jnp.pad(h, halo, mode="wrap" if wrap else "constant")
+    return nn.swish(nn.Conv(WIDTH, size, strides, padding="VALID")(h))
 
 
 def auc(
@@ -95,22 +109,25 @@ def auc(
   *,
   seed: int,
   moves: symmetry.Moves | None = None,
+  periodic: tuple[bool, ...] | None = None,
 ) -> Score:
   """How well a small network tells fields from true fields, with an interval.
 
   Args:
-    fields, true_fields: [S, *space] and [R, *space], one or two axes, periodic, any unit. Only
-      batches of them are on a device, and all calls on one grid share one compiled program.
+    fields, true_fields: [S, *space] and [R, *space], one or two axes, any unit. Only batches of
+      them are on a device, and all calls on one grid share one compiled program.
     blocks, true_blocks: [S] and [R], the trajectory (or year) of each row. The two sets share none.
     seed: config.seed. The same seed gives the same result on the same kind of device.
     moves: symmetries of the grid, on [..., *space]. Each row of a batch is moved by a random one.
       This adds power where both laws have the symmetry, and hides a law that breaks it. Shifts
       alone add nothing, as the network is blind to them.
+    periodic: is each axis; None for all of them.
   Raises: ValueError for NaN (naming the set), for grids that differ or have another rank, and for
     blocks that are shared or too few.
   """
   sets = _checked(fields, blocks, true_fields, true_blocks)
-  value, replicates = _cross_fitted(*sets, random_keys.key(seed, "classifier"), moves)
+  fits = _Fits(moves, periodic)
+  value, replicates = _cross_fitted(*sets, random_keys.key(seed, "classifier"), fits)
   low, high = np.quantile(replicates, LEVELS)
   return Score(value, (float(low), float(high)))
 
@@ -123,6 +140,7 @@ def floor(
   seed: int,
   draws: int = 3,
   moves: symmetry.Moves | None = None,
+  periodic: tuple[bool, ...] | None = None,
 ) -> Floor:
   """The AUC between two independent true sets, as a distribution.
 
@@ -134,7 +152,7 @@ def floor(
     true_fields, true_blocks: [R, *space], [R]; at least as many rows as both sizes together, of
       trajectories that neither judged set uses.
     sizes: rows of the judged set and of the true set that it stands beside.
-    seed, moves: as in `auc`. draws: of the blocks, each with two networks of its own.
+    seed, moves, periodic: as in `auc`. draws: of the blocks, each with two networks of its own.
   Raises: ValueError as `auc`, and for too few rows.
   """
   rows, labels = distances.rows(true_fields, "the true fields"), np.asarray(true_blocks)
@@ -145,7 +163,8 @@ def floor(
     dealing, fitting = jax.random.split(jax.random.fold_in(key, draw))
     sides = _dealt(labels, sizes, dealing)
     one, other = ((np.asarray(true_fields)[side], labels[side]) for side in sides)
-    value, replicates = _cross_fitted(*_checked(*one, *other), fitting, moves)
+    fits = _Fits(moves, periodic)
+    value, replicates = _cross_fitted(*_checked(*one, *other), fitting, fits)
     values.append(value)
     deviations.append(replicates - value)
   middle = float(np.median(values))
@@ -244,7 +263,18 @@ def _dealt(blocks: np.ndarray, sizes: tuple[int, int], key: jax.Array) -> list[n
 # ---------------------------------------------------------------- networks
 
 
-def _cross_fitted(fields, blocks, true_fields, true_blocks, key, moves) -> tuple[float, np.ndarray]:
+class _Fits(NamedTuple):
+  """What all networks of one call share; see `auc`."""
+
+  moves: symmetry.Moves | None
+  periodic: tuple[bool, ...] | None
+
+  @property
+  def network(self) -> Network:
+    return Network(self.periodic)
+
+
+def _cross_fitted(fields, blocks, true_fields, true_blocks, key, fits) -> tuple[float, np.ndarray]:
   """(AUC, the same of RESAMPLES block bootstraps)."""
   mean, std = true_fields.mean(dtype=np.float64), true_fields.std(dtype=np.float64)
   scale = np.array([mean, distances.positive(std)], np.float32)
@@ -254,9 +284,9 @@ def _cross_fitted(fields, blocks, true_fields, true_blocks, key, moves) -> tuple
   values, replicates = [], []
   for fold in (False, True):
     trained = fields[judged == fold], true_fields[true == fold]
-    params = _train(*trained, scale, jax.random.fold_in(fitting, int(fold)), moves)
-    scores = _scores(params, fields[judged != fold], scale)
-    true_scores = _scores(params, true_fields[true != fold], scale)
+    params = _train(*trained, scale, jax.random.fold_in(fitting, int(fold)), fits)
+    scores = _scores(fits, params, fields[judged != fold], scale)
+    true_scores = _scores(fits, params, true_fields[true != fold], scale)
     one, other = jax.random.split(jax.random.fold_in(resampling, int(fold)))
     weights = _resampled(blocks[judged != fold], one)
     true_weights = _resampled(true_blocks[true != fold], other)
@@ -286,15 +316,15 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 
 
 @functools.cache
-def _step(steps: int, moves: symmetry.Moves | None):
+def _step(steps: int, fits: _Fits):
   """The jitted step: (parameters, optimiser's state, batch [B, *space], scale, key, i) -> both.
 
   i: the step's number, which is folded into the key of the run.
   """
-  optimizer = _optimizer(steps)
+  optimizer, moves = _optimizer(steps), fits.moves
 
   def loss(params, x):
-    logits = Network().apply(params, x)
+    logits = fits.network.apply(params, x)
     labels = jnp.repeat(jnp.array([0.0, 1.0]), len(x) // 2)
     return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
@@ -310,12 +340,12 @@ def _step(steps: int, moves: symmetry.Moves | None):
   return step
 
 
-@jax.jit
-def _logits(params, x, scale):
-  return Network().apply(params, (x - scale[0]) / scale[1])
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(network: Network, params, x, scale):
+  return network.apply(params, (x - scale[0]) / scale[1])
 
 
-def _train(fields: np.ndarray, true_fields: np.ndarray, scale: np.ndarray, key: jax.Array, moves):
+def _train(fields: np.ndarray, true_fields: np.ndarray, scale: np.ndarray, key: jax.Array, fits):
   """Parameters of a network that tells the rows apart.
 
   Batches are gathered on the host, so that one program serves sets of all sizes.
@@ -329,15 +359,15 @@ def _train(fields: np.ndarray, true_fields: np.ndarray, scale: np.ndarray, key: 
   one, other = jax.random.split(drawing)
   chosen = np.asarray(jax.random.randint(one, (steps, half), 0, len(fields)))
   chosen_true = np.asarray(jax.random.randint(other, (steps, half), 0, len(true_fields)))
-  params = Network().init(starting, jnp.zeros((1, *fields.shape[1:]), jnp.float32))
-  state, step = _optimizer(steps).init(params), _step(steps, moves)
+  params = fits.network.init(starting, jnp.zeros((1, *fields.shape[1:]), jnp.float32))
+  state, step = _optimizer(steps).init(params), _step(steps, fits)
   for i in range(steps):
     batch = np.concatenate([fields[chosen[i]], true_fields[chosen_true[i]]])
     params, state = step(params, state, batch.astype(np.float32), scale, moving, np.uint32(i))
   return params
 
 
-def _scores(params, rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _scores(fits: _Fits, params, rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
   """Logits [S], in blocks of one size; the last one is padded."""
   size = BATCH[rows.ndim - 1]
   out = np.empty(len(rows), np.float32)
@@ -345,5 +375,7 @@ def _scores(params, rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
     block = rows[first : first + size]
     padded = np.zeros((size, *rows.shape[1:]), np.float32)
     padded[: len(block)] = block
-    out[first : first + size] = np.asarray(_logits(params, padded, scale))[: len(block)]
+    out[first : first + size] = np.asarray(_logits(fits.network, params, padded, scale))[
+      : len(block)
+    ]
   return out

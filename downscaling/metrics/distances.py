@@ -19,6 +19,7 @@ import numpy as np
 
 from downscaling.fields.operators import Operator
 from downscaling.fields.symmetry import Group
+from downscaling.metrics.ensembles import Ensemble
 
 DENSE_DIMENSIONS = 4096  # above this many dimensions covariances are compared without being formed
 MMD_LENGTHS = (0.2, 0.5, 0.9, 1.3)
@@ -311,29 +312,46 @@ def kernel_scale(ref: np.ndarray) -> tuple[float, np.ndarray]:
 # ---------------------------------------------------------------- ensembles and maps
 
 
-def members(ensemble: np.ndarray, name: str = "samples") -> np.ndarray:
-  """[K, M, *space] checked: finite, at least one condition and one member.
+Members = np.ndarray | Ensemble
+
+
+def members(ensemble: Members, name: str = "samples") -> Ensemble:
+  """[K, M, *space] checked: at least one condition and one member.
 
   Raises ValueError naming it.
   """
-  ensemble = np.asarray(ensemble)
-  if ensemble.ndim < 3 or ensemble.size == 0:
-    raise ValueError(f"{name} has shape {ensemble.shape}: need [conditions, members, *space].")
-  rows(ensemble, name, least=1)
-  return ensemble
+  found = Ensemble.of(ensemble)
+  if found.ndim < 3 or found.size == 0:
+    raise ValueError(f"{name} has shape {found.shape}: need [conditions, members, *space].")
+  return found
 
 
-def variability(ensemble: np.ndarray) -> float | None:
+def finite_blocks(ensemble: Ensemble, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+  """(which conditions, members in float64) block by block. Raises ValueError for NaN."""
+  for place, block in ensemble.blocks():
+    bad = ~np.isfinite(block).reshape(len(block), -1).all(axis=1)
+    if bad.any():
+      raise ValueError(
+        f"{name} holds NaN or infinite values, first in row {place.start + int(bad.argmax())} of "
+        f"{len(ensemble)}: no metric of it means anything. Look at the stage that wrote it (is it "
+        "finished?) and run that again."
+      )
+    yield place, np.asarray(block, np.float64)
+
+
+def variability(ensemble: Members) -> float | None:
   """√(mean over points of the variance over one condition's members), averaged over conditions;
   units of the field.
 
   ensemble [K, M, *space]; the variance is divided by M − 1. None for a single member.
   """
-  ensemble = members(ensemble)
-  if ensemble.shape[1] < 2:
+  found = members(ensemble)
+  if found.shape[1] < 2:
     return None
-  space = tuple(range(1, ensemble.ndim - 1))
-  each = [np.sqrt(block.var(axis=1, ddof=1).mean(axis=space)) for _, block in chunks(ensemble)]
+  space, each = tuple(range(1, found.ndim - 1)), []
+  for _, block in finite_blocks(found, "samples"):
+    variance = block.var(axis=1, ddof=1)
+    each.append(np.sqrt(variance.mean(axis=space)))
   return float(np.concatenate(each).mean())
 
 
@@ -345,7 +363,7 @@ def _misfit(operator: Operator, x, y):
   return ((seen - y) ** 2).sum(axes), (seen**2).sum(axes)
 
 
-def constraint_rmse(ensemble: np.ndarray, conditions: np.ndarray, operator: Operator) -> float:
+def constraint_rmse(ensemble: Members, conditions: np.ndarray, operator: Operator) -> float:
   """Mean over conditions and members of ‖C′x − y′‖ / ‖C′x‖, no unit.
 
   Args:
@@ -354,23 +372,21 @@ def constraint_rmse(ensemble: np.ndarray, conditions: np.ndarray, operator: Oper
     operator: C′.
   Raises: ValueError if conditions and ensemble do not belong together.
   """
-  ensemble, conditions = members(ensemble), np.asarray(conditions)
+  found, conditions = members(ensemble), np.asarray(conditions)
   rows(conditions, "conditions", least=1)
-  if len(conditions) != len(ensemble):
+  if len(conditions) != len(found):
     raise ValueError(
-      f"{len(conditions)} conditions for samples of {len(ensemble)}: hand in the y′ each was drawn "
+      f"{len(conditions)} conditions for samples of {len(found)}: hand in the y′ each was drawn "
       "for."
     )
-  if ensemble.ndim - 2 == len(operator.fine):
-    ensemble, conditions = ensemble[..., None], conditions[..., None]
-  step = max(1, _CHUNK // math.prod(ensemble.shape[1:]))
+  channel = (None,) if found.ndim - 2 == len(operator.fine) else ()
   total = 0.0
-  for k in range(0, len(ensemble), step):
-    x = jnp.asarray(ensemble[k : k + step], jnp.float32)
-    y = jnp.asarray(conditions[k : k + step, None], jnp.float32)
+  for place, block in finite_blocks(found, "samples"):
+    x = jnp.asarray(block[(..., *channel)], jnp.float32)
+    y = jnp.asarray(conditions[place, None][(..., *channel)], jnp.float32)
     gap, size = (np.asarray(v, np.float64) for v in _misfit(operator, x, y))
     total += float(np.sqrt(gap / np.maximum(size, np.finfo(np.float32).tiny)).sum())
-  return total / math.prod(ensemble.shape[:2])
+  return total / math.prod(found.shape[:2])
 
 
 def corr_input(source: np.ndarray, mapped: np.ndarray) -> float:

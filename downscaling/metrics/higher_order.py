@@ -8,7 +8,7 @@ alike in every other column.
     stats = higher_order(rows, quadratic, group)   of the reference once, of each map, of the floor
     errors(stats, reference)                          relative errors, each ≥ 0
 
-Rows are [S, N] or [S, N, N], periodic, without a channel axis. Sums run over blocks of rows.
+Rows are [S, N] or [S, N₀, N₁] without a channel axis. Sums run over blocks of rows.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,10 @@ CUT = 1e-12  # of the largest eigenvalue: rounding of a covariance
 
 
 def higher_order(
-  rows: np.ndarray, quadratic: Callable[[np.ndarray], np.ndarray] | None, group: Group
+  rows: np.ndarray,
+  quadratic: Callable[[np.ndarray], np.ndarray] | None,
+  group: Group,
+  periodic: tuple[bool, ...] | None = None,
 ) -> dict[str, np.ndarray]:
   """Third and fourth moments of a set, averaged over the group.
 
@@ -30,14 +33,16 @@ def higher_order(
     rows: [S, *space], one or two axes. quadratic: N, [S, *space] -> the same, float64, one that
       commutes with the group; None leaves transfer out. group: of the grid; symmetry.trivial(n) if
       there is none.
+    periodic: is each axis; None for all of them.
   Returns:
     transfer: Re E[ŷ* N̂] summed over shell k = 1, 2, ..., [K] (of energy if y is a velocity,
     enstrophy if vorticity). energy_transfer, 2-D only: the same over k², of energy if y is
     vorticity.
-    bispectrum, 1-D only: E[ŷ_j ŷ_k ŷ*_{j+k}], 1 ≤ k ≤ j, j + k < N/2, complex; its real part is 0
-      where (x, y) -> (−x, −y) is a symmetry.
+    bispectrum, 1-D and periodic only: E[ŷ_j ŷ_k ŷ*_{j+k}], 1 ≤ k ≤ j, j + k < N/2, complex; its
+      real part is 0 where (x, y) -> (−x, −y) is a symmetry.
     flatness: E y⁴ / (E y²)² over all points, about the mean of each point, []; 3 if Gaussian.
-      gradient_flatness: of the differences between neighbours along every axis.
+      gradient_flatness: of the differences between neighbours along every axis, across the ends of
+      periodic ones.
     square_covariance: of y² about the same mean, [n, n].
   Raises: ValueError for NaN, fewer than two rows, another grid, or a group that is no symmetry of a
     periodic line.
@@ -53,7 +58,7 @@ def higher_order(
   mean = (group.sign[:, None] * mean[group.index]).mean(axis=0)
   sums: dict[str, np.ndarray] = {}
   for _, block in distances.chunks(flat):
-    for name, part in _moments(block, mean, space, quadratic).items():
+    for name, part in _moments(block, mean, space, quadratic, periodic).items():
       sums[name] = sums.get(name, 0.0) + part / len(flat)
   second, fourth, squares = (sums.pop(name) for name in ("second", "fourth", "squares"))
   spread = group.average_covariance(sums.pop("square_products"))
@@ -68,16 +73,15 @@ def higher_order(
   return sums
 
 
-def _moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
+def _moments(block, mean, space, quadratic, periodic) -> dict[str, np.ndarray]:
   """Sums over the rows of one block [S, D]."""
   square = (block - mean) ** 2
-  sums = {
-    name: part.sum(axis=0) for name, part in row_moments(block, mean, space, quadratic).items()
-  }
+  of_rows = row_moments(block, mean, space, quadratic, periodic)
+  sums = {name: part.sum(axis=0) for name, part in of_rows.items()}
   return sums | {"squares": square.sum(axis=0), "square_products": square.T @ square}
 
 
-def row_moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
+def row_moments(block, mean, space, quadratic, periodic=None) -> dict[str, np.ndarray]:
   """What each row [S, D] adds to the moments that are linear in the rows, [S] or [S, K] each.
 
   second, fourth, slope_second, slope_fourth: of the flatnesses. The rest as `higher_order` returns
@@ -85,7 +89,8 @@ def row_moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
   """
   axes = tuple(range(1, len(space) + 1))
   centred = (block - mean).reshape(-1, *space)
-  slopes = [np.roll(centred, -1, axis) - centred for axis in axes]
+  closed = (True,) * len(space) if periodic is None else periodic
+  slopes = [_slope(centred, axis, wrap) for axis, wrap in zip(axes, closed, strict=True)]
   out = {}
   for power, name in ((2, "second"), (4, "fourth")):
     out[name] = (centred**power).mean(axis=axes)
@@ -95,11 +100,18 @@ def row_moments(block, mean, space, quadratic) -> dict[str, np.ndarray]:
   if quadratic is not None:
     flux = (waves.conj() * np.fft.fftn(quadratic(y), axes=axes, norm="forward")).real
     out |= _shell_fluxes(flux.reshape(len(y), -1), space)
-  if len(space) == 1:
+  if len(space) == 1 and all(closed):
     first, second = _triads(space[0])
     if first.size:  # four points or fewer have none
       out["bispectrum"] = waves[:, first] * waves[:, second] * waves[:, first + second].conj()
   return out
+
+
+def _slope(fields: np.ndarray, axis: int, periodic: bool) -> np.ndarray:
+  """Differences between neighbours; an axis that is not periodic has one fewer than points."""
+  if periodic:
+    return np.roll(fields, -1, axis) - fields
+  return np.diff(fields, axis=axis)
 
 
 def _shell_fluxes(flux: np.ndarray, space: tuple[int, ...]) -> dict[str, np.ndarray]:

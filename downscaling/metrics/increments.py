@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from downscaling.metrics import spectra
+from downscaling.metrics.distances import Members
 
 KEYS = ("increment", "within", "seams", "melr", "condition")
 EXCHANGED = ", members exchanged"  # after the name of a set
@@ -37,7 +38,7 @@ class Series:
   seams: [L − 1], does the step from frame l to l + 1 lead to another set of windows? spacing: Δ.
   """
 
-  samples: Mapping[str, np.ndarray]
+  samples: Mapping[str, Members]
   truth: Mapping[str, np.ndarray]
   conditions: Mapping[str, np.ndarray]
   coarse_reference: np.ndarray
@@ -58,7 +59,7 @@ class Series:
         "condition": None if name not in self.conditions else self._pace(self.conditions[name])
       }
       table[name] = self._compared(_moves(x), true) | paced
-      if np.shape(x)[1] > 1:
+      if x.shape[1] > 1:
         table[name + EXCHANGED] = self._compared(_moves(x, exchanged), true) | paced
     count = max(len(x) for x in self.samples.values())
     return table | {
@@ -80,9 +81,7 @@ class Series:
     }
 
 
-def _moves(
-  x: np.ndarray, change: Callable = lambda members: members
-) -> tuple[np.ndarray, np.ndarray]:
+def _moves(x: Members, change: Callable = lambda members: members) -> tuple[np.ndarray, np.ndarray]:
   """(mean square of every step [L − 1], energies of the increments by shell) of [K, M, L, *space].
 
   One condition at a time: ensembles are large. change: of its members [M, L, *space], before.

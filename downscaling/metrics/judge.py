@@ -104,14 +104,22 @@ class Judge:
     other = (
       self.reference_rows.block[some] - 1 - self.reference_rows.block.max()
     )  # numbers of their own
-    found = classifier.auc(x, rows.block, self.reference.fields[some], other, seed=self.seed)
+    found = classifier.auc(
+      x,
+      rows.block,
+      self.reference.fields[some],
+      other,
+      seed=self.seed,
+      periodic=self.reference.periodic,
+    )
     return found.auc, list(found.interval), self._auc_floor(rows, count)
 
   def _auc_floor(self, rows: bootstrap.Rows, count: int) -> list[float]:
     key = ("auc", *rows.structure)
     if key not in self._floors:
       fields, origin = self._pool
-      found = classifier.floor(fields, origin.block, (len(rows), count), seed=self.seed)
+      sizes, periodic = (len(rows), count), self.reference.periodic
+      found = classifier.floor(fields, origin.block, sizes, seed=self.seed, periodic=periodic)
       self._floors[key] = [found.interval[0], found.auc, found.interval[1]]
     return self._floors[key]
 
@@ -131,7 +139,9 @@ class Judge:
       weights = bootstrap.true_sets(origin, rows, self.draws, self.seed)
       found = self._metrics(fields, weights)
       quantiles = {key: np.quantile(drawn, LEVELS).tolist() for key, drawn in found.items()}
-      band = np.quantile(replicates.energies(fields, weights), LEVELS, axis=0)
+      band = np.quantile(
+        replicates.energies(fields, weights, self.reference.shells), LEVELS, axis=0
+      )
       self._floors[rows.structure] = (quantiles, band)
     return self._floors[rows.structure]
 

@@ -7,20 +7,31 @@ import functools
 import numpy as np
 
 from downscaling.fields import symmetry
+from downscaling.fields.domain import Domain
 from downscaling.metrics import distances, higher_order, pairs, spectra, symmetrised, waves
 
 
 class Reference:
-  """A reference set [R, *space]. Raises ValueError for NaN or < 2 rows."""
+  """A reference set [R, *space] on a domain; None stands for a periodic box of equal sides.
 
-  def __init__(self, fields: np.ndarray):
+  Raises ValueError for NaN, < 2 rows, or another grid than the domain's.
+  """
+
+  def __init__(self, fields: np.ndarray, domain: Domain | None = None):
+    if domain is not None and np.shape(fields)[1:] != domain.shape:
+      raise ValueError(
+        f"the reference has the grid {np.shape(fields)[1:]}, its domain {domain.shape}: need "
+        "[rows, *space] of that domain, one channel at a time."
+      )
+    self.shells = None if domain is None else spectra.shells_of(domain)
+    self.periodic = None if domain is None else tuple(axis.periodic for axis in domain.axes)
     self.fields, self._higher, self._symmetric = np.asarray(fields), None, None
     self._squares = None
     self.flat = distances.rows(self.fields, "the reference")
 
   @functools.cached_property
   def energies(self) -> np.ndarray:
-    return spectra.energies(self.fields, "the reference")
+    return spectra.energies(self.fields, "the reference", self.shells)
 
   @functools.cached_property
   def kernel_term(self) -> float:
@@ -49,8 +60,11 @@ class Reference:
   def higher(self, quadratic, group: symmetry.Group) -> dict[str, np.ndarray]:
     """Its statistics of higher order, computed once."""
     if self._higher is None or self._higher[:2] != (quadratic, group):
-      self._higher = (quadratic, group, higher_order.higher_order(self.fields, quadratic, group))
+      self._higher = (quadratic, group, self._moments(quadratic, group))
     return self._higher[2]
+
+  def _moments(self, quadratic, group: symmetry.Group) -> dict[str, np.ndarray]:
+    return higher_order.higher_order(self.fields, quadratic, group, self.periodic)
 
   def symmetric(self, moves: symmetry.Moves) -> np.ndarray:
     """Its covariance averaged over a group, computed once."""

@@ -55,10 +55,10 @@ def metrics(
   return found
 
 
-def energies(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """E(k) of every weighting, [B, K]."""
+def energies(x: np.ndarray, weights: np.ndarray, shells: spectra.Shells | None) -> np.ndarray:
+  """E(k) of every weighting, [B, K]; shells: of the reference."""
   share = weights / weights.sum(axis=1, keepdims=True)
-  return share @ spectra.shell_energies(x)
+  return share @ spectra.shell_energies(x, shells=shells)
 
 
 def transfer(x: np.ndarray, weights: np.ndarray, reference: Reference, quadratic) -> np.ndarray:
@@ -67,7 +67,8 @@ def transfer(x: np.ndarray, weights: np.ndarray, reference: Reference, quadratic
 
 
 def _spectral(x, weights, reference) -> dict[str, np.ndarray]:
-  each = [spectra.melr(energy, reference.energies) for energy in energies(x, weights)]
+  found = energies(x, weights, reference.shells)
+  each = [spectra.melr(energy, reference.energies) for energy in found]
   return {f"melr_{name}": np.array([row[name] for row in each]) for name in each[0]}
 
 
@@ -131,7 +132,8 @@ def _weighted_moments(x, weights, reference, quadratic) -> dict[str, np.ndarray]
   sums: dict[str, np.ndarray] = {}
   for first, block in distances.chunks(flat):
     part = share[:, first : first + len(block)]
-    for name, rows in higher_order.row_moments(block, mean, x.shape[1:], quadratic).items():
+    moments = higher_order.row_moments(block, mean, x.shape[1:], quadratic, reference.periodic)
+    for name, rows in moments.items():
       sums[name] = sums.get(name, 0.0) + part @ rows
   return sums
 

@@ -6,13 +6,14 @@ See `judge.py` for what intervals and floors are. `terminal.py` prints the table
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from downscaling.fields import symmetry
 from downscaling.fields.operators import Operator
 from downscaling.metrics import bootstrap, distances, higher_order, spectra, symmetrised
+from downscaling.metrics.ensembles import Ensemble
 from downscaling.metrics.judge import Judge
 from downscaling.metrics.reference import Reference
 
@@ -48,7 +49,8 @@ def measure(
   *,
   group: symmetry.Group | None = None,
   source: np.ndarray | None = None,
-  ensemble: np.ndarray | None = None,
+  ensemble: distances.Members | None = None,
+  whole: np.ndarray | None = None,
   conditions: np.ndarray | None = None,
   operator: Operator | None = None,
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None,
@@ -66,7 +68,7 @@ def measure(
       none).
     source: y for pred = T y, row by row.
     ensemble: [K, M, *space], all members, for variability and constraint; members that failed are
-      NaN.
+      NaN. whole: [K, M], which did not; None: none failed.
     conditions, operator: y′ [K, *coarse] and C′, for the constraint.
     quadratic: N of the equation, for the transfer of a debias row; see higher_order.
     moves: the symmetries of the fine grid, for symcov over the shells that hold the reference's
@@ -80,7 +82,7 @@ def measure(
   ref = ref if isinstance(ref, Reference) else Reference(ref)
   pred = np.asarray(pred)
   distances.pair(pred, ref.fields)
-  ratio = spectra.melr(spectra.energies(pred, "pred"), ref.energies)
+  ratio = spectra.melr(spectra.energies(pred, "pred", ref.shells), ref.energies)
   kld_sum, kld_mean = distances.kld(pred, ref.fields)
   row = {
     "cov_rmse": distances.cov_rmse(pred, ref.fields),
@@ -93,7 +95,7 @@ def measure(
     "n": len(pred),
     "blocks": len(pred) if rows is None else rows.blocks,
   }
-  row |= _of_ensemble(pred, ensemble, conditions, operator, misfit)
+  row |= _of_ensemble(pred, ensemble, whole, conditions, operator, misfit)
   if group is None:
     row["sym_cov_rmse"] = None if moves is None else _symmetric(pred, ref, moves)
     return row
@@ -103,7 +105,9 @@ def measure(
   return row | _of_map(pred, source, ref, group) | _higher(pred, ref, group, quadratic)
 
 
-def _of_ensemble(pred, ensemble, conditions, operator, misfit) -> dict[str, float | int | None]:
+def _of_ensemble(
+  pred, ensemble, whole, conditions, operator, misfit
+) -> dict[str, float | int | None]:
   """What all members of a set say: how they vary, how well they meet their conditions, how many
   failed.
   """
@@ -111,14 +115,13 @@ def _of_ensemble(pred, ensemble, conditions, operator, misfit) -> dict[str, floa
   row: dict[str, float | int | None] = dict.fromkeys(names)
   row["failed"] = 0
   if ensemble is not None:
-    whole = np.isfinite(ensemble).reshape(*ensemble.shape[:2], -1).all(axis=2)
-    row["failed"] = int((~whole).sum())
-    complete = whole.all(axis=1)
-    row["variability"] = distances.variability(ensemble[complete]) if complete.any() else None
-    if conditions is not None and operator is not None and complete.any():
-      row["constraint_rmse"] = distances.constraint_rmse(
-        ensemble[complete], conditions[complete], operator
-      )
+    good = np.ones(ensemble.shape[:2], bool) if whole is None else whole
+    row["failed"] = int((~good).sum())
+    complete = np.flatnonzero(good.all(axis=1))
+    members = Ensemble.of(ensemble).only(complete)
+    row["variability"] = distances.variability(members) if len(complete) else None
+    if conditions is not None and operator is not None and len(complete):
+      row["constraint_rmse"] = distances.constraint_rmse(members, conditions[complete], operator)
       seen = np.asarray(operator.apply(pred.astype(np.float32)[..., None]))[..., 0]
       row["corr_condition"] = distances.corr_input(conditions, seen) if len(pred) > 1 else None
   if misfit is not None:
@@ -159,7 +162,7 @@ def _higher(pred, ref: Reference, group, quadratic) -> dict[str, float | None]:
   theirs = {
     k: v for k, v in ref.higher(quadratic, group).items() if np.any(v)
   }  # a symmetry may forbid some
-  found = higher_order.higher_order(pred, quadratic, group)
+  found = higher_order.higher_order(pred, quadratic, group, ref.periodic)
   found = higher_order.errors({k: found[k] for k in theirs}, theirs)
   return {key: found.get(key) for key in HIGHER}
 
@@ -194,12 +197,13 @@ def debias_rows(
 
 
 def sample_rows(
-  samples: Mapping[str, np.ndarray],
+  samples: Mapping[str, distances.Members],
   conditions: Mapping[str, np.ndarray],
   judge: Judge,
   operator: Operator | None = None,
   misfits: Mapping[str, np.ndarray] | None = None,
   rows: Mapping[str, bootstrap.Rows] | None = None,
+  firsts: Mapping[str, "FirstMembers"] | None = None,
 ) -> dict[str, dict]:
   """Metrics of ensembles, with their intervals and floors.
 
@@ -211,18 +215,21 @@ def sample_rows(
     conditions: {row: y′ [K, *coarse]}; rows without one have no constraint.
     judge: of fine fields. operator: C′, or None. misfits: {row: [K, M]} of those that have them.
     rows: where each set's conditions come from; independent if not said.
+    firsts: `first_members` of the sets, where they are known.
   """
   table = {}
   for name, x in samples.items():
-    kept, members = first_members(x, name)
+    first = (firsts or {}).get(name) or first_members(x, name)
+    kept = first.conditions
     origin = (rows or {}).get(name) or bootstrap.single(len(x))
     given = conditions.get(name)
     table[name] = _judged(
       name,
-      members,
+      first.members,
       judge,
       bootstrap.Rows(origin.block[kept], origin.time[kept]),
-      ensemble=np.asarray(x)[kept],
+      ensemble=Ensemble.of(x).only(kept),
+      whole=first.whole[kept],
       conditions=None if given is None else given[kept],
       operator=operator,
       misfit=None if misfits is None or name not in misfits else misfits[name][kept],
@@ -232,30 +239,45 @@ def sample_rows(
   return table
 
 
-def first_members(x: np.ndarray, name: str = "samples") -> tuple[np.ndarray, np.ndarray]:
-  """(conditions [S] that have a member, the first whole member of each [S, *space]) of an ensemble
-  [K, M, *space].
+class FirstMembers(NamedTuple):
+  """The first member of every condition that did not fail.
+
+  conditions: that have one, [S]. members: [S, *space]. whole: [K, M], which members did not fail.
+  """
+
+  conditions: np.ndarray
+  members: np.ndarray
+  whole: np.ndarray
+
+
+def first_members(x: distances.Members, name: str = "samples") -> FirstMembers:
+  """The first whole members of an ensemble [K, M, *space], a block of conditions at a time.
 
   A member that failed is NaN at every point (sampling/ensemble.py). Raises ValueError for one that
   is NaN in part.
   """
-  x = np.asarray(x)
-  if x.ndim < 3 or x.size == 0:
-    raise ValueError(f"{name} has shape {x.shape}: need [conditions, members, *space].")
-  finite = np.isfinite(x).reshape(*x.shape[:2], -1)
-  whole, none = np.asarray(finite.all(axis=2)), np.asarray(~finite.any(axis=2))
-  if not (whole | none).all():
-    k, m = np.argwhere(~(whole | none))[0]
-    raise ValueError(
-      f"{name}: member {m} of condition {k} holds NaN or infinite values at some points: no metric "
-      "of it means anything. Look at the stage that wrote it and run that again."
-    )
-  kept = np.flatnonzero(whole.any(axis=1))
+  ensemble = distances.members(x, name)
+  parts, flags = [], []
+  for place, block in ensemble.blocks():
+    finite = np.isfinite(block).reshape(*block.shape[:2], -1)
+    whole, none = np.asarray(finite.all(axis=2)), np.asarray(~finite.any(axis=2))
+    if not (whole | none).all():
+      k, m = np.argwhere(~(whole | none))[0]
+      raise ValueError(
+        f"{name}: member {m} of condition {place.start + k} holds NaN or infinite values at some "
+        "points: no metric of it means anything. Look at the stage that wrote it and run that "
+        "again."
+      )
+    have = np.flatnonzero(whole.any(axis=1))
+    parts.append(block[have, whole[have].argmax(axis=1)])
+    flags.append(whole)
+  good = np.concatenate(flags)
+  kept = np.flatnonzero(good.any(axis=1))
   if not len(kept):
     raise ValueError(
       f"{name}: every member holds NaN, so there is nothing to judge. Draw the set again."
     )
-  return kept, x[kept, whole[kept].argmax(axis=1)]
+  return FirstMembers(kept, np.concatenate(parts), good)
 
 
 def _judged(name: str, x, judge: Judge, origin: bootstrap.Rows, **of_set) -> dict:

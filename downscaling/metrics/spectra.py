@@ -1,25 +1,84 @@
 """Energy spectra over shells of wavenumber, and their mean log ratio (Wan et al. 2023,
 arXiv:2305.15618, §4).
 
-Fields are [S, N] or [S, N₀, N₁], periodic, without a channel axis. Shell k holds the modes with k −
-½ ≤ |m| < k + ½ for integer mode numbers m (waves a box); k = 0, the mean, is left out. In 2-D the
-corners beyond k = min(N)/2 are left out
-too: their shells are not whole.
+Fields are [S, N] or [S, N₀, N₁], without a channel axis. Shell k holds the modes with k − ½ ≤ |m| <
+k + ½, with m in waves a box; k = 0, the mean, is left out. In 2-D the corners beyond the shortest
+axis's finest wave are left out too: their shells are not whole.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 
+from downscaling.fields.basis import Trigonometric
+from downscaling.fields.domain import Domain
 from downscaling.metrics import distances
 
 ENERGY_SHARE = 0.999999
 
 
-def shell_energies(x: np.ndarray, name: str = "fields") -> np.ndarray:
-  """Energy of each row in each shell, [S, min(N)//2], k = 1, 2, ...; units of the field squared.
+@dataclasses.dataclass(frozen=True)
+class Shells:
+  """The shells of a grid whose axes are of unlike length, or do not close on themselves.
 
-  |FFT|²/N^(2d), so that in 1-D Σ_k E_k is the row's variance about its own mean (Parseval).
+  basis: waves, and along axes that are not periodic cosines, each half a wave finer than the last.
+  lengths: of the axes, in any unit; m counts waves in the longest of them.
+  """
+
+  basis: Trigonometric
+  lengths: tuple[float, ...]
+
+  @property
+  def scales(self) -> list[float]:
+    """Waves in the longest axis for one wave in each."""
+    return [max(self.lengths) / length for length in self.lengths]
+
+  @property
+  def count(self) -> int:
+    """The last whole shell."""
+    finest = [n / 2 * scale for n, scale in zip(self.basis.space, self.scales, strict=True)]
+    return int(min(finest))
+
+  def numbers(self) -> np.ndarray:
+    """The shell of each mode of a table, [*space] int."""
+    squares = np.zeros(())
+    axes = zip(self.basis.space, self.basis.periodic, self.scales, strict=True)
+    for points, periodic, scale in axes:
+      waves = np.fft.fftfreq(points, 1 / points) if periodic else np.arange(points) / 2
+      squares = squares[..., None] + (scale * waves) ** 2
+    return np.floor(np.sqrt(squares) + 0.5).astype(int)
+
+  def energies(self, x: np.ndarray) -> np.ndarray:
+    """`shell_energies` of rows that are known to be good, [S, count]."""
+    numbers = self.numbers().ravel()
+    out = np.empty((len(x), self.count))
+    for first, block in distances.chunks(x):
+      power = self.basis.power(block[..., None]).reshape(len(block), -1) / numbers.size
+      for k in range(1, self.count + 1):
+        out[first : first + len(block), k - 1] = power[:, numbers == k].sum(axis=1)
+    return out
+
+
+def shells_of(domain: Domain) -> Shells | None:
+  """The shells of a domain; None for a periodic box of equal sides, which needs no account of them.
+
+  Lengths are those of the coordinates. Axes in unlike units are measured in points.
+  """
+  axes = domain.axes
+  alike = len({axis.unit for axis in axes}) == 1
+  lengths = tuple(len(axis) * (axis.spacing if alike else 1.0) for axis in axes)
+  if domain.periodic and np.ptp(lengths) <= 1e-6 * max(lengths):
+    return None
+  return Shells(domain.basis(), lengths)
+
+
+def shell_energies(x: np.ndarray, name: str = "fields", shells: Shells | None = None) -> np.ndarray:
+  """Energy of each row in each shell, [S, K], k = 1, 2, ...; units of the field squared.
+
+  The energy of all modes is the row's variance about its own mean (Parseval); in 1-D no mode lies
+  beyond the last shell.
+  shells: None for a periodic box of equal sides, whose K is min(N)//2.
   Raises ValueError, naming the set, for NaN or for other than one or two space axes.
   """
   x = np.asarray(x)
@@ -29,6 +88,8 @@ def shell_energies(x: np.ndarray, name: str = "fields") -> np.ndarray:
       f"{name} has shape {x.shape}: spectra need [samples, N] or [samples, N₀, N₁], one channel at "
       "a time."
     )
+  if shells is not None:
+    return shells.energies(x)
   space = x.shape[1:]
   index, weight = _shells(space)
   top = min(space) // 2
@@ -67,9 +128,9 @@ def shell_numbers(space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   return np.floor(size + 0.5).astype(int), twice
 
 
-def energies(x: np.ndarray, name: str = "fields") -> np.ndarray:
-  """E(k): `shell_energies` averaged over the rows, [min(N)//2]."""
-  return shell_energies(x, name).mean(axis=0)
+def energies(x: np.ndarray, name: str = "fields", shells: Shells | None = None) -> np.ndarray:
+  """E(k): `shell_energies` averaged over the rows, [K]."""
+  return shell_energies(x, name, shells).mean(axis=0)
 
 
 def energy_holding_shells(ref_energies: np.ndarray, share: float = ENERGY_SHARE) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from downscaling.metrics import scoring
+from downscaling.metrics.distances import Members
 from downscaling.report import figures, html_page
 from downscaling.report.html_page import Panel, Section
 from downscaling.report.results import Evidence
@@ -15,7 +15,7 @@ STRIPES = 40  # snapshots in a picture of rows
 def gallery(e: Evidence) -> Section:
   panels = []
   for name in [n for n in e.samples if n in e.conditions]:
-    x, y, truth = np.asarray(e.samples[name]), e.conditions.get(name), e.truth.get(name)
+    x, y, truth = e.samples[name], e.conditions.get(name), e.truth.get(name)
     chosen = np.unique(np.linspace(0, len(x) - 1, GALLERY).astype(int))
     if x.ndim == 3:
       draw = _curves(e, name, chosen)
@@ -38,7 +38,7 @@ def gallery(e: Evidence) -> Section:
   )
 
 
-def _of_members(x: np.ndarray) -> str:
+def _of_members(x: Members) -> str:
   return (
     "one field a condition"
     if x.shape[1] == 1
@@ -47,17 +47,17 @@ def _of_members(x: np.ndarray) -> str:
 
 
 def _curves(e: Evidence, name: str, chosen: np.ndarray) -> figures.Draw:
-  x, y, truth = np.asarray(e.samples[name]), e.conditions.get(name), e.truth.get(name)
+  x, y, truth = e.samples[name][chosen], e.conditions.get(name), e.truth.get(name)
   at = np.arange(x.shape[2]) * e.length / x.shape[2]
   where = None if y is None else _places(e, at, np.shape(y)[1])
   panels = [
     {
-      "members": x[k, :8],
+      "members": members[:8],
       "at": where,
       "condition": None if y is None else y[k],
       "truth": None if truth is None else truth[k],
     }
-    for k in chosen
+    for k, members in zip(chosen, x, strict=True)
   ]
   return figures.curves(at, panels, name, e.u, e.length_unit)
 
@@ -95,7 +95,7 @@ def rows(e: Evidence) -> Section:
       "pictures", "Fields beside fields", "", text or "<p>The maps above show whole fields.</p>", []
     )
   for name, true in e.truth.items():
-    kept, x = scoring.first_members(e.samples[name], name)
+    kept, x, _ = e.firsts[name]
     true = true[kept]
     order = _by_phase(true)[:STRIPES]
     shown = {"truth": true[order], "one sample": x[order], "difference": x[order] - true[order]}
@@ -105,7 +105,7 @@ def rows(e: Evidence) -> Section:
     )
     panels.append(_stripes(e, f"rows_{name}", shown, text))
   wanted = (f"{e.default}+diffusion", "raw+diffusion", "unconditional")
-  chosen = {label(n): scoring.first_members(e.samples[n], n)[1] for n in wanted if n in e.samples}
+  chosen = {label(n): e.firsts[n].members for n in wanted if n in e.samples}
   sets = {"reference": e.fine_reference, **dict(list(chosen.items())[:2])}
   count = min(STRIPES, *(len(x) for x in sets.values()))
   shown = {name: x[:count][_by_phase(x[:count])] for name, x in sets.items()}

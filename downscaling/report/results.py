@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from downscaling.fields import symmetry
+from downscaling.fields.domain import Domain
 from downscaling.fields.operators import Operator
-from downscaling.metrics import bootstrap, calibration, judge, scoring
+from downscaling.metrics import bootstrap, calibration, distances, judge, scoring
+from downscaling.metrics.ensembles import Ensemble
 from downscaling.metrics.increments import Series
 from downscaling.metrics.reference import Reference
 
@@ -41,12 +43,13 @@ class Evidence:
       behind, or None.
     sources: {row: y [S, *coarse]} for rows not made from coarse["lflr"].
     coarse_reference, coarse_floor: [R, *coarse] and [P, *coarse], independent held-out C′x.
+    domain, coarse_domain: of fine and coarse fields; None for periodic boxes of equal sides.
     group, coarse_moves: symmetry of the coarse grid; moves: of the fine one.
     quadratic: N of the equation, see higher_order, or None.
     effective_targets: {row: {quantile: over how many targets a row of the fit is averaged}} of
       entropic maps.
     samples: {set: [K, M, *fine], ...}, e.g. "equivariant+diffusion"; an unconditional set is [S, 1,
-      *fine].
+      *fine]. Arrays, or ensembles that are read a block at a time (metrics/ensembles.py).
     conditions: {row: y′ [K, *coarse]}. misfits: {row: χ² [K, M] of every member's misfit to its
       condition}.
     truth: {row: [K, *fine]}, the fields whose own C′x were the conditions ("true+diffusion").
@@ -76,6 +79,8 @@ class Evidence:
   sources: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   coarse_reference: np.ndarray | None = None
   coarse_floor: np.ndarray | None = None
+  domain: Domain | None = None
+  coarse_domain: Domain | None = None
   default: str | None = None
   origins: dict[str, bootstrap.Rows] = dataclasses.field(default_factory=dict)
   step: float | None = None
@@ -86,7 +91,7 @@ class Evidence:
   moves: symmetry.Moves | None = None
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None
   effective_targets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-  samples: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  samples: dict[str, distances.Members] = dataclasses.field(default_factory=dict)
   conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   misfits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   truth: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -137,14 +142,18 @@ class Evidence:
     return {
       name: calibration.calibrate(*self.whole(name))
       for name in self.truth
-      if np.shape(self.samples[name])[1] > 1
+      if self.samples[name].shape[1] > 1
     }
 
-  def whole(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+  @functools.cached_property
+  def firsts(self) -> dict[str, scoring.FirstMembers]:
+    """The first whole member of every condition, of every set."""
+    return {name: scoring.first_members(x, name) for name, x in self.samples.items()}
+
+  def whole(self, name: str) -> tuple[Ensemble, np.ndarray]:
     """(members, truth) of a set's conditions none of whose members failed."""
-    x = np.asarray(self.samples[name])
-    kept = np.isfinite(x).reshape(len(x), -1).all(axis=1)
-    return x[kept], self.truth[name][kept]
+    kept = np.flatnonzero(self.firsts[name].whole.all(axis=1))
+    return Ensemble.of(self.samples[name]).only(kept), self.truth[name][kept]
 
   @functools.cached_property
   def references(self) -> dict[str, dict[str, calibration.Reference]]:
@@ -168,20 +177,21 @@ class Evidence:
     assert self.coarse_reference is not None  # coarse rows do not come without
     group = self.group or symmetry.trivial(math.prod(self.coarse_reference.shape[1:]))
     moves = None if self.group is None else self.coarse_moves
-    return self._judge("coarse", moves=moves, group=group, quadratic=self.quadratic)
+    of_grid = {"moves": moves, "group": group, "quadratic": self.quadratic}
+    return self._judge("coarse", self.coarse_domain, **of_grid)
 
   @functools.cached_property
   def fine_judge(self) -> judge.Judge:
     """Of samples."""
-    return self._judge("fine", moves=self.moves)
+    return self._judge("fine", self.domain, moves=self.moves)
 
-  def _judge(self, level: str, **of_grid) -> judge.Judge:
+  def _judge(self, level: str, domain: Domain | None, **of_grid) -> judge.Judge:
     fields = {kind: getattr(self, f"{level}_{kind}") for kind in ("reference", "floor")}
     origins = {
       kind: self.origins.get(kind) or bootstrap.single(len(x)) for kind, x in fields.items()
     }
     return judge.Judge(
-      Reference(fields["reference"]),
+      Reference(fields["reference"], domain),
       origins["reference"],
       fields["floor"],
       origins["floor"],
@@ -201,7 +211,13 @@ class Evidence:
       )
     if self.samples:
       samples = scoring.sample_rows(
-        self.samples, self.conditions, self.fine_judge, self.operator, self.misfits, self.origins
+        self.samples,
+        self.conditions,
+        self.fine_judge,
+        self.operator,
+        self.misfits,
+        self.origins,
+        self.firsts,
       )
     metrics = {
       "experiment": self.experiment,
@@ -238,10 +254,9 @@ class Evidence:
   def sizes(self) -> dict[str, list[int]]:
     """Shapes of every set that was compared."""
     sets = {"coarse_reference": self.coarse_reference, "fine_reference": self.fine_reference}
-    sets |= {f"coarse.{k}": v for k, v in self.coarse.items()} | {
-      f"samples.{k}": v for k, v in self.samples.items()
-    }
-    return {name: list(np.shape(x)) for name, x in sets.items() if x is not None}
+    sets |= {f"coarse.{name}": x for name, x in self.coarse.items()}
+    sets |= {f"samples.{name}": x for name, x in self.samples.items()}
+    return {name: list(x.shape) for name, x in sets.items() if x is not None}
 
   def convergence(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """(iterations, ε, errors) of every check with a finite error, ε over the mean cost if that is

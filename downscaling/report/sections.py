@@ -51,7 +51,7 @@ def _levels(e: Evidence) -> list[tuple[str, dict, np.ndarray, np.ndarray]]:
   if e.coarse:
     out.append(("coarse", dict(e.coarse), e.coarse_reference, e.coarse_floor))
   if e.samples:
-    rows = {name: scoring.first_members(x, name)[1] for name, x in e.samples.items()}
+    rows = {name: first.members for name, first in e.firsts.items()}
     out.append(("fine", rows, e.fine_reference, e.fine_floor))
   return out
 
@@ -154,10 +154,11 @@ def _floor_row(count: int, floor: dict, columns: dict[str, str]) -> str:
 
 def spectrum(e: Evidence) -> Section:
   panels = []
-  for level, rows, ref, _ in _levels(e):
-    reference = spectra.energies(ref)
+  for level, rows, _, _ in _levels(e):
+    judge = e.coarse_judge if level == "coarse" else e.fine_judge
+    reference, shells = judge.reference.energies, judge.reference.shells
     judged = {name: x for name, x in rows.items() if not name.endswith("in-sample")}
-    drawn = {name: spectra.energies(x, name) for name, x in judged.items()}
+    drawn = {name: spectra.energies(x, name, shells) for name, x in judged.items()}
     held = spectra.energy_holding_shells(reference)
     draw = figures.spectrum(reference, drawn, _band(e, level), held)
     text = {

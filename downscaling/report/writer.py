@@ -6,6 +6,7 @@ no live model.
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -44,6 +45,26 @@ def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
   return metrics
 
 
+def write_index(folder: str | os.PathLike, title: str, channels: Sequence[str]) -> dict:
+  """folder/report.html with a link to the report of every channel, and folder/metrics.json, which
+  holds {"channels": {name: metrics}}; both from the folders that `write` has filled. Returns the
+  metrics.
+  """
+  folder = pathlib.Path(folder)
+  metrics = {
+    "channels": {name: files.read_json(folder / name / "metrics.json") for name in channels}
+  }
+  links = "".join(
+    f'<li><a href="{html_page.escape(name)}/report.html">{html_page.escape(name)}</a></li>'
+    for name in channels
+  )
+  html = html_page.document(title, f"<h1>{html_page.escape(title)}</h1><ul>{links}</ul>")
+  with files.all_or_nothing(folder / "report.html") as file:
+    file.write(html.encode("utf-8"))
+  files.write_json(folder / "metrics.json", metrics)
+  return metrics
+
+
 def _head(e: Evidence, parts: list[sections.Section]) -> str:
   links = "".join(f'<a href="#{p.anchor}">{html_page.escape(p.title)}</a>' for p in parts)
   tiles = "".join(_tiles(e))
@@ -69,7 +90,7 @@ def headline(e: Evidence) -> str:
     )
   drawn = [n for n in e.samples if n.endswith("+diffusion")]
   if drawn:
-    shape = np.shape(e.samples[drawn[0]])
+    shape = e.samples[drawn[0]].shape
     said.append(
       f"a diffusion prior then drew {shape[1]:,} fine field{'s' if shape[1] > 1 else ''} of "
       f"{_points(shape[2:])} for each of {shape[0]:,} of them"

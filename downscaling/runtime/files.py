@@ -61,8 +61,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     file.write("\n")
 
 
-def write_npz(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-  """Writes an uncompressed .npz of named arrays all or nothing."""
+def write_npz(path: str | os.PathLike, arrays: dict[str, Any]) -> None:
+  """Writes an uncompressed .npz of named arrays, numbers or texts all or nothing."""
   with all_or_nothing(path) as file:
     # numpy's stub takes the names for its own keyword allow_pickle.
     np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]

@@ -1,15 +1,15 @@
-"""The gain of a field with independent Fourier modes: how far an observed misfit C′x ≠ y′ should
-move every fine point.
+"""The gain of a field with independent modes: how far an observed misfit C′x ≠ y′ should move
+every fine point.
 
     Σ_σ = Q diag(e(σ)) Qᵀ,   A = C′ Σ C′ᵀ,   G = Σ C′ᵀ A⁻¹,   so that C′ G = I
 
-Q is the Fourier basis, e_k(σ) the variance of mode k that is left after denoising at level σ: S_k
+Q is a basis (fields/basis.py), e_k(σ) the variance of mode k that is left after denoising at σ: S_k
 σ²/(S_k + σ²) for a Gaussian field of spectrum S (then D + G(y′ − C′D) is the exact conditional
 mean), or a network's measured error. With observation noise, y′ = C′x + ε, ε ~ N(0, R), A + R
-stands for A in G, and C′G = I no longer holds: the constraint is soft. For a strided or a block
-mean C′, A is circulant on the coarse grid, its eigenvalues being the aliases of Σ|H|² folded upon
-each other (H: transfer function of the block mean); any other operator goes through its dense
-matrix.
+stands for A in G, and C′G = I no longer holds: the constraint is soft. For waves and a strided or a
+block mean C′, A is circulant on the coarse grid, its eigenvalues being the aliases of Σ|H|² folded
+upon each other (H: transfer function of the block mean). Any other basis or operator goes through
+the dense matrix C′Q.
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.diffusion import schedules
+from downscaling.fields.basis import Basis, Trigonometric
 from downscaling.fields.operators import BlockMean, Operator, Strided
 from downscaling.runtime import random_keys
 from downscaling.sampling import solvers
 
-Variance = Callable[
-  [jax.Array], jax.Array
-]  # σ [B] -> e(σ) [B, *space, C or 1], on the full FFT grid
+# σ [B] -> e(σ) [B, *space, C or 1], a table of the basis
+Variance = Callable[[jax.Array], jax.Array]
 
+ROUNDING = 1  # of a matrix's trace, in units in the last place: what its eigenvalues are good to
 _LARGEST_DENSE = 4096  # coarse points: A is [B, C, n, n]
 # of ln E a unit of ln σ, in `levels`: where nothing falls the path of σ itself is worth a step
 _LEAST_FALL = 0.2
@@ -38,13 +39,14 @@ _LEAST_FALL = 0.2
 def prior_variance(spectrum: np.ndarray) -> Variance:
   """Sσ²/(S + σ²), what is left to know of a Gaussian field; σ = ∞ gives S itself.
 
-  spectrum: S_k = E|x̂_k|²/N, [*space, C] on the full FFT grid, >= 0. Empty modes are lifted to
-  1e-14 of the largest, so that A can be inverted whatever the misfit.
+  spectrum: S_k, the variance of each mode, [*space, C] (statistics.Statistics), >= 0. Empty modes
+  are lifted to 1e-14 of the largest, so that A can be inverted whatever the misfit.
   """
   spectrum = np.asarray(spectrum, np.float64)
   if not (np.isfinite(spectrum).all() and (spectrum >= 0).all() and (spectrum > 0).any()):
     raise ValueError(
-      "the spectrum holds negative or non-finite values, or only zeros: need E|x̂_k|²/N of the data."
+      "the spectrum holds negative or non-finite values, or only zeros: need the variance of every "
+      "mode of the data."
     )
   s = jnp.asarray(np.maximum(spectrum, 1e-14 * spectrum.max()), jnp.float32)[None]
   return lambda sigma: s / (1 + s / _column(sigma, s.ndim) ** 2)
@@ -55,7 +57,7 @@ def measured_variance(sigmas: np.ndarray, table: np.ndarray) -> Variance:
   is known there.
 
   sigmas: [K], ascending, > 0; a level may lie beyond the ends by float32's rounding.
-  table: [K, *space, C], > 0, mean |(D − x)ˆ_k|²/N on held-out fields.
+  table: [K, *space, C], > 0, the variance of each mode of D − x on held-out fields.
   """
   sigmas, table = np.asarray(sigmas, np.float64), np.asarray(table, np.float64)
   if (
@@ -94,21 +96,29 @@ def measured_variance(sigmas: np.ndarray, table: np.ndarray) -> Variance:
 class Gain:
   """G and A⁻¹ of one operator and one variance; see the module's formulas.
 
-  Raises: ValueError if the operator is neither strided, nor an unweighted block mean, nor of few
-    coarse points.
+  basis: of the fine grid; None for waves along every axis. Strided and unweighted block mean
+    operators on waves take transforms alone. Anything else takes a matrix of all coarse points.
+  Raises: ValueError for a basis of another grid, and where that matrix would be too large.
   """
 
   operator: Operator
   variance: Variance
-  noise: tuple[float, ...] | float = (
-    0.0  # std of ε, for all channels or each, in units of the fields
-  )
+  # Standard deviation of ε, for all channels or each, in units of the fields.
+  noise: tuple[float, ...] | float = 0.0
   dense: bool = False  # forces the dense path, for tests
   # In place of `noise`: R_k, the variance of ε by mode on the full coarse FFT grid, broadcasting
   # against [*coarse, C]; white noise of std s has s² everywhere. It may be traced.
   error: jax.Array | None = None
+  basis: Basis | None = None
 
   def __post_init__(self):
+    if self.basis is None:
+      object.__setattr__(self, "basis", Trigonometric(self.operator.fine))
+    if self.modes.space != self.operator.fine:
+      raise ValueError(
+        f"a basis of a grid {self.modes.space} for an operator on {self.operator.fine}: make both "
+        "from one domain."
+      )
     if not np.all(np.asarray(self.noise) >= 0) or not np.all(np.isfinite(self.noise)):
       raise ValueError(
         f"observation noise of standard deviation {self.noise}: need a number >= 0, in data units."
@@ -116,9 +126,9 @@ class Gain:
     n = math.prod(self.operator.coarse)
     if not self._circulant and n > _LARGEST_DENSE:
       raise ValueError(
-        f"a gain for a general operator with {n} coarse points needs {n}² numbers a sample: use a "
-        f"strided or an unweighted block mean operator, at most {_LARGEST_DENSE} points, or "
-        "guidance 'scaled'."
+        f"a gain for {n} coarse points of a general operator, or of a domain that is not periodic, "
+        f"needs {n}² numbers a sample: use a strided or an unweighted block mean operator on a "
+        f"periodic domain, at most {_LARGEST_DENSE} points, or guidance 'scaled'."
       )
     if not self._circulant:
       self._matrix  # noqa: B018 - computed here, as it cannot be under jit
@@ -152,11 +162,9 @@ class Gain:
     C].
     """
     spread = self._variance(sigma)
-    weights = self._solve(misfit, spread)
-    space = self.operator.fine
-    axes = tuple(range(1, 1 + len(space)))
-    modes = jnp.fft.rfftn(self.adjoint(weights), axes=axes) * _half(spread, len(space))
-    return jnp.fft.irfftn(modes, space, axes=axes).astype(misfit.dtype)
+    weights = self.adjoint(self._solve(misfit, spread))
+    modes = self.modes.modes(weights) * self.modes.held(spread)
+    return self.modes.fields(modes).astype(misfit.dtype)
 
   def solve(self, misfit: jax.Array, sigma: jax.Array) -> jax.Array:
     """(A + R)⁻¹ r, [B, *coarse, C]; σ as in `correction`."""
@@ -179,37 +187,45 @@ class Gain:
     else:
       known = jax.scipy.linalg.cho_solve(self._factor(spread), self._outer(spread**2))
       known = jnp.trace(known, axis1=2, axis2=3)
-    summed = lambda a: (
-      a.reshape(len(a), -1).sum(1) / a.shape[-1]
-    )  # one spectrum may serve channels of different noise
+
+    def summed(table):  # one spectrum may serve channels of different noise
+      return table.reshape(len(table), -1).sum(1) / table.shape[-1]
+
     return (summed(spread) - summed(known)) / math.prod(self.operator.fine)
 
   @property
+  def modes(self) -> Basis:
+    """The basis, which is set by now."""
+    assert self.basis is not None
+    return self.basis
+
+  @functools.cached_property
   def _circulant(self) -> bool:
     op = self.operator
-    return not self.dense and (
-      isinstance(op, Strided) or (isinstance(op, BlockMean) and op.weights is None)
-    )
+    repeats = isinstance(op, Strided) or (isinstance(op, BlockMean) and op.weights is None)
+    waves = isinstance(self.basis, Trigonometric) and self.basis.waves
+    return repeats and waves and not self.dense
+
+  @functools.cached_property
+  def _coarse_modes(self) -> Trigonometric:
+    """Waves of the coarse grid; of circulant gains."""
+    return Trigonometric(self.operator.coarse)
 
   def _variance(self, sigma):
     spread = self.variance(sigma)
-    space = self.operator.fine
-    if spread.shape[1:-1] != space:
+    if spread.shape[1:-1] != self.modes.table:
       raise ValueError(
-        f"the gain's variance is on a grid {spread.shape[1:-1]}, the operator's fine grid is "
-        f"{space}: tabulate the spectrum or the error on the full FFT grid of that field."
+        f"the gain's variance has the modes {spread.shape[1:-1]}, the basis of the fine grid has "
+        f"{self.modes.table}: tabulate the spectrum or the error on that grid."
       )
     return spread
 
   def _solve(self, r, spread):
     if not self._circulant:
       return self._solve_dense(r, spread)
-    coarse = self.operator.coarse
-    axes = tuple(range(1, 1 + len(coarse)))
-    eigenvalues = _half(self._fold(spread) + self.variance_of_noise(spread), len(coarse))
-    return jnp.fft.irfftn(jnp.fft.rfftn(r, axes=axes) / eigenvalues, coarse, axes=axes).astype(
-      r.dtype
-    )
+    coarse = self._coarse_modes
+    eigenvalues = self._fold(spread) + self.variance_of_noise(spread)
+    return coarse.fields(coarse.modes(r) / coarse.held(eigenvalues)).astype(r.dtype)
 
   def variance_of_noise(self, like: jax.Array) -> jax.Array:
     """The eigenvalues of R, broadcasting against `like` [B, *coarse, C]."""
@@ -228,12 +244,11 @@ class Gain:
 
   def _by_mode(self, z, factor):
     """Each coarse mode times its factor; one factor for all modes needs no transform."""
-    coarse = self.operator.coarse
     if math.prod(factor.shape[1:-1]) == 1:
       return factor * z
-    axes = tuple(range(1, 1 + len(coarse)))
-    half = _half(jnp.broadcast_to(factor, (1, *coarse, factor.shape[-1])), len(coarse))
-    return jnp.fft.irfftn(jnp.fft.rfftn(z, axes=axes) * half, coarse, axes=axes).astype(z.dtype)
+    coarse = self._coarse_modes
+    table = jnp.broadcast_to(factor, (1, *coarse.table, factor.shape[-1]))
+    return coarse.fields(coarse.modes(z) * coarse.held(table)).astype(z.dtype)
 
   def _fold(self, spread):
     """Eigenvalues of A on the coarse FFT grid: mean over the aliases k ≡ j of |H_k|² e_k, [B,
@@ -274,26 +289,27 @@ class Gain:
     return jnp.moveaxis(z, (1, 3), (3, 1)).reshape(r.shape)
 
   def _factor(self, spread):
-    """Cholesky's of A + R for each sample and channel, [B, C, n, n]."""
+    """Cholesky's of A + R for each sample and channel, [B, C, n, n].
+
+    Coarse values that the fields never take have no variance. Rounding would make it negative, so
+    all get as much as rounding can take away.
+    """
     a = self._outer(spread)
     noise = jnp.broadcast_to(self.variance_of_noise(spread).reshape(-1), (spread.shape[-1],))
-    a = a + noise[None, :, None, None] * jnp.eye(a.shape[-1], dtype=a.dtype)[None, None]
+    rounding = ROUNDING * jnp.finfo(a.dtype).eps * jnp.trace(a, axis1=2, axis2=3)
+    diagonal = (noise[None] + rounding)[..., None, None]
+    a = a + diagonal * jnp.eye(a.shape[-1], dtype=a.dtype)[None, None]
     return jax.scipy.linalg.cho_factor(a, lower=True)
 
+  @functools.cached_property
+  def _rows(self) -> np.ndarray:
+    return self.modes.rows(self._matrix)
+
   def _outer(self, spread):
-    """R diag(e) Rᴴ with R = C′Q, [B, C, n, n]."""
-    space = self.operator.fine
-    rows = np.fft.fftn(
-      self._matrix.reshape(-1, *space), axes=range(1, 1 + len(space)), norm="ortho"
-    )
-    rows = rows.reshape(len(rows), -1)
-    rows = jnp.asarray(
-      np.concatenate([rows.real, rows.imag], 1), spread.dtype
-    )  # Re(R e Rᴴ) as one real product
-    e = spread.reshape(len(spread), -1, spread.shape[-1])
-    return jnp.einsum(
-      "nk,bkc,mk->bcnm", rows, jnp.concatenate([e, e], 1), rows, precision="highest"
-    )
+    """C′Q diag(e) (C′Q)ᵀ, [B, C, n, n]."""
+    rows = jnp.asarray(self._rows, spread.dtype)
+    variances = self.modes.expanded(spread)
+    return jnp.einsum("nk,bkc,mk->bcnm", rows, variances, rows, precision="highest")
 
 
 def levels(gain: Gain, steps: int, sigma_max: float, sigma_min: float) -> np.ndarray:
@@ -339,28 +355,17 @@ def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> j
     sigma: e.g. 3 data standard deviations: 16 steps from there equal 32 from σ = 40, and pure noise
       at σ = 3 is biased (measured on KS).
   """
-  op, shape = gain.operator, (*gain.operator.fine, y.shape[-1])
+  op, basis, shape = gain.operator, gain.modes, (*gain.operator.fine, y.shape[-1])
   never = jnp.full(1, jnp.inf, y.dtype)  # all rows are at one level
-  axes = tuple(range(1, len(shape)))
   white = solvers.noise(keys, random_keys.stream("posterior"), shape, y.dtype)
-  colour = jnp.sqrt(_half(gain.variance(never), len(op.fine)))
-  draw = jnp.fft.irfftn(jnp.fft.rfftn(white, axes=axes) * colour, op.fine, axes=axes).astype(
-    y.dtype
-  )
+  colour = jnp.sqrt(basis.held(gain.variance(never)))
+  draw = basis.fields(basis.modes(white) * colour).astype(y.dtype)
   misfit = y - op.apply(draw)
   if gain.noisy:
     white_error = solvers.noise(keys, random_keys.stream("observation error"), y.shape[1:], y.dtype)
     misfit = misfit - gain.draw_noise(white_error)
   draw = draw + gain.correction(misfit, never)
   return draw + sigma * solvers.noise(keys, solvers.START, shape, y.dtype)
-
-
-def _half(full, axes: int):
-  """The half of the full FFT grid that rfftn keeps; the last of `axes` space axes, before the
-  channels.
-  """
-  n = full.shape[axes]
-  return full[(*[slice(None)] * axes, slice(0, n // 2 + 1))]
 
 
 def _column(values, ndim: int):

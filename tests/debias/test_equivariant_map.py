@@ -369,7 +369,7 @@ def test_clouds_that_cannot_be_fitted():
   bad[3, 2] = np.inf
   for source, target, message in (
     (bad, good, r"the source rows hold NaN or infinities in 1 of 20 rows \(3\)"),
-    (good, good[:1], r"the target rows are \(1, 24, 1\): need \[S, \*space, 1\], 2 rows or more"),
+    (good, good[:1], r"the target rows are \(1, 24, 1\): need \[S, \*space, C\], 2 rows or more"),
     (good[..., 0], good, r"fields without a channel axis one, rows\[..., None\]"),
     (
       np.repeat(good, 2, -1),

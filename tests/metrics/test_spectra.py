@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from downscaling.fields import domain
+from downscaling.fields.basis import Trigonometric
 from downscaling.metrics import spectra
 
 
@@ -113,3 +115,41 @@ def test_bad_fields_are_named():
     spectra.shell_energies(x, "the truth")
   with pytest.raises(ValueError, match="one channel at a time"):
     spectra.shell_energies(np.ones((4, 8, 8, 2)))
+
+
+def strip(lengths=(8.0, 24.0), points=(8, 16), periodic=(False, True)):
+  axes = [
+    domain.Axis(name, np.arange(n) * size / n, "km", periodic=wrap)
+    for name, n, size, wrap in zip("yx", points, lengths, periodic, strict=True)
+  ]
+  return domain.Domain(tuple(axes))
+
+
+def test_shells_of_a_periodic_square_need_no_account():
+  assert spectra.shells_of(domain.box("yx", (8, 8), 3.0)) is None
+  assert spectra.shells_of(domain.box("yx", (8, 16), 3.0)) is None
+  assert spectra.shells_of(strip()) is not None
+
+
+def test_both_accounts_agree_on_a_periodic_box():
+  x = np.random.default_rng(0).normal(size=(5, 8, 16))
+  shells = spectra.Shells(Trigonometric((8, 16)), (1.0, 1.0))
+  assert shells.count == 4
+  np.testing.assert_allclose(shells.energies(x), spectra.shell_energies(x), rtol=1e-12)
+
+
+def test_waves_and_cosines_fall_in_shells_of_their_length():
+  """A side a third as long has waves of three times the number; a cosine of index j has j/2."""
+  shells = spectra.shells_of(strip())
+  y, x = (np.arange(8) + 0.5) / 8, np.arange(16) / 16
+  assert shells.count == 8  # of x's 16 points; y's reach 3 · 8 / 2
+  cases = {
+    2: np.broadcast_to(np.sin(2 * np.pi * 2 * x), (8, 16)),
+    3: np.broadcast_to(np.cos(2 * np.pi * y)[:, None], (8, 16)),  # j = 2: one wave, three times
+    5: np.cos(2 * np.pi * y)[:, None] * np.sin(2 * np.pi * 4 * x),  # |(3, 4)|
+  }
+  for shell, field in cases.items():
+    energies = spectra.shell_energies(field[None], shells=shells)[0]
+    assert np.argmax(energies) == shell - 1
+    assert energies[shell - 1] == pytest.approx(np.var(field), rel=1e-12)
+    assert energies.sum() == pytest.approx(np.var(field), rel=1e-12)

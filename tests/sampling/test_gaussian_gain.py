@@ -63,9 +63,9 @@ def test_what_is_left_is_the_posteriors_variance(gaussian, op, noise):
     posterior = cov - cov @ c.T @ np.linalg.solve(
       c @ cov @ c.T + noise**2 * np.eye(len(c)), c @ cov
     )
-    # float32, where at most nine tenths of the variance cancel; a forgotten factor of the fold is
-    # off by that factor
-    assert value == pytest.approx(np.trace(posterior) / len(posterior), rel=1e-5)
+    # float32, where at most nine tenths of the variance cancel, and the dense path adds rounding's
+    # share; a forgotten factor of the fold is off by that factor
+    assert value == pytest.approx(np.trace(posterior) / len(posterior), rel=3e-5)
 
 
 def test_what_is_left_of_channels_with_noise_of_their_own(gaussian):
@@ -82,7 +82,9 @@ def test_what_is_left_of_channels_with_noise_of_their_own(gaussian):
   left = lambda variance, dense: gaussian_gain.Gain(op, variance, (0.0, 0.7), dense).left(sigma)[0]
   assert left(twice, False) == pytest.approx(alone(False), rel=1e-5)  # float32
   assert left(variance, False) == pytest.approx(alone(False), rel=1e-5)  # one spectrum, shared
-  assert left(twice, True) == pytest.approx(alone(True), rel=1e-5)
+  assert left(twice, True) == pytest.approx(
+    alone(True), rel=3e-5
+  )  # float32, and what rounding may take from the dense path
 
 
 def test_guided_levels_take_equal_steps_of_what_is_left(gaussian):
@@ -240,7 +242,7 @@ def test_refusals(gaussian):
     gaussian_gain.measured_variance([1.0, 0.5], np.ones((2, 24, 1)))
   with pytest.raises(ValueError, match="values <= 0"):
     gaussian_gain.measured_variance([0.5, 1.0], np.zeros((2, 24, 1)))
-  with pytest.raises(ValueError, match=r"grid \(16,\), the operator's fine grid is \(24,\)"):
+  with pytest.raises(ValueError, match=r"modes \(16,\), the basis of the fine grid has \(24,\)"):
     gaussian_gain.Gain(op, gaussian_gain.prior_variance(gaussian((16,)).spectrum)).correction(
       jnp.ones((1, 6, 1)), jnp.ones(1)
     )

@@ -138,14 +138,17 @@ KINDS = {step.kind: step for step in STEPS}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EquivariantMap:
-  """The steps one after the other. grid: (*space, 1)."""
+  """The steps one after the other. grid: (*space, C).
+
+  Several channels are one axis more of the grid, the first, as far as steps know.
+  """
 
   kind: ClassVar[str] = "equivariant"
   steps: tuple[Step, ...]
   grid: tuple[int, ...]
 
   def __call__(self, y: np.ndarray) -> np.ndarray:
-    """T(y), in float64 block by block: [S, *space, 1] -> the same shape, float32.
+    """T(y), in float64 block by block: [S, *space, C] -> the same shape, float32.
 
     Raises: ValueError for another grid, or naming the rows that hold NaN or infinities.
     """
@@ -153,7 +156,7 @@ class EquivariantMap:
     for rows, block in blocks(self._rows(y)):
       for step in self.steps:
         block = step(block)
-      out[rows] = block[..., None]
+      out[rows] = channels_last(block, self.grid)
     return out
 
   def outside(self, y: np.ndarray) -> np.ndarray:
@@ -175,7 +178,7 @@ class EquivariantMap:
         "debias)."
       )
     check_finite(y, "the rows to map")
-    return np.asarray(y)[..., 0]
+    return channels_first(y)
 
   def save(self, folder: str | os.PathLike) -> None:
     """See map_files.save; map.json holds the steps.
@@ -221,6 +224,17 @@ def _step(i: int, said: dict, arrays: dict[str, np.ndarray], space: tuple[int, .
   elif term is not None:
     own["quadratic"] = BY_EQUATION[term](space)
   return KINDS[said["kind"]](**own)
+
+
+def channels_first(rows: np.ndarray) -> np.ndarray:
+  """[S, *space, C] -> [S, C, *space], or [S, *space] of a single channel."""
+  rows = np.asarray(rows)
+  return rows[..., 0] if rows.shape[-1] == 1 else np.moveaxis(rows, -1, 1)
+
+
+def channels_last(rows: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+  """The inverse of `channels_first`; grid: (*space, C)."""
+  return rows[..., None] if grid[-1] == 1 else np.moveaxis(rows, 1, -1)
 
 
 def blocks(rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

@@ -29,6 +29,7 @@ from downscaling.debias.equivariant.equivariant_map import (
   Step,
   Transfer,
   blocks,
+  channels_first,
 )
 from downscaling.fields import symmetry
 from downscaling.fields.quadratic import Quadratic
@@ -70,7 +71,8 @@ def fit(
   either cloud, the sums, and a float64 copy of the source, which `scratch` puts on disk instead.
 
   Args:
-    source, target: [S, *space, 1], [R, *space, 1], finite; memory maps serve.
+    source, target: [S, *space, C], [R, *space, C], finite; memory maps serve. More than one channel
+      is for G alone, whose Gaussians know the covariance between channels.
     group: symmetry of the grid; symmetry.trivial(n) if there is none.
     recipe: letters of the steps in order, "GQG", or with counts, ("G", ("A", 12), ("S", 60)). An A
       is followed by a G.
@@ -92,12 +94,16 @@ def fit(
     read. supervision.Interrupted: `stop` said so; a fit is begun anew.
   """
   order = letters(recipe, quadratic, damping)
-  source, target = cloud(source, "source"), cloud(target, "target")
-  if source.shape[1:] != target.shape[1:]:
+  grid = np.shape(source)[1:]
+  if grid != np.shape(target)[1:]:
     raise ValueError(
-      f"source rows are {source.shape[1:]}, target rows {target.shape[1:]}: bring both to one grid."
+      f"source rows are {grid}, target rows {np.shape(target)[1:]}: bring both to one grid."
     )
+  channels = check_channels(grid, order)
+  source, target = cloud(source, "source"), cloud(target, "target")
+  group = group.over_channels(channels)
   fitting = Fitting(source, target, group, quadratic, towards, seed, damping, scratch, together)
+  fitting.channels = channels
   steps = []
   for done, letter in enumerate(order):
     if stop():
@@ -108,7 +114,20 @@ def fit(
     progress(1)
   if notes is not None:
     notes += fitting.shrunk
-  return EquivariantMap(tuple(steps), (*source.shape[1:], 1))
+  return EquivariantMap(tuple(steps), grid)
+
+
+def check_channels(grid: tuple[int, ...], order: str) -> int:
+  """The number of channels. Raises ValueError for steps that know one channel alone."""
+  channels = grid[-1] if len(grid) > 1 else 1
+  other = sorted({*order} - {"G"})
+  if channels > 1 and other:
+    raise ValueError(
+      f"rows of {channels} channels came, and the recipe {order!r} has steps that know one, "
+      f"{', '.join(other)}: use the map 'gaussian' (recipe 'G'), or fit a map for each channel, "
+      "rows[..., c : c + 1]."
+    )
+  return channels
 
 
 def letters(recipe, quadratic: Quadratic | None, damping: float = 1.0) -> str:
@@ -144,15 +163,16 @@ def letters(recipe, quadratic: Quadratic | None, damping: float = 1.0) -> str:
 
 
 def cloud(rows: np.ndarray, name: str) -> np.ndarray:
-  """Rows without their channel axis, [S, *space]. Raises ValueError for what cannot be fitted."""
-  if np.ndim(rows) < 3 or np.shape(rows)[-1] != 1 or len(rows) < 2:
+  """Rows with their channels first, if there are several. Raises ValueError for what cannot be
+  fitted.
+  """
+  if np.ndim(rows) < 3 or len(rows) < 2:
     raise ValueError(
-      f"the {name} rows are {np.shape(rows)}: need [S, *space, 1], 2 rows or more, one channel. "
-      "Fit a map for each channel, rows[..., c : c + 1]; give fields without a channel axis one, "
-      "rows[..., None]."
+      f"the {name} rows are {np.shape(rows)}: need [S, *space, C], 2 rows or more. Give fields "
+      "without a channel axis one, rows[..., None]."
     )
   check_finite(rows, f"the {name} rows")
-  rows = np.asarray(rows)[..., 0]
+  rows = channels_first(rows)
   if all((block == rows[0]).all() for _, block in blocks(rows)):
     raise ValueError(
       f"all {len(rows)} {name} rows are the same: there is nothing to fit. Hand in more snapshots."
@@ -202,6 +222,7 @@ class Fitting:
     self.goal: Any = None  # (mean, covariance) of the target
     self.centre: Any = None  # the target's mean
     self.shrunk: list[dict] = []  # what `gaussian` did to its covariances
+    self.channels = 1  # more than one: the first axis of `space`
 
   def copy(self) -> "Fitting":
     """Another that goes on from here on rows of its own."""
@@ -271,7 +292,7 @@ class Fitting:
     parts = [
       self.sums(which, self._moments, rows=slice(*pair)) for pair in itertools.pairwise(edges)
     ]
-    found = shrinkage.shrink(parts, self.group, self.frame, self.towards)
+    found = shrinkage.shrink(parts, self.group, self.frame, self.towards, self.channels)
     self.shrunk.append({"cloud": which, "weight": found.weight, "towards": found.structure})
     if which == "target":
       self.goal = (found.mean, found.covariance)

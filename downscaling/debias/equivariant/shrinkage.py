@@ -41,7 +41,9 @@ class Shrunk(NamedTuple):
   structure: str
 
 
-def shrink(parts: list[moments.Moments], group, frame: moments.Frame, towards: str) -> Shrunk:
+def shrink(
+  parts: list[moments.Moments], group, frame: moments.Frame, towards: str, channels: int = 1
+) -> Shrunk:
   """The covariance that moments of several folds of rows say, with the weight that is best out of
   fold.
 
@@ -49,6 +51,8 @@ def shrink(parts: list[moments.Moments], group, frame: moments.Frame, towards: s
     parts: of each fold; folds are best of trajectories, or of consecutive rows. group, frame: see
       Moments.averaged.
     towards: one of STRUCTURES.
+    channels: if more than one, the first axis of the frame's grid is that of the channels. The
+      covariance of each pair of channels gets the structure.
   Raises: ValueError for another.
   """
   whole = moments.total(parts)
@@ -58,7 +62,8 @@ def shrink(parts: list[moments.Moments], group, frame: moments.Frame, towards: s
     _, inside = moments.total(parts[:k] + parts[k + 1 :]).averaged(group, frame)
     _, outside = part.averaged(group, frame)
     folds.append((inside[0], outside[0]))
-  candidates = _structures(towards, frame.space)
+  space = frame.space if channels == 1 else frame.space[1:]
+  candidates = _structures(towards, space)
   best = None
   for name, structure in candidates.items():
     goal = structure(covariance[0])
@@ -90,7 +95,7 @@ def _weight(folds, structure, goal: np.ndarray) -> tuple[float, float]:
 
 def stationary(covariance: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
   """The same standard deviations [n], with correlations averaged over all shifts of the periodic
-  grid; [n, n], PSD.
+  grid; [n, n], PSD. n: points, or channels times points.
   """
   correlation, std = _correlation(covariance)
   return _over_shifts(correlation, space) * std[:, None] * std
@@ -98,13 +103,25 @@ def stationary(covariance: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
 
 def _over_shifts(matrix: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
   """The mean over all shifts of the periodic grid, by the diagonal of its Fourier transform, [n,
-  n].
+  n]. Shifts move all channels alike.
   """
+  n = math.prod(space)
+  if len(matrix) > n:
+    pairs = matrix.reshape(len(matrix) // n, n, -1, n).swapaxes(1, 2)
+    return np.block([[_over_shifts_of_pair(pair, space) for pair in row] for row in pairs])
+  return _over_shifts_of_pair(matrix, space)
+
+
+def _over_shifts_of_pair(matrix: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
+  """`_over_shifts` of the covariance of one channel, or between two, [n, n]."""
   axes = tuple(range(len(space)))
   n = math.prod(space)
   rows = np.fft.fftn(matrix.reshape(*space, n), axes=axes).reshape(n, n)
   both = np.fft.ifftn(rows.reshape(n, *space), axes=tuple(a + 1 for a in axes)).reshape(n, n)
-  average = np.fft.ifftn(np.diagonal(both).real.reshape(space)).real  # of a shift, [*space]
+  waves = np.diagonal(both)
+  if (matrix == matrix.T).all():
+    waves = waves.real  # of a symmetric matrix they are, but for rounding
+  average = np.fft.ifftn(waves.reshape(space)).real  # of a shift, [*space]
   place = np.indices(space).reshape(len(space), n)
   apart = [(p[:, None] - p[None, :]) % size for p, size in zip(place, space, strict=True)]
   return average[tuple(apart)]
@@ -116,7 +133,9 @@ def tapered(covariance: np.ndarray, space: tuple[int, ...], reach: float) -> np.
   """
   place = np.indices(space).reshape(len(space), -1)
   apart = np.sqrt(sum((p[:, None] - p[None, :]) ** 2.0 for p in place))
-  return covariance * gaspari_cohn(2 * apart / reach)
+  taper = gaspari_cohn(2 * apart / reach)
+  channels = len(covariance) // len(taper)
+  return covariance * np.tile(taper, (channels, channels))
 
 
 def gaspari_cohn(r: np.ndarray) -> np.ndarray:
