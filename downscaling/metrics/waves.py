@@ -43,32 +43,46 @@ def blocks(z: np.ndarray, weights: np.ndarray, mean: str) -> Iterator[np.ndarray
   mean: what is removed of each weighting. "point": the mean of every point, as a covariance does.
   "group": the mean that is left after an average over the group, which only k = 0 has.
   """
+  for k in range(z.shape[-1]):
+    yield _block(z[..., k], weights, mean == "point", mean == "group" and k == 0)
+
+
+def _block(at: np.ndarray, weights: np.ndarray, by_point: bool, by_group: bool) -> np.ndarray:
+  """The block of one k, [B, q, q]; at: [S, E, q]. Which mean is removed, if any."""
+  rows, lots, q = at.shape
   counts = weights.sum(axis=1)[:, None]
   share = (weights / counts).astype(np.float32)
-  rows, lots, q, number = z.shape
+  at = np.ascontiguousarray(at)
+  columns, opposite = at.transpose(0, 2, 1), at.conj()
+  out = np.empty((len(weights), q, q), np.complex64)
   step = max(1, _VALUES // max(1, rows * q))
-  for k in range(number):
-    at = z[..., k]
-    out = np.empty((len(weights), q, q), np.complex64)
-    for first in range(0, q, step):
-      part = np.einsum("sep,seq->spq", at[:, :, first : first + step], at.conj()) / lots
-      out[:, first : first + step] = (share @ part.reshape(rows, -1)).reshape(len(weights), -1, q)
-    if mean == "point":
-      each = np.einsum("bs,sep->bep", share, at)
-      out -= np.einsum("bep,beq->bpq", each, each.conj()) / lots
-      out *= (counts / (counts - 1))[..., None]
-    elif k == 0:
-      whole = share @ at.mean(axis=1)
-      out -= whole[:, :, None] * whole[:, None].conj()
-    yield out
+  for first in range(0, q, step):
+    # A row's own block. Products of matrices, as einsum makes no use of BLAS here.
+    part = (columns[:, first : first + step] @ opposite) / np.float32(lots)
+    summed = share @ part.reshape(rows, -1).view(np.float32)
+    out[:, first : first + step] = summed.view(np.complex64).reshape(len(weights), -1, q)
+  if by_point:
+    each = (share @ at.reshape(rows, -1)).reshape(len(weights), lots, q)
+    out -= (each.transpose(0, 2, 1) @ each.conj()) / np.float32(lots)
+    out *= (counts / (counts - 1))[..., None]
+  if by_group:
+    whole = share @ at.mean(axis=1)
+    out -= whole[:, :, None] * whole[:, None].conj()
+  return out
 
 
 def relative(z, weights, reference: np.ndarray, mask: np.ndarray, mean: str) -> np.ndarray:
   """‖C_w − C‖ / ‖C‖ of all weightings, [B]; reference [N//2 + 1, q, q], mask [N//2 + 1, q, q]
-  weighs its entries.
+  weighs its entries. Waves that count with none are left out.
   """
   gap = np.zeros(len(weights))
-  for k, found in enumerate(blocks(z, weights, mean)):
-    gap += (mask[k] * np.abs(found - reference[k]) ** 2).sum(axis=(1, 2), dtype=np.float64)
+  for k in range(z.shape[-1]):
+    kept = np.flatnonzero(mask[k].any(axis=1))
+    if not len(kept):
+      continue
+    square = np.ix_(kept, kept)
+    found = _block(z[:, :, kept, k], weights, mean == "point", mean == "group" and k == 0)
+    apart = np.abs(found - reference[k][square]) ** 2
+    gap += (mask[k][square] * apart).sum(axis=(1, 2), dtype=np.float64)
   size = float((mask * np.abs(reference) ** 2).sum())
   return np.sqrt(gap / distances.positive(size))
