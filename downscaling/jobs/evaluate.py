@@ -9,7 +9,7 @@ from downscaling.baselines import interpolation
 from downscaling.jobs import rows
 from downscaling.jobs.job import Item, Job
 from downscaling.jobs.workdir import Workdir, readable
-from downscaling.metrics import bootstrap, increments
+from downscaling.metrics import bootstrap, ensembles, increments
 from downscaling.metrics.ensembles import Ensemble, frames_as_rows
 from downscaling.report import results, terminal, writer
 from downscaling.runtime import files, metric_writer, processes, provenance, stage_folder
@@ -61,13 +61,15 @@ class Evaluate(Job):
     fine, coarse = 4 * int(np.prod(space)), 4 * int(np.prod(worlds.operator(e).coarse))
     block = e.sampling
     sets = samples.sources(e)
-    drawn = sum(block.conditions * block.members for source in sets.values() if source)
+    # One member of each condition is kept; the others are read a block at a time.
+    judged = sum(block.conditions for source in sets.values() if source)
     if "unconditional" in sets:
-      drawn += block.unconditional.fields
+      judged += block.unconditional.fields
     true = e.evaluate.reference + len(rows.floor(e)) + block.conditions
     before_and_after = 2 * (len(e.debias.maps) + 1) * e.debias.held_out
     return [
-      Item("samples", fine * drawn * block.series.frames),
+      Item("a member of each condition", fine * judged * block.series.frames),
+      Item("members of a block of conditions, in float64", 8 * ensembles.BLOCK),
       Item("true fields", fine * true),
       Item("coarse rows", coarse * (before_and_after + e.evaluate.reference)),
     ]
