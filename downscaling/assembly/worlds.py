@@ -50,7 +50,7 @@ def fine_solver(experiment: Experiment) -> protocol.FineSolver:
 
 def coarse_solver(experiment: Experiment) -> protocol.CoarseSolver:
   """The solver of the biased world."""
-  points = experiment.grid.points // experiment.grid.factor
+  points = experiment.grid.points // operator(experiment).factors[0]
   return experiment.physics.Coarse(points=points, **_box(experiment), **experiment.coarse)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from downscaling.datasets import generate, simulated, training_batches
 from downscaling.fields import statistics
+from downscaling.fields.basis import Trigonometric
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime import supervision
 
@@ -130,7 +131,7 @@ def test_nan_in_the_data_is_named(tmp_path):
   ):
     simulated.load(plan.builder, "train")
   with pytest.raises(ValueError, match="trajectory 0 of the training split holds NaN"):
-    statistics.measure(simulated.source(plan.builder, "train"), SPACE)
+    statistics.measure(simulated.source(plan.builder, "train"), Trigonometric(SPACE))
 
 
 def test_too_few_samples_are_refused(tmp_path):
@@ -169,7 +170,9 @@ def test_statistics_against_numpy(tmp_path):
   """Two channels of other scales; float32 storage of the result allows 1e-5."""
   rng = np.random.default_rng(0)
   u = (rng.normal(size=(50, 8, 6, 2)) * [3.0, 0.1] + [5.0, -1.0]).astype(np.float32)
-  stats = statistics.measure(Memory({"u": v, "trajectory": 0} for v in u), (8, 6), chunk=7)
+  stats = statistics.measure(
+    Memory({"u": v, "trajectory": 0} for v in u), Trigonometric((8, 6)), chunk=7
+  )
   np.testing.assert_allclose(stats.mean, u.mean((0, 1, 2)), rtol=1e-5)
   np.testing.assert_allclose(stats.std, u.std((0, 1, 2)), rtol=1e-5)
   z = stats.normalise(u)
@@ -188,8 +191,9 @@ def test_statistics_against_numpy(tmp_path):
     statistics.load(tmp_path / "s.npz")
   with pytest.raises(FileNotFoundError, match="downscaling generate"):
     statistics.load(tmp_path / "none.npz")
+  constant = Memory({"u": np.ones((8, 1), np.float32)} for _ in range(3))
   with pytest.raises(ValueError, match="channel 0 of the training split is constant"):
-    statistics.measure(Memory({"u": np.ones((8, 1), np.float32)} for _ in range(3)), (8,))
+    statistics.measure(constant, Trigonometric((8,)))
 
 
 def _batches(seed=0):

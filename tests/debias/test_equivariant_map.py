@@ -371,13 +371,13 @@ def test_clouds_that_cannot_be_fitted():
     (bad, good, r"the source rows hold NaN or infinities in 1 of 20 rows \(3\)"),
     (good, good[:1], r"the target rows are \(1, 24, 1\): need \[S, \*space, C\], 2 rows or more"),
     (good[..., 0], good, r"fields without a channel axis one, rows\[..., None\]"),
-    (
-      np.repeat(good, 2, -1),
-      good,
-      r"one channel. Fit a map for each channel, rows\[..., c : c \+ 1\]",
-    ),
+    (np.repeat(good, 2, -1), good, r"\(24, 2\), target rows \(24, 1\): bring both to one grid"),
     (np.repeat(good[:1], 9, 0), good, "all 9 source rows are the same: there is nothing to fit"),
-    (good, good[:, ::2], r"source rows are \(24,\), target rows \(12,\): bring both to one grid"),
+    (
+      good,
+      good[:, ::2],
+      r"source rows are \(24, 1\), target rows \(12, 1\): bring both to one grid",
+    ),
     (
       good[:, ::2],
       good[:, ::2],
@@ -386,6 +386,13 @@ def test_clouds_that_cannot_be_fitted():
   ):
     with pytest.raises(ValueError, match=message):
       recipes.fit(source, target, group=group)
+
+
+def test_steps_that_know_one_channel_are_refused_for_two():
+  two = np.repeat(rows((24,), 0, size=20), 2, -1)
+  needed = r"of 2 channels came, .* 'GQ' has steps that know one, Q: .* rows\[..., c : c \+ 1\]"
+  with pytest.raises(ValueError, match=needed):
+    recipes.fit(two, two, group=ks.group(24), recipe="GQ")
 
 
 @pytest.mark.parametrize(

@@ -94,13 +94,11 @@ def fit(
     read. supervision.Interrupted: `stop` said so; a fit is begun anew.
   """
   order = letters(recipe, quadratic, damping)
-  grid = np.shape(source)[1:]
-  if grid != np.shape(target)[1:]:
-    raise ValueError(
-      f"source rows are {grid}, target rows {np.shape(target)[1:]}: bring both to one grid."
-    )
-  channels = check_channels(grid, order)
+  grid, wanted = np.shape(source)[1:], np.shape(target)[1:]
   source, target = cloud(source, "source"), cloud(target, "target")
+  if grid != wanted:
+    raise ValueError(f"source rows are {grid}, target rows {wanted}: bring both to one grid.")
+  channels = check_channels(grid, order)
   group = group.over_channels(channels)
   fitting = Fitting(source, target, group, quadratic, towards, seed, damping, scratch, together)
   fitting.channels = channels
