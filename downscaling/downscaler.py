@@ -106,7 +106,7 @@ class Downscaler:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
       raise FileExistsError(f"{target} is not empty: nothing was written. Use another folder.")
     e, source = self.experiment, self.folder
-    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    partial = target.with_name(files.temporary_name(target.name))
     try:
       for stage in ("data", "debias", "train"):
         (partial / stage).mkdir(parents=True)

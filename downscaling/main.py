@@ -143,7 +143,7 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
     import jax
 
     from downscaling import jobs
-    from downscaling.runtime import processes, progress
+    from downscaling.runtime import joining, processes, progress
 
   names = (*jobs.NAMES, "doctor")
   if len(argv) != 2 or argv[1] not in names:
@@ -152,7 +152,7 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
     fail(f"{came} came, need one job: {', '.join(names)}. E.g. {example}")
   try:
     with stop.interruptible("starting"):
-      found = processes.start(FLAGS.distributed)
+      found = joining.start(FLAGS.distributed)
       stop.connect(processes.client(), jax.process_index(), jax.process_count())
     text = doctor(found, experiment) if job == "doctor" else work(job, experiment, stop)
     progress.say(f"downscaling {job}: {text}")

@@ -106,9 +106,9 @@ def test_fifty_batches_are_the_same_on_any_topology():
   """
   code = (
     "import jax, sys; sys.path[:0] = ['tests', '.']\n"
-    "from downscaling.runtime import mesh as meshes, processes\n"
+    "from downscaling.runtime import mesh as meshes, joining\n"
     "from tests.test_distributed import batches, digests\n"
-    "processes.start('on'); mesh = meshes.make(fsdp=2)\n"
+    "joining.start('on'); mesh = meshes.make(fsdp=2)\n"
     "mine = meshes.host_rows(mesh, 8); assert len(mine) == 4\n"
     "[print('rows', step, *mine, *row) for step, row in enumerate(digests(batches(), mine))]\n"
   )

@@ -51,9 +51,9 @@ def test_killed_once_the_group_starts_again_and_agrees(tmp_path):
   """Process 1 kills itself as it has joined; process 0 waits for it in vain, until it is ended."""
   code = f"""
 import os, pathlib
-from downscaling.runtime import processes
-processes.start("on")
-me, marker = processes._place()[0], pathlib.Path({str(tmp_path / "marker")!r})
+from downscaling.runtime import joining, processes
+joining.start("on")
+me, marker = processes.place()[0], pathlib.Path({str(tmp_path / "marker")!r})
 processes.barrier("joined")
 if me and not marker.exists():
   marker.touch()

@@ -6,7 +6,6 @@ is there is never computed again; its bytes are the same whichever process wrote
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -126,17 +125,11 @@ def _write(plan: Plan, shard, fields: np.ndarray) -> None:
   _, _, ids, path = shard
   fields = fields[: len(ids)]
   plan.check(fields, ids, plan.times)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
+  with files.replacing(path) as temporary:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for _, example in plan.builder._generate_examples(ids, plan.times, fields.astype(np.float32)):
       writer.write(_serialize(plan.builder.info.features, example))
     writer.close()
-    with open(temporary, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def _serialize(features: Any, example: dict) -> bytes:

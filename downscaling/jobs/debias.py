@@ -21,15 +21,13 @@ from downscaling.runtime import mesh as meshes
 from downscaling.runtime import processes, program_cost
 
 ENTROPIC = ("entropic", "symmetric", "rescaled")
-# Bytes that the compiler and the libraries of this job take beside arrays: measured on ks:smoke,
-# whose arrays are 1 MB.
-LIBRARIES = 250e6
 
 
 class Debias(Job):
   """Maps, and held-out rows before and after them."""
 
   name, stage = "debias", "debias"
+  libraries = 250e6
 
   def run(self) -> str:
     work, block = self.work, self.experiment.debias
@@ -118,24 +116,13 @@ class Debias(Job):
         recipe = "G" if name == "gaussian" else self.setting().recipe
         order = recipes.letters(recipe, debiasing.quadratic(self.experiment))
         lines.append(f"{name}: recipe {order}, {self._own_rows} rows a process")
-    return [*lines, f"memory of a process: about {size(self.peak())}"]
+    return lines
 
-  def peak(self) -> float:
-    """Bytes that one process takes at the most, beside what importing the package takes.
-
-    On a CPU, the devices' memory is the host's.
-    """
-    arrays = sum(item.nbytes for item in self.held())
-    return arrays + LIBRARIES + self._on_devices()
-
-  def _on_devices(self) -> float:
-    """Bytes of the entropic program on all devices of this process; 0 beside accelerators."""
-    if meshes.platform(self.work.mesh) != "cpu":
-      return 0.0
+  def on_device(self) -> float:
+    """Of the largest entropic program."""
     kinds = [name for name in self.experiment.debias.maps if name in ENTROPIC]
     memories = [program_cost.memory(self._program(name)[1]) for name in kinds]
-    most = max((m["arguments"] + m["temporaries"] for m in memories), default=0)
-    return most * meshes.local(self.work.mesh).size
+    return max((m["arguments"] + m["temporaries"] for m in memories), default=0.0)
 
   @property
   def dimensions(self) -> int:
@@ -147,6 +134,7 @@ class Debias(Job):
     """Rows of a fit that one process works on."""
     return -(-self.experiment.debias.points // meshes.hosts(self.work.mesh))
 
+  @functools.cache  # noqa: B019  (a job lives as long as its process)
   def _program(self, name: str):
     """(path, the compiled chunk of iterations) of an entropic map."""
     block, mesh = self.experiment.debias, self.work.mesh

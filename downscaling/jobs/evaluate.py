@@ -9,7 +9,7 @@ from downscaling.baselines import interpolation
 from downscaling.jobs import rows
 from downscaling.jobs.job import Item, Job
 from downscaling.jobs.workdir import Workdir, readable
-from downscaling.metrics import bootstrap, ensembles, increments
+from downscaling.metrics import bootstrap, ensembles, increments, pairs
 from downscaling.metrics.ensembles import Ensemble, frames_as_rows
 from downscaling.report import results, terminal, writer
 from downscaling.runtime import files, metric_writer, processes, provenance, stage_folder
@@ -17,12 +17,15 @@ from downscaling.runtime import mesh as meshes
 from downscaling.sampling import ensemble
 
 REPORT_BYTES = 5e6
+COPIES = 8  # of the rows, in float64 or complex64, that a comparison makes
+TILES = 16  # products, distances and kernels of a tile, of two programs
 
 
 class Evaluate(Job):
   """metrics.json, the figures and report.html, which process 0 writes."""
 
   name, stage = "evaluate", "report"
+  libraries = 190e6
 
   def run(self) -> str:
     work, e = self.work, self.experiment
@@ -66,12 +69,16 @@ class Evaluate(Job):
     if "unconditional" in sets:
       judged += block.unconditional.fields
     true = e.evaluate.reference + len(rows.floor(e)) + block.conditions
+    members = block.conditions * block.members * block.series.frames
+    tile = min(pairs.TILE, e.evaluate.reference)
     before_and_after = 2 * (len(e.debias.maps) + 1) * e.debias.held_out
     return [
       Item("a member of each condition", fine * judged * block.series.frames),
-      Item("members of a block of conditions, in float64", 8 * ensembles.BLOCK),
+      Item("members of a block of conditions", 2 * min(ensembles.BLOCK * 4, fine * members)),
       Item("true fields", fine * true),
       Item("coarse rows", coarse * (before_and_after + e.evaluate.reference)),
+      Item("moments and waves of rows", COPIES * 2 * fine * e.evaluate.reference),
+      Item("tiles of pairs of rows", TILES * 4 * tile**2),
     ]
 
   def written(self) -> list[Item]:

@@ -20,6 +20,7 @@ class Generate(Job):
   """Trajectories of both worlds, shard by shard."""
 
   name, stage = "generate", "data"
+  libraries = 140e6
 
   def run(self) -> str:
     work = self.work

@@ -40,6 +40,9 @@ class Job(abc.ABC):
 
   name: ClassVar[str]  # on the command line
   stage: ClassVar[str]  # the stage it makes
+  # Bytes that the libraries and the compiler take beside arrays: measured on ks:smoke, whose arrays
+  # are below 1 MB.
+  libraries: ClassVar[float]
 
   def __init__(self, work: Workdir):
     self.work, self.experiment = work, work.experiment
@@ -60,10 +63,24 @@ class Job(abc.ABC):
   def written(self) -> list[Item]:
     """What it writes."""
 
+  def on_device(self) -> float:
+    """Bytes that the programs take on one device at the most, beside `held`."""
+    return 0.0
+
+  def peak(self) -> float:
+    """Bytes that one process takes at the most, beside what importing the package takes.
+
+    On a CPU, the devices' memory is the host's.
+    """
+    devices = meshes.local(self.work.mesh).size if meshes.platform(self.work.mesh) == "cpu" else 0
+    programs = devices and devices * self.on_device()
+    return self.libraries + sum(item.nbytes for item in self.held()) + programs
+
   def plan(self) -> list[str]:
     """The dry run: what `run` would compute, hold and write."""
     return [
       *self.lines(),
+      f"memory of a process: about {size(self.peak())}",
       f"arrays of a process: {total(self.held())}",
       f"disk: {total(self.written())} in {self.work.folder(self.stage)}",
     ]

@@ -25,6 +25,7 @@ class Sample(Job):
   """Ensembles, a store for each set."""
 
   name, stage = "sample", "samples"
+  libraries = 230e6
 
   def run(self) -> str:
     work, e = self.work, self.experiment
@@ -107,7 +108,7 @@ class Sample(Job):
     work, e, block = self.work, self.experiment, self.experiment.sampling
     mine, count = meshes.local(work.mesh), self.counts
     conditions, members = block.unit
-    program, params, flops = self._program(mine.devices.flat[0])
+    program, params, flops = self._program
     memory = program_cost.memory(program)
     operations = count["conditional"] * count["of_a_set"] * flops[0] + count["free"] * flops[1]
     # Of a unit, on a device: fields of two units are there at a time.
@@ -142,6 +143,12 @@ class Sample(Job):
       f"; {of_a_set} a set leave {devices - of_a_set} of {devices} devices idle: make units smaller"
     )
 
+  def on_device(self) -> float:
+    """Of the program with conditions, and of the one without, which is about as large."""
+    program, params, _ = self._program
+    kinds = bool(self.counts["conditional"]) + bool(self.counts["alone"])
+    return params + kinds * program_cost.memory(program)["temporaries"]
+
   def held(self) -> list[Item]:
     """Conditions, and the fields of two units a device on their way to disk."""
     e, block = self.experiment, self.experiment.sampling
@@ -160,12 +167,14 @@ class Sample(Job):
     field = 4 * worlds.channels(e) * math.prod(worlds.space(e)) * e.sampling.series.frames
     return [Item("fields before compression", self.counts["fields"] * field)]
 
-  def _program(self, device):
+  @functools.cached_property
+  def _program(self):
     """The program that draws a unit of conditions on one device.
 
     Returns: (program, bytes of its parameters, operations of a unit with conditions and without).
     """
     work, e, block = self.work, self.experiment, self.experiment.sampling
+    device = meshes.local(work.mesh).devices.flat[0]
     stats, frames = statistics_of(work), self.experiment.sampling.series.frames
     network = prior.network(e, stats)
     state, _ = abstract_state(work, network)

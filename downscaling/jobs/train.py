@@ -32,6 +32,7 @@ class Train(Job):
   """The prior and its error table."""
 
   name, stage = "train", "train"
+  libraries = 550e6  # most of it is the compiler's
 
   def run(self) -> str:
     work, e = self.work, self.experiment
@@ -115,15 +116,12 @@ class Train(Job):
 
   # ---------------------------------------------------------------- plan
 
-  def plan(self) -> list[str]:
-    state, specs, network, stats = self._state()
-    program, flops, seconds = self._program(state, specs, network, stats)
+  def lines(self) -> list[str]:
+    state = self._state[0]
+    program, flops, seconds = self._program
     memory = program_cost.memory(program)
     e, devices = self.experiment, self.work.mesh.size
     steps, batch = e.train.total_steps, e.train.batch
-    shards = (leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state))
-    widths = (width(leaf) for leaf in jax.tree.leaves(state))
-    held = sum(math.prod(shape) * bytes_ for shape, bytes_ in zip(shards, widths, strict=True))
     return [
       f"{train_state.count(state.params):,} parameters; {steps} steps of batch {batch} "
       f"({batch // devices} a device, in {e.memory.microbatches} part(s)) = {steps * batch:,} "
@@ -131,14 +129,25 @@ class Train(Job):
       f"compiled in {seconds:.0f} s; {_digits(flops / 1e9)} GFLOP a step, "
       f"{_digits(flops / 1e9 / devices)} a device",
       hours(flops * steps, self.work),
-      f"memory a device: {size(held)} state, {size(memory['temporaries'])} temporary (compiled)",
+      f"memory a device: {size(self._state_bytes())} state, {size(memory['temporaries'])} "
+      "temporary (compiled)",
       *communication(program),
-      f"disk: checkpoints of {size(tree_bytes(state))}, saved every {e.plan.save_every} steps, the "
-      f"last {e.keep.last} stay",
+      f"checkpoints of {size(tree_bytes(state))}, saved every {e.plan.save_every} steps, the last "
+      f"{e.keep.last} stay",
     ]
 
-  def lines(self) -> list[str]:
-    return self.plan()
+  def on_device(self) -> float:
+    """Of the step, of validation and of watched samples, each about as large; and of the state.
+
+    A checkpoint is written from a second copy of the state.
+    """
+    return 3 * program_cost.memory(self._program[0])["temporaries"] + 2 * self._state_bytes()
+
+  def _state_bytes(self) -> int:
+    """Of the training state on one device."""
+    leaves = jax.tree.leaves(self._state[0])
+    shards = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    return sum(count * width(leaf) for count, leaf in zip(shards, leaves, strict=True))
 
   def held(self) -> list[Item]:
     e = self.experiment
@@ -147,17 +156,20 @@ class Train(Job):
     return [Item("calibration windows", 4 * windows)]
 
   def written(self) -> list[Item]:
-    state = self._state()[0]
+    state = self._state[0]
     return [Item("checkpoints", (self.experiment.keep.last + 1) * tree_bytes(state))]
 
+  @functools.cached_property
   def _state(self):
     """(the state as shapes, its specs, the network, statistics)."""
     e, stats = self.experiment, statistics_of(self.work)
     network = prior.network(e, stats)
     return *abstract_state(self.work, network), network, stats
 
-  def _program(self, state, specs, network, stats):
+  @functools.cached_property
+  def _program(self):
     """(the compiled step, its operations, seconds of compilation)."""
+    state, specs, network, stats = self._state
     e, mesh = self.experiment, self.work.mesh
     update = prior.update(e, stats, network, mesh, specs.params)
     values = e.grid.frames * worlds.channels(e)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from downscaling.runtime import joining, processes, provenance
 from downscaling.runtime import mesh as meshes
-from downscaling.runtime import processes, provenance
 
 PSUM_BYTES = 4_000_000  # bytes on each device
 ROUNDS = 5
@@ -20,7 +20,7 @@ LAG = 3.0  # seconds within which a shared file system shows what another host w
 
 
 def report(
-  found: processes.Found,
+  found: joining.Found,
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path | None,
   facts: dict[str, str],
@@ -30,7 +30,7 @@ def report(
   A problem is a line that begins with FIX, never an exception.
 
   Args:
-    found: the result of processes.start.
+    found: the result of joining.start.
     mesh: all devices.
     workdir: folder to check; None if no --workdir was given.
     facts: what must be equal on every process.
@@ -66,8 +66,6 @@ def _checks(found, mesh, workdir, facts):
       "drivers and network between the hosts; try the devices of one host first."
     )
     yield "psum       failed", [problem]
-  if "put srun before" in found.why:
-    yield "", ["this is a Slurm job, but not a step of it: put srun before the command."]
   yield _workdir(workdir) if workdir else ("workdir    not looked at: add --workdir", [])
   differ = processes.differences(processes.gather("doctor/facts", facts, PATIENCE))
   same = "start every process with the same command, code and config."

@@ -8,6 +8,8 @@ import errno
 import json
 import os
 import pathlib
+import secrets
+import socket
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -22,26 +24,40 @@ _FULL_DISK = ("no space left", "enospc", "quota exceeded")
 def all_or_nothing(
   path: str | os.PathLike, mode: str = "wb", newline: str | None = None
 ) -> Iterator[IO[Any]]:
-  """Opens a temporary file beside `path`; it replaces `path` if the block ends well.
-
-  The file is on disk (fsync) before it is renamed, so a crash leaves the old file or the new one.
-  After an exception the old file is unchanged and the temporary one is removed. The temporary name
-  holds the process id, so processes never share it.
+  """Opens a file that is written whole or not at all; see `replacing`.
 
   Args:
     path: the file to write; its folder must exist.
     mode, newline: as for `open`.
   """
+  with (
+    replacing(path) as temporary,
+    open(temporary, mode.replace("w", "x"), newline=newline) as file,
+  ):
+    yield file
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A new path beside `path`, whose file replaces `path` if the block ends well.
+
+  The file is on disk (fsync) before it is renamed, so a crash leaves the old file or the new one.
+  After an exception the old file is unchanged and the temporary one is removed.
+  """
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = path.with_name(temporary_name(path.name))
   try:
-    with open(temporary, mode, newline=newline) as file:
-      yield file
-      file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+  """A hidden name that no other process takes: in containers, all have process id 1."""
+  return f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def read_json(path: str | os.PathLike) -> dict:

@@ -22,7 +22,7 @@ from downscaling.runtime import files, progress
 
 BEAT = 15.0  # seconds between two signs of life
 # Seconds that another host's lock is watched: file systems may show changes a minute late, and of a
-# job whose process 0 died, the other processes have ended by then (processes.start: after 100 s of
+# job whose process 0 died, the other processes have ended by then (joining.start: after 100 s of
 # silence).
 PATIENCE = 120.0
 STALE = 600.0  # seconds after which it need not be watched

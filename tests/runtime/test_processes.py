@@ -1,11 +1,5 @@
-"""How processes find and hear each other: what the environment means, and two real processes that
-agree.
-"""
+"""How processes hear each other: two real ones that agree."""
 
-import os
-import socket
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -13,154 +7,6 @@ import pytest
 
 from downscaling.runtime import processes
 from tests.test_distributed import rehearse
-
-SLURM = dict(
-  SLURM_JOB_ID="7", SLURM_STEP_NODELIST="n1", SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0"
-)
-
-
-@pytest.fixture
-def env(monkeypatch):
-  """env(**variables): those, and none else by which a launcher is known."""
-  for name in [name for names in processes.VARIABLES.values() for name in names] + [
-    "KUBERNETES_SERVICE_HOST"
-  ]:
-    monkeypatch.delenv(name, raising=False)
-  return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
-
-
-@pytest.fixture
-def initialize(monkeypatch):
-  """What jax.distributed.initialize was called with; it joins nothing."""
-  calls = []
-  monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
-  return calls
-
-
-# ---------------------------------------------------------------- start
-
-
-def test_nothing_found(env, initialize):
-  assert processes.start("off") == processes.Found("alone", "--distributed=off", 1)
-  found = processes.start("auto")
-  assert (found.method, found.processes) == ("alone", 1)
-  assert (
-    found.why
-    == "no launcher was found: explicit: nothing; Open MPI: nothing; Slurm: nothing; GKE: nothing"
-  )
-  with pytest.raises(
-    processes.StartError, match=r"no launcher was found: explicit: nothing.*srun, mpirun.*=off"
-  ):
-    processes.start("on")
-  with pytest.raises(ValueError, match="--distributed=yes is unknown; use auto, on or off"):
-    processes.start("yes")
-  assert not initialize
-
-
-@pytest.mark.parametrize(
-  ("values", "words"),
-  [
-    (
-      (None, "2", None),
-      "JAX_NUM_PROCESSES set, but not JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID: set all three",
-    ),
-    (
-      ("h:1", "2", None),
-      "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES set, but not JAX_PROCESS_ID",
-    ),
-    (("h:1", "two", "0"), "JAX_NUM_PROCESSES=two, JAX_PROCESS_ID=0: need two whole numbers"),
-    (("h:1", "2", "2"), "JAX_PROCESS_ID=2 of JAX_NUM_PROCESSES=2: number the processes 0 to 1"),
-    (("h", "2", "0"), "JAX_COORDINATOR_ADDRESS=h: need host:port"),
-  ],
-)
-@pytest.mark.parametrize("mode", ["auto", "on"])
-def test_an_explicit_start_that_cannot_be(env, initialize, mode, values, words):
-  env(**{name: value for name, value in zip(processes.EXPLICIT, values, strict=True) if value})
-  with pytest.raises(processes.StartError, match=words):
-    processes.start(mode)
-  assert not initialize
-
-
-def test_slurm(env, initialize):
-  env(SLURM_JOB_ID="7", SLURM_NTASKS="8")
-  found = processes.start("auto")
-  assert found.method == "alone"
-  assert (
-    "Slurm: has SLURM_JOB_ID SLURM_NTASKS, lacks SLURM_STEP_NODELIST SLURM_PROCID SLURM_LOCALID"
-    in found.why
-  )
-  assert (
-    "SLURM_NTASKS is 8, but srun did not start this process: put srun before the command"
-    in found.why
-  )
-  env(**SLURM | {"SLURM_NTASKS": "1"})
-  assert processes.start("auto") == processes.Found("alone", "Slurm started one process only", 1)
-  assert not initialize
-  env(**SLURM)
-  assert processes.start("auto", timeout=7, heartbeat=8).method == "Slurm"
-  (arguments,) = initialize
-  assert arguments == {
-    "initialization_timeout": 7 + processes.MARGIN,
-    "heartbeat_timeout_seconds": 8,
-  }
-
-
-def test_a_launcher_that_is_found_and_fails_is_fatal(env, monkeypatch):
-  def fail(**_):
-    raise RuntimeError("no route to host\nand a stack")
-
-  monkeypatch.setattr(jax.distributed, "initialize", fail)
-  env(**SLURM)
-  with pytest.raises(
-    processes.StartError, match=r"^Slurm was found .* together: no route to host\. Check that all"
-  ):
-    processes.start("auto")
-
-
-def test_a_jax_that_hides_its_launchers(env, initialize, monkeypatch):
-  from jax._src.clusters import cluster
-
-  monkeypatch.delattr(cluster.ClusterEnv, "_cluster_types")
-  env(**SLURM)
-  assert processes.start("auto").method == "alone"
-  assert not initialize
-  assert processes.start("on").method == "jax's detection"
-  assert len(initialize) == 1
-
-
-def test_missing_peers_are_told_and_do_not_abort(env):
-  """jax itself ends the program by SIGABRT there, with a stack of C++."""
-  with socket.socket() as s, socket.socket() as t:
-    s.bind(("127.0.0.1", 0))
-    t.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1], t.getsockname()[1]]
-  code = """
-    import os
-    from downscaling.runtime import processes
-    try:
-      processes.start("auto", timeout=2)
-    except processes.StartError as error:
-      print(error, flush=True)
-      os._exit(1)
-  """
-  pair = []
-  for i in (0, 1):
-    mine = dict(zip(processes.EXPLICIT, (f"127.0.0.1:{ports[i]}", "2", str(i)), strict=True))
-    pair.append(
-      subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | mine,
-        text=True,
-        stdout=subprocess.PIPE,
-      )
-    )
-  said = [process.communicate(timeout=60)[0] for process in pair]
-  assert [process.returncode for process in pair] == [1, 1], said
-  assert "this is process 0 of 2, and others are missing after 2 s" in said[0]
-  assert f"nothing listens at 127.0.0.1:{ports[1]}, where process 0 should, after 2 s" in said[1]
-
-
-# ---------------------------------------------------------------- agreement
 
 
 def test_alone_it_is_all_trivial():
@@ -196,11 +42,11 @@ def test_two_processes_agree(tmp_path):
   code = f"""
     import pathlib, time
     from jax._src import xla_bridge
-    from downscaling.runtime import processes
-    found = processes.start("auto")
+    from downscaling.runtime import joining, processes
+    found = joining.start("auto")
     assert (found.method, found.processes) == ("explicit", 2)
-    assert processes.start("on").method == "joined before"
-    me, file = processes._place()[0], pathlib.Path({str(tmp_path / "file")!r})
+    assert joining.start("on").method == "joined before"
+    me, file = processes.place()[0], pathlib.Path({str(tmp_path / "file")!r})
     assert processes.gather("a", {{"me": me}}) == [{{"me": 0}}, {{"me": 1}}]
     for turn in range(5):  # the first to come must not read what was said the turn before
       time.sleep(0.1 * (me == turn % 2))

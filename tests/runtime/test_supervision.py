@@ -96,10 +96,10 @@ def _pair(code, *arguments):
     port = s.getsockname()[1]
   joined = f"""
 import jax
-from downscaling.runtime import processes
+from downscaling.runtime import joining, processes
 me = int({{me}})
 with supervision.Stop() as stop:
-  processes.start("on")
+  joining.start("on")
   stop.connect(processes.client(), jax.process_index(), 2)
   print("ready")
 {textwrap.indent(textwrap.dedent(code), "  ")}

@@ -15,7 +15,7 @@ import numpy as np
 
 from downscaling.diffusion import schedules
 from downscaling.fields.operators import Strided
-from downscaling.runtime import processes, progress, supervision
+from downscaling.runtime import joining, processes, progress, supervision
 from downscaling.sampling import ensemble, gaussian_gain, guidance, solvers
 
 OP = Strided.on((24,), 4)
@@ -45,7 +45,7 @@ def draw(path, conditions, members, stop, devices=None):
 
 def main(path, conditions, members, seconds):
   with supervision.Stop() as stop:
-    processes.start("auto")
+    joining.start("auto")
     stop.connect(processes.client(), jax.process_index(), jax.process_count())
 
     def told():
