@@ -7,8 +7,8 @@
 JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order. NAME is a
 built-in config (ks, kolmogorov) or a file (configs/ks.py). `downscaling doctor` looks at processes,
 devices and folders and says what to mend. Exit code 0 is success; 1 comes with a one-line error;
-143 means stopped by SIGTERM with everything saved; 75 means a hang. After 143 and 75 the same
-command continues.
+143 means stopped by a signal with everything saved (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP,
+SIGXCPU); 75 means a hang. After 143 and 75 the same command continues.
 """
 
 import functools
@@ -23,7 +23,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from downscaling import config_files
-from downscaling.runtime import supervision
+from downscaling.runtime import streams, supervision
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -69,6 +69,7 @@ HARMLESS = ("No space left", "quota exceeded", "Event loop is closed")
 
 def run() -> None:
   """Entry point of the `downscaling` command."""
+  streams.unbreakable()
   if {"--help", "-h"} & {*sys.argv[1:]}:
     print(__doc__)
     sys.exit(0)

@@ -18,7 +18,9 @@ def quadratic(experiment: Experiment) -> Quadratic | None:
 
 
 def setting(experiment: Experiment, config_hash: str, **of_job) -> maps.Setting:
-  """What all fits share. config_hash: of the stage's identity. of_job: mesh, stop, agree."""
+  """What all fits share. config_hash: of the stage's identity. of_job: mesh, agree,
+  stop, interruptible.
+  """
   debias = experiment.debias
   whole = worlds.group(experiment)
   subgroups = bias_symmetry.subgroups(whole, worlds.operator(experiment).coarse)

@@ -87,35 +87,37 @@ def debias(
   fitted, facts = {}, {}
   for name in maps:
     fitted[name], facts[name] = _fitted(name, folder / name, source, target, setting)
-  if meshes.is_main():
-    if in_sample is None:
-      in_sample = np.linspace(0, len(source) - 1, min(len(source), len(held_out))).astype(int)
-    stores = {"in_sample": source[in_sample], "held_out": held_out, "calibration": calibration}
-    mapped = {}
-    for name, rows in stores.items():
-      if rows is not None:
-        ids = in_sample if name == "in_sample" else None
-        mapped[name] = _mapped_rows(folder / f"{name}.zarr", fitted, rows, ids)
-    inflated = health.inflating({"source": source, "target": target})
-    for name in maps:
-      of_map = (mapped["held_out"][name], mapped["in_sample"][name], target, name == chosen)
-      findings += health.of_map(name, facts[name], *of_map, inflated)
-    sizes = {"source": len(source), "target": len(target), "held_out": len(held_out)}
-    report = {
-      "map": chosen,
-      "maps": facts,
-      "sizes": sizes | {"dimensions": int(np.prod(source.shape[1:]))},
-      "group": {"name": setting.subgroup, "elements": len(setting.group)},
-      "health": findings,
-      **{
-        name: _measured(name, fitted, stores[name], mapped[name], evaluators or {})
-        for name in ("in_sample", "held_out")
-      },
-      "seconds": time.monotonic() - began,
-    }
-    health.tell(findings[of_rows:], progress.say)
-    files.write_json(folder / "diagnostics.json", report)
-  setting.agree("written")
+  # All of it is made again by the next job.
+  with setting.interruptible("mapping held-out rows"):
+    if meshes.is_main():
+      if in_sample is None:
+        in_sample = np.linspace(0, len(source) - 1, min(len(source), len(held_out))).astype(int)
+      stores = {"in_sample": source[in_sample], "held_out": held_out, "calibration": calibration}
+      mapped = {}
+      for name, rows in stores.items():
+        if rows is not None:
+          ids = in_sample if name == "in_sample" else None
+          mapped[name] = _mapped_rows(folder / f"{name}.zarr", fitted, rows, ids)
+      inflated = health.inflating({"source": source, "target": target})
+      for name in maps:
+        of_map = (mapped["held_out"][name], mapped["in_sample"][name], target, name == chosen)
+        findings += health.of_map(name, facts[name], *of_map, inflated)
+      sizes = {"source": len(source), "target": len(target), "held_out": len(held_out)}
+      report = {
+        "map": chosen,
+        "maps": facts,
+        "sizes": sizes | {"dimensions": int(np.prod(source.shape[1:]))},
+        "group": {"name": setting.subgroup, "elements": len(setting.group)},
+        "health": findings,
+        **{
+          name: _measured(name, fitted, stores[name], mapped[name], evaluators or {})
+          for name in ("in_sample", "held_out")
+        },
+        "seconds": time.monotonic() - began,
+      }
+      health.tell(findings[of_rows:], progress.say)
+      files.write_json(folder / "diagnostics.json", report)
+    setting.agree("written")
   report = files.read_json(folder / "diagnostics.json")
   health.refuse(report["health"])
   return report

@@ -13,6 +13,7 @@ takes | hardly |
 | equivariant | steps by config.debias.recipe (recipes.py) | nearly all |
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -123,8 +124,9 @@ class Setting:
 
   quadratic: the equation's quadratic term, or None. sinkhorn: keywords of sinkhorn.fit.
   minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash: of
-  the blocks this stage depends on. mesh, stop: of the job. agree: see Checkpoints. weights: of the
-  channels, for squared errors in units of their own standard deviation; () for one alike for all.
+  the blocks this stage depends on. mesh, stop, interruptible: of the job, see
+  runtime/supervision.py. agree: see Checkpoints. weights: of the channels, for squared errors in
+  units of their own standard deviation; () for one alike for all.
   """
 
   group: symmetry.Group
@@ -140,6 +142,7 @@ class Setting:
   config_hash: str = ""
   mesh: jax.sharding.Mesh | None = None
   stop: Callable[[], bool] = lambda: False
+  interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
   agree: Callable[[Any], list] = lambda value: [value]
   weights: tuple[float, ...] = ()
 

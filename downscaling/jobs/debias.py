@@ -36,7 +36,8 @@ class Debias(Job):
     loads = self.loads()
     source, target = loads["source"].load(), loads["target"].load()
     agree = functools.partial(processes.gather, "debias")
-    setting = self.setting(stage.hash, mesh=work.mesh, stop=work.stop, agree=agree)
+    stop = {"stop": work.stop, "interruptible": work.stop.interruptible}
+    setting = self.setting(stage.hash, mesh=work.mesh, agree=agree, **stop)
     with stage.timed():
       report = fit.debias(
         stage.path,

@@ -1,9 +1,9 @@
-"""Jobs that must end early: SIGTERM, a failed peer, a hang.
+"""Jobs that must end early: a signal, a failed peer, a hang.
 
-A job polls `stop` once after every unit of work, equally often on every process. After SIGTERM
-(from a scheduler or platform, or the first Ctrl-C) the poll turns true at the same unit on all
-processes; the job saves and raises Interrupted. Where nothing can be lost (imports, compilation,
-restoring), the process ends at once.
+A job polls `stop` once after every unit of work, equally often on every process. After one of
+SIGNALS (from a scheduler or platform, or the first Ctrl-C) the poll turns true at the same unit on
+all processes; the job saves and raises Interrupted. Where nothing can be lost (imports,
+compilation, restoring), the process ends at once.
 
 A thread listens for the signal, because Python runs signal handlers only between bytecodes, and so
 never during compilation. Processes agree through the key-value store of jax's coordination service.
@@ -25,6 +25,16 @@ from typing import Any, NoReturn, Protocol
 
 HUNG = 75  # exit code of the watchdog: "try again", as sysexits.h has it
 STOPPED = 143  # 128 + SIGTERM
+# Schedulers warn by one or another of these before a time limit or a preemption; SIGHUP is a
+# terminal that closes. Unhandled, each would end the process with nothing saved.
+SIGNALS = (
+  signal.SIGTERM,
+  signal.SIGINT,
+  signal.SIGUSR1,
+  signal.SIGUSR2,
+  signal.SIGHUP,
+  signal.SIGXCPU,
+)
 _PERIOD = 0.5  # seconds between two looks at the peers
 _ASKED, _FAILED, _AT = "downscaling/asked", "downscaling/failed", "downscaling/at/"
 
@@ -70,8 +80,9 @@ class Stop:
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-    signals = (signal.SIGTERM, signal.SIGINT)
-    self._handlers = {s: signal.getsignal(s) for s in signals}
+    handlers = {s: signal.getsignal(s) for s in SIGNALS}
+    # What the caller ignores stays ignored: nohup does so with SIGHUP.
+    self._handlers = {s: was for s, was in handlers.items() if was is not signal.SIG_IGN}
     self._listen()
     self._thread = threading.Thread(target=self._watch, name="supervision", daemon=True)
     self._thread.start()
@@ -93,7 +104,7 @@ class Stop:
         raise KeyboardInterrupt  # the second Ctrl-C
       self._ask()
 
-    for s in (signal.SIGTERM, signal.SIGINT):
+    for s in self._handlers:
       signal.signal(s, ask)
 
   def _ask(self) -> None:

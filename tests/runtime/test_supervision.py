@@ -31,13 +31,26 @@ def ready(process):
   assert process.stdout.readline() == "ready\n", process.communicate()[1]
 
 
-def test_sigterm_is_noticed_and_the_old_handler_comes_back():
-  before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", supervision.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_noticed_and_the_old_handler_comes_back(number):
+  before = signal.getsignal(number)
   with supervision.Stop() as stop:
     assert not stop()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     assert stop()
-  assert signal.getsignal(signal.SIGTERM) is before
+  assert signal.getsignal(number) is before
+
+
+def test_what_the_caller_ignores_stays_ignored():
+  """As nohup does with SIGHUP: closing the terminal must not end the job."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with supervision.Stop() as stop:
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert not stop()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_sigterm_ends_at_once_what_loses_nothing():
