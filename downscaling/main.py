@@ -145,6 +145,7 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
 
     from downscaling import jobs
     from downscaling.runtime import joining, processes, progress
+    from downscaling.runtime import mesh as meshes
 
   names = (*jobs.NAMES, "doctor")
   if len(argv) != 2 or argv[1] not in names:
@@ -154,6 +155,7 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
   try:
     with stop.interruptible("starting"):
       found = joining.start(FLAGS.distributed)
+      meshes.here()
       stop.connect(processes.client(), jax.process_index(), jax.process_count())
     text = doctor(found, experiment) if job == "doctor" else work(job, experiment, stop)
     progress.say(f"downscaling {job}: {text}")
@@ -216,7 +218,7 @@ def plan_for(devices: str) -> None:
 def work(job: str, experiment, stop: supervision.Stop) -> str:
   """Does the job, or plans it; returns a line about it."""
   from downscaling import checks, jobs
-  from downscaling.runtime import files, processes, target_devices
+  from downscaling.runtime import files, idle_devices, processes, progress, target_devices
   from downscaling.runtime import mesh as meshes
 
   with stop.interruptible("starting"):
@@ -233,6 +235,8 @@ def work(job: str, experiment, stop: supervision.Stop) -> str:
     checks.check(experiment, workdir.mesh)
     if FLAGS.dry_run:
       return jobs.plan(job, workdir)
+    for problem in idle_devices.problems():
+      progress.say(f"downscaling {job}: {problem}")
   stop.silence = experiment.supervision.silence
   with files.full_disk_in_words(workdir.path, "what is finished is whole"):
     return jobs.run(job, workdir)

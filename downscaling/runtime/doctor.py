@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from downscaling.runtime import joining, processes, provenance
+from downscaling.runtime import idle_devices, joining, processes, provenance
 from downscaling.runtime import mesh as meshes
 
 PSUM_BYTES = 4_000_000  # bytes on each device
@@ -82,7 +82,7 @@ def _hosts() -> tuple[str, list[str]]:
   lines = [f"processes  {len(told)} on {len(hosts)} host(s)"]
   for i, (host, pid, count, what) in enumerate(told):
     lines.append(f"  {i}: {host}, pid {pid}, {count} × {what}")
-  problems = []
+  problems = idle_devices.problems()
   counts = {count for _, _, count, _ in told}
   if len(counts) > 1:
     problems.append(

@@ -35,7 +35,7 @@ def make(data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None)
     devices: instead of jax.devices(), for programs that are compiled and never run.
   Raises: ValueError if the mesh does not fit the devices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = here() if devices is None else devices
   total = len(devices)
   if fsdp < 1 or (data == -1 and total % fsdp):
     fits = [n for n in range(1, total + 1) if total % n == 0]
@@ -55,6 +55,26 @@ def make(data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None)
     )
   used = devices[: data * fsdp]
   return jax.make_mesh((data, fsdp), AXES, axis_types=_AUTO, devices=used)
+
+
+def here() -> list[Device]:
+  """jax.devices(). Raises ValueError if the platform that was asked for is not installed."""
+  try:
+    return jax.devices()
+  except (RuntimeError, AssertionError) as error:
+    asked = _platforms()
+    if not asked:
+      raise
+    lines = str(error).splitlines() or ["no such backend"]
+    raise ValueError(
+      f"JAX_PLATFORMS={asked}, which cannot be used here ({lines[0][:200]}): install its extra "
+      "(pip install 'downscaling[cuda12]', [cuda13] or [tpu]), or unset JAX_PLATFORMS."
+    ) from error
+
+
+def _platforms() -> str:
+  """What JAX_PLATFORMS says, or a caller has set; "" for any."""
+  return jax.config.values["jax_platforms"] or ""
 
 
 _AUTO = (AxisType.Auto,) * 2
@@ -105,7 +125,7 @@ def _host() -> list[Device]:
   try:
     return jax.local_devices(backend="cpu")
   except RuntimeError:
-    platforms = jax.config.read("jax_platforms")
+    platforms = _platforms()
     raise ValueError(
       "a TPU has no FFT in float64, and this job's is done on the host's CPU, which jax may not "
       f"use as JAX_PLATFORMS={platforms!r}: set JAX_PLATFORMS=tpu,cpu or unset it."

@@ -114,6 +114,24 @@ def test_a_slurm_job_without_srun_is_told(execute, monkeypatch):
   )
 
 
+def test_gpus_that_would_idle(execute, monkeypatch):
+  monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  done = execute(ALONE)
+  assert done.returncode == 1
+  assert "FIX: " in done.stderr
+  assert "has 8 GPUs, and its 1 process(es) use 0: start one process a GPU (Slurm: " in done.stderr
+
+
+def test_a_platform_that_is_not_installed(execute, monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  done = execute(ALONE)
+  assert done.returncode == 1
+  (said,) = [line for line in done.stderr.splitlines() if line.startswith("downscaling")]
+  assert "doctor: JAX_PLATFORMS=cuda, which cannot be used here" in said
+  assert "pip install 'downscaling[cuda12]'" in said
+
+
 def test_on_without_a_launcher_dies_and_says_what_is_missing(execute):
   done = execute([*ALONE, "--distributed=on"])
   assert done.returncode == 1
