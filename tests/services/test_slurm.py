@@ -1,0 +1,170 @@
+"""launch/slurm.sbatch on a real Slurm of two nodes, both of them this machine, as root.
+
+A job that is warned of its end saves, is queued again and goes on; one that is cancelled saves and
+stays dead; one that is preempted goes on.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.services.conftest import ROOT
+
+pytestmark = [pytest.mark.services, pytest.mark.slow]
+CONF = """
+ClusterName=loop
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=16817
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=cred_expire=10
+CryptoType=crypto/munge
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+ReturnToService=2
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/ctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/ctld.log
+SlurmdLogFile={folder}/%n.log
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+MinJobAge=3600
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port=17001 CPUs=2 RealMemory=2000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=2000
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+TASKS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none", "--time=60")
+
+
+def sh(*argv, **kwargs):
+  return subprocess.run(
+    [str(each) for each in argv], capture_output=True, text=True, check=True, timeout=120, **kwargs
+  ).stdout
+
+
+def until(condition, seconds=400):
+  """Waits; a requeued job starts after up to two minutes."""
+  deadline = time.monotonic() + seconds
+  while not (found := condition()):
+    assert time.monotonic() < deadline, "waited in vain"
+    time.sleep(0.5)
+  return found
+
+
+class Slurm:
+  """A running one."""
+
+  def __init__(self, folder, env):
+    self.folder, self.env = folder, env
+
+  def sbatch(self, *argv):
+    """-> (number of the job, its log)."""
+    log = self.folder / f"{time.monotonic_ns()}.log"
+    said = sh("sbatch", *TASKS, f"--output={log}", *argv, cwd=ROOT, env=self.env)
+    return said.split()[-1], log
+
+  def state(self, job):
+    said = sh("scontrol", "show", "job", job, env=self.env)
+    return re.search(r"JobState=(\w+)", said)[1]
+
+  def ended(self, job):
+    until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
+    return self.state(job)
+
+
+@pytest.fixture(scope="module")
+def slurm(debian, on_cpus, tmp_path_factory):
+  if os.getuid():
+    pytest.skip("Slurm and munge are started as root here")
+  debian("munge", "munged")
+  debian("slurm-wlm", "slurmctld")
+  folder = tmp_path_factory.mktemp("slurm")
+  for name in ("state", "n1", "n2"):
+    (folder / name).mkdir()
+  conf = folder / "slurm.conf"
+  conf.write_text(CONF.format(host=socket.gethostname().split(".")[0], folder=folder))
+  env = os.environ | on_cpus | {"SLURM_CONF": str(conf)}
+  env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
+  hosts = pathlib.Path("/etc/hosts")
+  before = hosts.read_text()
+  started = []
+  try:
+    if not re.search(r"\bn2\b", before):
+      hosts.write_text(f"{before}127.0.0.1 n1 n2\n")
+    if not pathlib.Path("/run/munge/munge.socket.2").exists():
+      sh("install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge")
+      sh("runuser", "-u", "munge", "--", shutil.which("munged"))
+    for argv in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+      quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+      started.append(subprocess.Popen(argv, env=env, **quiet))
+    until(lambda: sh("sinfo", "-h", "-o", "%D %t", env=env).strip() == "2 idle", 60)
+    yield Slurm(folder, env)
+  finally:
+    for process in reversed(started):
+      process.send_signal(signal.SIGTERM)
+      process.wait(30)
+    hosts.write_text(before)
+
+
+def test_a_job_that_is_warned_preempted_and_cancelled(slurm, command, execute, tmp_path):
+  workdir = tmp_path / "run"
+  assert execute(command("generate", workdir)).returncode == 0
+  flags = ["--config=ks:smoke", f"--workdir={workdir}", "--config.data.shard=16"]
+  flags += ["--config.train.total_steps=1000000", "--config.plan.log_every=50"]
+  script = ROOT / "launch" / "slurm.sbatch"
+  job, log = slurm.sbatch(script, "train", *flags, "--config.plan.eval_every=0")
+
+  def steps():
+    return [int(found) for found in re.findall(r"train: (\d+)/", log.read_text())]
+
+  def resumed(times):
+    return until(lambda: len(re.findall(r"going on from step \d+", log.read_text())) == times)
+
+  until(lambda: log.exists() and steps())
+  sh(
+    "scancel", "--signal=USR1", "--batch", job, env=slurm.env
+  )  # as Slurm does 300 s before the end
+  resumed(1)
+  saved = re.search(r"stopped at step (\d+) .* which is saved", log.read_text())
+  assert saved
+  assert f"going on from step {saved[1]}" in log.read_text()
+  until(lambda: steps()[-1] > int(saved[1]))
+  other, _ = slurm.sbatch("--partition=high", "--exclusive", "--wrap=sleep 1")
+  resumed(2)
+  assert slurm.ended(other) == "COMPLETED"
+  until(lambda: steps()[-1] > int(saved[1]) + 50)
+  sh("scancel", job, env=slurm.env)
+  assert slurm.ended(job) == "CANCELLED"
+  time.sleep(5)
+  assert slurm.state(job) == "CANCELLED"
+
+
+def test_two_ranks_join_and_an_error_is_not_tried_again(slurm, tmp_path):
+  script = ROOT / "launch" / "slurm.sbatch"
+  job, log = slurm.sbatch(script, "doctor")
+  assert slurm.ended(job) == "COMPLETED"
+  assert "start      Slurm: process 0 of 2, coordinator n1:" in log.read_text()
+  assert "all is well" in log.read_text()
+  job, log = slurm.sbatch(script, "train", "--config=ks:smoke", f"--workdir={tmp_path}/none")
+  assert slurm.ended(job) == "FAILED"
+  assert "data is missing or unfinished: run `downscaling generate` first" in log.read_text()
