@@ -80,9 +80,9 @@ class Stop:
     self._read, self._write = os.pipe()
     os.set_blocking(self._write, False)
     self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-    handlers = {s: signal.getsignal(s) for s in SIGNALS}
-    # What the caller ignores stays ignored: nohup does so with SIGHUP.
-    self._handlers = {s: was for s, was in handlers.items() if was is not signal.SIG_IGN}
+    self._handlers = {s: signal.getsignal(s) for s in SIGNALS}
+    if self._handlers[signal.SIGHUP] is signal.SIG_IGN:  # by nohup
+      del self._handlers[signal.SIGHUP]
     self._listen()
     self._thread = threading.Thread(target=self._watch, name="supervision", daemon=True)
     self._thread.start()
