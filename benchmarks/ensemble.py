@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from downscaling.runtime import provenance
-from downscaling.sampling import ensemble, ensemble_store
+from downscaling.sampling import ensemble, ensemble_store, ensemble_units
 
 
 def noise(points, rows=64):
@@ -96,7 +96,7 @@ def raw(path, points, conditions, unit):
   )
   layout = ensemble.Layout(**options)
   ensemble_store.create(path, layout, {}, {}, {"sample": {}})
-  array = ensemble_store.Writer(path, layout).arrays["sample"]
+  array = ensemble_units.array_of(path, "sample")
   table = noise(points)
   block = table[np.arange(unit[0] * unit[1]) % len(table)].reshape(*unit, points, points)
   began = time.monotonic()

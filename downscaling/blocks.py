@@ -367,6 +367,9 @@ class Sampling(Settings, key="sampling"):
     words="a number of at least 0, or auto",
     read=noise_or_auto,
   )
+  any_device: bool = flag(
+    False, "may a kind of device draw that has not drawn for the set before?", free=True
+  )
   max_failed: float = number(0.05, "share of members that may fail before a set is refused",
                              least=0, below=1, free=True)  # fmt: skip
   resample: Resample = inner(Resample)

@@ -4,11 +4,17 @@
                     [--distributed=auto|on|off]
                     [--dry_run [--devices=N|v5e:16x16|h200:8]] [--traceback]
 
+    downscaling status WORKDIR
+    downscaling verify WORKDIR [--repair]
+
 JOB is generate, debias, train, sample, evaluate, or pipeline for all of them in order. NAME is a
-built-in config (ks, kolmogorov) or a file (configs/ks.py). `downscaling doctor` looks at processes,
-devices and folders and says what to mend. Exit code 0 is success; 1 comes with a one-line error;
-143 means stopped by a signal with everything saved (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP,
-SIGXCPU); 75 means a hang. After 143 and 75 the same command continues.
+built-in config (ks, kolmogorov) or a file (configs/ks.py). `doctor` looks at processes, devices and
+folders and says what to mend. `status` says how far each stage is, and where its time went.
+`verify` reads every file, says what is damaged and what to type, and mends it if told to.
+
+Exit code 0 is success; 1 comes with a one-line error; 143 means stopped by a signal with everything
+saved (SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGHUP, SIGXCPU); 75 means a hang. After 143 and 75 the
+same command continues.
 """
 
 import functools
@@ -47,6 +53,7 @@ flags.DEFINE_enum(
   "Join the processes that a launcher (Slurm, Open MPI, GKE, Cloud TPU) started: if there are "
   "any; always; never.",
 )  # fmt: skip
+flags.DEFINE_bool("repair", False, "verify: mend what can be mended; nothing is deleted.")
 flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # Errors that a user can mend. Any other is a defect of ours and keeps its traceback.
@@ -132,9 +139,13 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
   # orbax tells every step at INFO, and at ERROR what it then raises.
   logging.set_verbosity(logging.INFO if FLAGS.traceback else logging.FATAL)
   job = argv[-1]
+  if argv[1:2] and argv[1] in INSPECTIONS:
+    return inspect(argv)
   for name in ("config", "workdir") if len(argv) == 2 and job != "doctor" else ():
     if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
       fail(f"{job} needs --{name}. E.g. downscaling {job} --config=ks --workdir=runs/ks")
+  if FLAGS.workdir:
+    local(FLAGS.workdir)  # before anything starts
   if FLAGS.devices is not None:
     plan_for(FLAGS.devices)
   with stop.interruptible("starting"):
@@ -147,7 +158,7 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
     from downscaling.runtime import joining, processes, progress
     from downscaling.runtime import mesh as meshes
 
-  names = (*jobs.NAMES, "doctor")
+  names = (*jobs.NAMES, "doctor", *INSPECTIONS)
   if len(argv) != 2 or argv[1] not in names:
     came = " ".join(argv[1:]) or "nothing"
     example = "downscaling pipeline --config=ks --workdir=runs/ks"
@@ -173,6 +184,43 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
     if FLAGS.traceback or not isinstance(error, EXPECTED):
       raise
     fail(f"{job}: {error}")
+
+
+INSPECTIONS = ("status", "verify")
+
+
+def inspect(argv: list[str]) -> None:
+  """Looks at a work folder, without devices; ends the program with code 1 if it is damaged."""
+  what, *folders = argv[1:]
+  folders += [FLAGS.workdir] if FLAGS.workdir else []
+  if len(folders) != 1:
+    fail(f"{what} needs one work folder. E.g. downscaling {what} runs/ks")
+  folder = local(folders[0])
+  from downscaling.jobs import status, verify
+
+  try:
+    if what == "status":
+      return print(streams.printable(status.status(folder)))
+    text, well = verify.verify(folder, FLAGS.repair)
+  except EXPECTED as error:
+    if FLAGS.traceback:
+      raise
+    fail(f"{what}: {error}")
+  print(streams.printable(text))
+  if not well:
+    fail(f"{what}: {folder} is damaged; see the lines with FIX above.")
+
+
+def local(folder: str) -> pathlib.Path:
+  """A folder that was typed. Ends the program for one on an object store: it would become a local
+  folder of that name.
+  """
+  if re.match(r"\w[\w+.-]*:/", folder):
+    fail(
+      f"--workdir={folder}: a work folder lies on a disk that all hosts see; object stores cannot "
+      "hold one yet. Mount the bucket (gcsfuse, mount-s3) and give that path."
+    )
+  return pathlib.Path(folder).expanduser().absolute()
 
 
 def read_experiment(overrides: dict):
@@ -227,7 +275,7 @@ def work(job: str, experiment, stop: supervision.Stop) -> str:
     devices = target_devices.devices(FLAGS.devices) if elsewhere else None
     workdir = jobs.Workdir(
       experiment=experiment,
-      path=pathlib.Path(FLAGS.workdir).expanduser().absolute(),
+      path=local(FLAGS.workdir),
       mesh=meshes.make(**experiment.mesh.asdict(), devices=devices),
       stop=stop,
       command=shlex.join(["downscaling", *sys.argv[1:]]),
@@ -251,7 +299,25 @@ def facts(experiment) -> dict[str, str]:
     config = stage_folder.config_hash(experiment.differences())
   versions = {f"{name} version": version for name, version in provenance.versions().items()}
   about = {"config hash": config, "workdir": str(FLAGS.workdir), "code": provenance.commit()}
-  return about | versions
+  return about | versions | compiler_settings()
+
+
+# What the environment tells jax and XLA, but for what names a process, its hosts and its own files.
+_OF_A_PROCESS = (
+  "JAX_PROCESS_ID", "JAX_COORDINATOR", "JAX_LOCAL_DEVICE_IDS", "JAX_COMPILATION_CACHE_DIR",
+  "JAX_DUMP_", "JAX_LOG", "JAX_DEBUG_LOG",
+)  # fmt: skip
+
+
+def compiler_settings() -> dict[str, str]:
+  """{variable: value} of all that may make the same code compute other numbers, or another way."""
+  names = [name for name in os.environ if name.startswith("JAX_")]
+  names = [name for name in names if not name.startswith(_OF_A_PROCESS)]
+  found = {name: os.environ[name] for name in sorted(names)}
+  for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):
+    words = os.environ.get(name, "").split()
+    found[name] = " ".join(word for word in words if not word.startswith("--xla_dump"))
+  return found
 
 
 def doctor(found, experiment) -> str:
@@ -260,7 +326,7 @@ def doctor(found, experiment) -> str:
   from downscaling.runtime import mesh as meshes
 
   mesh = meshes.make(**({} if experiment is None else experiment.mesh.asdict()))
-  workdir = pathlib.Path(FLAGS.workdir).expanduser().absolute() if FLAGS.workdir else None
+  workdir = local(FLAGS.workdir) if FLAGS.workdir else None
   text, well = doctor.report(found, mesh, workdir, facts(experiment))
   if not well:
     progress.say(text)
@@ -270,5 +336,6 @@ def doctor(found, experiment) -> str:
 
 def fail(text: str) -> NoReturn:
   """Ends the program with one line on stderr and exit code 1."""
-  print("downscaling:", " ".join(line.strip() for line in text.splitlines()), file=sys.stderr)
+  line = " ".join(line.strip() for line in text.splitlines())
+  print("downscaling:", streams.printable(line), file=sys.stderr)
   sys.exit(1)

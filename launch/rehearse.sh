@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
 # N real processes of one command on this machine, joined as on a cluster: rehearse a job before paying for a pod.
-#   launch/rehearse.sh N CMD...     e.g. DEVICES=2 launch/rehearse.sh 2 downscaling train --config=configs/ks.py --workdir=runs/ks
+#   launch/rehearse.sh N JOB [FLAGS ...]   e.g. DEVICES=2 launch/rehearse.sh 2 pipeline --config=configs/ks.py:smoke
+#   launch/rehearse.sh N CMD...            any other command, e.g. python -m my_program
+# It installs first, if need be. A job without --workdir works in runs/rehearsal.
 # When one process dies, hangs (75) or is preempted (143), the whole group is ended and started again, as a cluster would;
-# an error that a person must mend (1) is not tried again. SIGTERM or Ctrl-C is passed on to all.
+# an error that a person must mend (1, or 126 and 127 of the shell) is not tried again. SIGTERM or Ctrl-C is passed on to all.
 #   DEVICES=1   virtual CPU devices a process      RESTARTS=3  how often the group is started again
 #   GRACE=40    seconds from SIGTERM to SIGKILL     PIDFILE=    file that gets a line "number pid" a process
-# Exit code: 0; 1 after an error; 143 when asked to stop; otherwise that of the process after which it gave up.
+# Exit code: 0; 1, 126 or 127 after an error; 143 when asked to stop; otherwise that of the process after which it gave up.
 set -uo pipefail
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
-  echo "rehearse: got '$*', need a number of processes and a command: launch/rehearse.sh 2 downscaling doctor" >&2
+  echo "rehearse: got '$*', need a number of processes and a job: launch/rehearse.sh 2 doctor" >&2
   exit 1
 fi
 count=$1; shift
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[ -d "$root/.venv/bin" ] && export PATH="$root/.venv/bin:$PATH"
+(source "$root/launch/install.sh") || exit 1
+export PATH="$root/.venv/bin:$PATH" JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$root/.venv/jax-cache}"
+case $1 in
+  generate | debias | train | sample | evaluate | pipeline)
+    [[ " $* " = *" --workdir"* ]] || set -- "$@" --workdir="$root/runs/rehearsal"
+    set -- downscaling "$@" ;;
+  doctor) set -- downscaling "$@" ;;
+esac
 flags=$(sed 's/--xla_force_host_platform_device_count=[0-9]*//g' <<<"${XLA_FLAGS:-}")
 export XLA_FLAGS="$flags --xla_force_host_platform_device_count=${DEVICES:-1}"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}" JAX_NUM_PROCESSES=$count PYTHONUNBUFFERED=1
@@ -88,9 +97,9 @@ for ((try = 0; ; try++)); do
   [ $worst = 143 ] && await "${GRACE:-40}" 0  # preempted: the others have agreed to it and follow, once all is saved
   finish
   stop_if_asked
-  if [ $worst = 1 ]; then
+  if [ $worst = 1 ] || [ $worst = 126 ] || [ $worst = 127 ]; then
     say "a process ended with an error, which starting again would not mend"
-    exit 1
+    exit "$worst"
   fi
   if [ $try -ge "${RESTARTS:-3}" ]; then
     say "a process ended with code $worst; that was the last of ${RESTARTS:-3} restart(s)"

@@ -159,6 +159,27 @@ def test_which_job_and_where(execute, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [["doctor"], ["pipeline", "--config=ks:smoke"], ["verify"]])
+@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run"])
+def test_an_object_store_is_no_work_folder(execute, tmp_path, words, folder):
+  """It would become a local folder of that name, and every host's own."""
+  argv = [sys.executable, "-m", "downscaling", *words, f"--workdir={folder}"]
+  done = execute(argv, cwd=tmp_path)
+  assert done.returncode == 1
+  assert f"--workdir={folder}: a work folder lies on a disk that all hosts see" in done.stderr
+  assert not [*tmp_path.iterdir()]
+
+
+def test_control_characters_of_files_are_shown_not_obeyed(execute, tmp_path):
+  """Names may hold escape sequences of a terminal, and characters that turn the text around."""
+  run = tmp_path / "run\x1b[31m\u202e"
+  run.mkdir()
+  done = execute([sys.executable, "-m", "downscaling", "verify", str(run)])
+  assert done.returncode == 1
+  assert "run\\x1b[31m\\u202e holds no stage" in done.stderr
+  assert "\x1b" not in done.stderr
+
+
 def test_help_is_no_error(execute):
   done = execute([*program_argv(), "--help"])
   assert done.returncode == 0
@@ -368,6 +389,14 @@ def fitted(finished, tmp_path):
   return tmp_path / "run", {"data.dir": str(finished[0] / "data")}
 
 
+def without_digests(stage):
+  """Makes it one that an older version left, so that the files' own checks are all there is."""
+  record = files.read_json(stage / stage_folder.MARKER)
+  record.pop("products")
+  files.write_json(stage / stage_folder.MARKER, record)
+  return stage
+
+
 def truncate(folder, size=64):
   files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.stat().st_size > size]
   assert files, folder
@@ -379,6 +408,8 @@ def truncate(folder, size=64):
 def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(fitted, finished, attempt, config):
   workdir, data = fitted
   truncate(workdir / "train" / "prior" / "0" / "state" / "ocdbt.process_0" / "d")
+  assert "bytes, " in attempt("sample", workdir, **data)  # than were written
+  without_digests(workdir / "train")
   before = tree(workdir / "train", workdir / "debias")
   said = attempt("sample", workdir, **data)
   assert f"no checkpoint in {workdir / 'train' / 'prior'} can be read" in said
@@ -413,7 +444,7 @@ def test_checkpoints_all_damaged(finished, attempt, tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "chunks missing", "missing"])
 def test_damaged_debiased_fields(fitted, attempt, damage):
   workdir, data = fitted
-  store = workdir / "debias" / "held_out.zarr"
+  store = without_digests(workdir / "debias") / "held_out.zarr"
   if damage == "truncated":
     truncate(store / "equivariant" / "c")
   else:
@@ -435,6 +466,9 @@ def test_damaged_markers_and_statistics(fitted, finished, attempt, tmp_path):
   copied = tmp_path / "copied"
   shutil.copytree(finished[0] / "data", copied)
   (copied / "statistics.npz").write_bytes(b"PK\x03\x04")
+  said = attempt("train", tmp_path / "other", **{"data.dir": str(copied)})
+  assert f"{copied}: statistics.npz has 4 bytes, " in said
+  without_digests(copied)
   said = attempt("train", tmp_path / "other", **{"data.dir": str(copied)})
   assert f"{copied / 'statistics.npz'} is damaged" in said
   assert "move it away and run `downscaling generate` again" in said
@@ -497,6 +531,7 @@ def poisoned(finished, tmp_path_factory):
     if (which, split) not in made:
       folder = made[which, split] = tmp_path_factory.mktemp("poisoned") / "data"
       shutil.copytree(finished[0] / "data", folder)
+      without_digests(folder)
       builder = simulated.make("ks", which, folder, (192,) if which == "hfhr" else (24,))
       features = builder.info.features
       for path in builder.data_path.glob(f"ks-{split}.array_record-*"):

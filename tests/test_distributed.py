@@ -18,7 +18,7 @@ import xarray
 from downscaling.datasets import training_batches
 from downscaling.debias.entropic import entropic_map
 from downscaling.fields import statistics
-from downscaling.runtime import files, metric_writer, stage_folder
+from downscaling.runtime import files, metric_writer, products, stage_folder
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import ensemble
 
@@ -80,15 +80,11 @@ def data(finished):
 def test_two_processes_generate_the_bytes_of_one(finished, command, tmp_path):
   rehearse(2, 2, command("generate", tmp_path / "run"))
   one, two = finished[0] / "data", tmp_path / "run" / "data"
-  files = sorted(
-    p.relative_to(one) for p in one.rglob("*") if p.is_file() and p.name != stage_folder.MARKER
-  )
-  assert len([f for f in files if "array_record" in f.name]) == 34
-  assert files == sorted(
-    p.relative_to(two) for p in two.rglob("*") if p.is_file() and p.name != stage_folder.MARKER
-  )
-  for file in files:
-    assert (one / file).read_bytes() == (two / file).read_bytes(), file
+  made = products.listed(one)
+  assert len([path for path in made if "array_record" in path.name]) == 34
+  assert products.listed(two) == [two / path.relative_to(one) for path in made]
+  for path in made:
+    assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path
 
 
 class Memory(list):

@@ -13,7 +13,7 @@ import xarray
 
 import downscaling
 from downscaling.equations import ks, rollouts
-from downscaling.runtime import stage_folder
+from downscaling.runtime import files, stage_folder
 
 KS = pathlib.Path(__file__).parents[1] / "pretrained" / "ks"
 SET = "equivariant+diffusion"
@@ -147,7 +147,7 @@ def test_folders_that_are_none(workdir, tmp_path):
   with pytest.raises(FileNotFoundError, match="run `downscaling train`"):
     load(partial)
   marker = partial / "debias" / stage_folder.MARKER
-  marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema": 99}))
+  files.write_json(marker, files.read_json(marker) | {"schema": 99})
   with pytest.raises(ValueError, match="has schema 99, this version reads 1 and 2"):
     load(partial)
 

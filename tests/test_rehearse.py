@@ -43,8 +43,8 @@ def test_what_a_process_gets(tmp_path):
 
 
 def test_it_says_how_to_call_it():
-  assert "need a number of processes and a command" in rehearse("two", 1, shell("true"), code=1)
-  assert "need a number of processes and a command" in rehearse(2, 1, [], code=1)
+  assert "need a number of processes and a job" in rehearse("two", 1, shell("true"), code=1)
+  assert "need a number of processes and a job" in rehearse(2, 1, [], code=1)
 
 
 def test_killed_once_the_group_starts_again_and_agrees(tmp_path):
@@ -78,6 +78,22 @@ def test_an_error_is_not_tried_again(tmp_path):
   assert said.count("process(es) of") == 1
   assert "ended with an error, which starting again would not mend" in said
   assert not any(alive(pid) for pid in numbers(pids).values())
+
+
+@pytest.mark.parametrize(("argv", "code"), [(["no-such-program"], 127), (["README.md"], 126)])
+def test_what_the_shell_cannot_start_is_not_tried_again(argv, code):
+  said = rehearse(2, 1, [argv[0] if code == 127 else f"./{argv[0]}"], code=code, RESTARTS="3")
+  assert said.count("process(es) of") == 1
+  assert "which starting again would not mend" in said
+
+
+def test_a_jobs_words_are_enough():
+  """Without `downscaling` before them; a job that has no --workdir gets one."""
+  said = rehearse(1, 1, ["doctor"])
+  assert "all is well" in said
+  said = rehearse(1, 1, ["train", "--config=ks:smoke", "--dry_run"])
+  assert "/runs/rehearsal" in said
+  assert "dry run, nothing is written" in said
 
 
 def test_an_error_counts_before_the_deaths_that_follow_it():

@@ -40,8 +40,8 @@ PHASES = [
   ("downscaling.sampling.ensemble_store:create", (1, 1), "stopped while compiling the sampler"),
   ("downscaling.sampling.ensemble:_compiled", (1, 2), "stopped while compiling the sampler"),
   ("downscaling.sampling.ensemble:_compiled", (2, 1), "stopped while nothing could be lost"),
-  ("downscaling.sampling.ensemble_store:Writer.begin", (2, 2), "sample stopped after"),
-  ("downscaling.sampling.ensemble_store:Writer.finish", (1, 4), "sample stopped after"),
+  ("downscaling.sampling.ensemble_units:Writer.begin", (2, 2), "sample stopped after"),
+  ("downscaling.sampling.ensemble_units:Writer.finish", (1, 4), "sample stopped after"),
   ("downscaling.sampling.ensemble:_conclude", (2, 1), "sample stopped after"),
 ]
 

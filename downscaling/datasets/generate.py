@@ -18,7 +18,7 @@ from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core import splits as tfds_splits
 
 from downscaling.datasets import simulated
-from downscaling.runtime import files, progress, supervision
+from downscaling.runtime import files, ledger, progress, supervision
 from downscaling.runtime import mesh as meshes
 
 
@@ -105,7 +105,10 @@ def generate(
         computed = plan.rollout(jax.device_put(padded, meshes.rows(mesh)))
       if pending is not None:
         with files.full_disk_in_words(plan.builder.data_dir, "its finished shards are whole"):
-          _write(plan, pending[0], np.asarray(pending[1]))
+          fields = np.asarray(pending[1])
+          with ledger.spend("saving"):
+            _write(plan, pending[0], fields)
+          ledger.saved()
         bar.advance(sum(len(s[2]) for s in missing[(turn - 1) * len(there) : turn * len(there)]))
       if turn and stop() and turn < rounds:
         raise supervision.Interrupted(
@@ -113,7 +116,8 @@ def generate(
         )
       pending = None if shard is None else (shard, computed)
   agree("written")
-  if process == 0 and (missing or not plan.builder.info.initialized):
+  described = plan.builder.info.initialized and (plan.builder.data_path / "features.json").exists()
+  if process == 0 and (missing or not described):
     _finalise(plan, shards)
   agree("finalised")
   if not plan.builder.info.initialized:

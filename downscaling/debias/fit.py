@@ -12,7 +12,7 @@ import numpy as np
 from downscaling.debias import bias_symmetry, health
 from downscaling.debias import maps as maps_room
 from downscaling.debias.entropic import entropic_map
-from downscaling.runtime import files, progress
+from downscaling.runtime import files, progress, stores
 from downscaling.runtime import mesh as meshes
 
 # of the rows may lie outside the fit before it is said: the largest of n rows is passed by about
@@ -142,7 +142,8 @@ def _with_group(setting: maps_room.Setting, source, target, space, trajectories)
 def _fitted(name: str, folder: pathlib.Path, source, target, setting: maps_room.Setting):
   """(map, facts); a map that is there whole is not fitted again."""
   done = folder / "facts.json"
-  if setting.agree((folder / "map.json").exists() and done.exists())[0]:
+  parts = (done, folder / "map.json", folder / "arrays.npz")
+  if setting.agree(all(part.exists() for part in parts))[0]:
     return maps_room.load(folder), files.read_json(done)
   began = time.monotonic()
   made, facts = maps_room.fit(name, folder, source, target, setting)
@@ -176,7 +177,12 @@ def _mapped_rows(
     data[name].attrs["long_name"] = (
       "biased coarse field" if name == "lflr" else f"debiased coarse field, map {name}"
     )
-  chunks = {k: {"chunks": (min(1024, len(rows)), *v.shape[1:])} for k, v in fields.items()}
+  chunks: dict[str, dict] = {
+    k: {"chunks": (min(1024, len(rows)), *v.shape[1:]), "compressors": stores.CHECKED}
+    for k, v in fields.items()
+  }
+  if ids is not None:
+    chunks["row"] = {"compressors": stores.CHECKED}
   data.to_zarr(path, mode="w", zarr_format=3, consolidated=False, encoding=chunks)
   return mapped
 

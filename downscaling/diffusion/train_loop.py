@@ -16,8 +16,15 @@ import jax.numpy as jnp
 
 from downscaling.diffusion import train_state
 from downscaling.runtime import checkpoints as ckpt
+from downscaling.runtime import (
+  ledger,
+  metric_writer,
+  program_cost,
+  progress,
+  random_keys,
+  supervision,
+)
 from downscaling.runtime import mesh as meshes
-from downscaling.runtime import metric_writer, program_cost, progress, random_keys, supervision
 
 # steps that may be under way: enough to hide the host, few enough that batches do not pile up on
 # the device
@@ -154,7 +161,8 @@ class Watch:
   def waiting(self, batches: Iterator) -> Any:
     """next(batches), on the clock."""
     began = time.monotonic()
-    batch = next(batches)
+    with ledger.spend("waiting for input"):
+      batch = next(batches)
     self._waited += time.monotonic() - began
     return batch
 
@@ -271,7 +279,8 @@ def train(
     saver = ckpt.Checkpoints(folder / "checkpoints", config_hash, keep, agree)
     example = jax.ShapeDtypeStruct((batches.batch, *shape), jnp.float32, sharding=meshes.rows(mesh))
     step_fn, flops = compiled(make_update(specs.params), target, {"x": example})
-    found = saver.restore_last(target)
+    with ledger.spend("restoring"):
+      found = saver.restore_last(target)
     if found is not None:
       state = found[1]
       progress.say(f"train: going on from step {found[0]}")

@@ -38,7 +38,7 @@ class Debias(Job):
     agree = functools.partial(processes.gather, "debias")
     stop = {"stop": work.stop, "interruptible": work.stop.interruptible}
     setting = self.setting(stage.hash, mesh=work.mesh, agree=agree, **stop)
-    with stage.timed():
+    with work.owned(stage):
       report = fit.debias(
         stage.path,
         source["u"],
@@ -53,9 +53,9 @@ class Debias(Job):
         in_sample=debiasing.in_sample_rows(self.experiment),
         calibration=loads["calibration"].read(),
       )
-    facts = report["maps"].items()
-    converged = {name: found["converged"] for name, found in facts if "converged" in found}
-    stage.finish(converged=converged)
+      facts = report["maps"].items()
+      converged = {name: found["converged"] for name, found in facts if "converged" in found}
+      work.finish(stage, converged=converged)
     return f"wrote {stage.path}; next: downscaling sample"
 
   def loads(self) -> dict[str, rows.Rows]:

@@ -30,6 +30,8 @@ class Evaluate(Job):
   def run(self) -> str:
     work, e = self.work, self.experiment
     work.need("samples", "sample")
+    for name, job in (("data", "generate"), ("debias", "debias"), ("train", "train")):
+      work.need(name, job)
     stage = work.stage(self.stage)
 
     def measure():
@@ -46,10 +48,11 @@ class Evaluate(Job):
     # The report's files are written at the end, whole or not at all: nothing is lost by a stop.
     main = meshes.is_main()
     quiet = work.stop.interruptible("evaluating") if main else work.stop.waiting()
-    with stage.timed(), quiet:
-      processes.main_only("evaluate", measure)
     html = stage.path / "report.html"
-    stage.finish(html=str(html), extent=e.extent())
+    with work.owned(stage):
+      with quiet:
+        processes.main_only("evaluate", measure)
+      work.finish(stage, html=str(html), extent=e.extent())
     return f"wrote {html} ({e.experiment}); open it in a browser"
 
   def lines(self) -> list[str]:
@@ -261,7 +264,7 @@ def report_provenance(work: Workdir) -> dict:
   """Who made the report's numbers: command, config, versions, times, which rows a fit has seen."""
   e = work.experiment
   coarse = ["lflr", *e.debias.maps]
-  markers = {name: _marker(work, name) for name in ("data", "debias", "train", "samples")}
+  stages = {name: work.look(name) for name in ("data", "debias", "train", "samples")}
   held_out = dict.fromkeys((*coarse, *samples.sources(e), f"{e.debias.map}+cubic"), "held-out")
   in_sample = {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"}
   return {
@@ -270,7 +273,7 @@ def report_provenance(work: Workdir) -> dict:
     "versions": provenance.versions(),
     "commit": provenance.commit(),
     "command": work.command,
-    "times": {name: marker.get("seconds") for name, marker in markers.items()},
+    "times": {name: stage.seconds for name, stage in stages.items()},
     "cost": cost(work),
     "seeds": {"config.seed": e.seed},
     "sizes": {"debias.points": e.debias.points},
@@ -292,20 +295,15 @@ def cost(work: Workdir) -> dict[str, dict]:
     snapshots += sum(split.num_examples for split in splits)
   made = {
     "data": snapshots,
-    "train": _marker(work, "train")["summary"]["steps"],
+    "train": work.look("train").summary["steps"],
     "samples": sum(drawn),
   }
   found = {}
-  for stage, count in made.items():
-    marker = _marker(work, stage)
-    devices = marker.get("devices", [])
-    found[stage] = {"count": count, "seconds": marker.get("seconds"), "devices": devices}
+  for name, count in made.items():
+    stage = work.look(name)
+    found[name] = {"count": count, "seconds": stage.seconds, "devices": stage.devices}
   found["train"]["batch"] = e.train.batch
   steps = metric_writer.read_scalars(work.folder("train"), "seconds_per_step", "speed")[1]
   if steps:
     found["train"]["median"] = float(np.median(steps))
   return found
-
-
-def _marker(work: Workdir, stage: str) -> dict:
-  return files.read_json(work.folder(stage) / stage_folder.MARKER)

@@ -20,7 +20,7 @@ from downscaling.fields import statistics
 from downscaling.jobs.rows import stretches
 from downscaling.jobs.workdir import Workdir
 from downscaling.metrics import distances
-from downscaling.runtime import files, processes, progress
+from downscaling.runtime import files, locks, processes, progress
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import conditional_sampler, ensemble, observation_noise
 
@@ -57,14 +57,16 @@ def fits(
 
   def fit_missing() -> dict:
     path = folder / FILE
-    known = files.read_json(path) if path.exists() else {}
-    for name, source in behind.items():
-      if name not in known:
-        with work.stop.interruptible("fitting the observation noise"):
-          found = _fit(work, source, sampler, params, len(stats.std))
-        known[name] = _record(work, source, prior, found, stats)
-        files.write_json(path, known)
-      _say(name, known[name])
+    # Other jobs that draw for the same sets wait for the fit.
+    with locks.hold(folder / "noise.lock.json", str(path), wait=True):
+      known = files.read_json(path) if path.exists() else {}
+      for name, source in behind.items():
+        if name not in known:
+          with work.stop.interruptible("fitting the observation noise"):
+            found = _fit(work, source, sampler, params, len(stats.std))
+          known[name] = _record(work, source, prior, found, stats)
+          files.write_json(path, known)
+        _say(name, known[name])
     return known
 
   with contextlib.nullcontext() if meshes.is_main() else work.stop.waiting():

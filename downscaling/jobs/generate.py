@@ -25,7 +25,7 @@ class Generate(Job):
   def run(self) -> str:
     work = self.work
     stage = work.stage(self.stage)
-    with stage.timed():
+    with work.owned(stage):
       for which in WORLDS:
         mesh = self.mesh(which)
         agree = functools.partial(processes.gather, f"generate/{which}")
@@ -37,7 +37,7 @@ class Generate(Job):
         measured = statistics.measure(source, worlds.domain(self.experiment).basis())
         measured.save(stage.path / "statistics.npz")
       processes.barrier("statistics")
-    stage.finish(std=work.statistics().std.tolist())
+      work.finish(stage, std=work.statistics().std.tolist())
     return f"wrote {stage.path}; next: downscaling debias, downscaling train"
 
   def mesh(self, which: str) -> jax.sharding.Mesh:

@@ -14,8 +14,8 @@ from downscaling.diffusion import error_table, train_loop
 from downscaling.jobs import fitted_noise, rows
 from downscaling.jobs.job import Item, Job, hours, size, statistics_of, tree_bytes
 from downscaling.jobs.train import abstract_state
+from downscaling.runtime import ledger, program_cost, random_keys, stage_folder, target_devices
 from downscaling.runtime import mesh as meshes
-from downscaling.runtime import program_cost, random_keys, stage_folder, target_devices
 from downscaling.sampling import ensemble
 
 HEADROOM = 0.9  # of a device's memory that a plan fills; XLA needs some for itself
@@ -34,14 +34,14 @@ class Sample(Job):
     work.need("debias", "debias")
     stage, stats = work.stage(self.stage), work.statistics()
     network = prior.network(e, stats)
-    with work.stop.interruptible("restoring the prior"):
-      params, table = restored(trained, e, network, len(stats.mean), work.mesh)
-    draw = samples.sampler(e, stats, network, table)
-    with stage.timed():
+    with stage.accounted():
+      with work.stop.interruptible("restoring the prior"), ledger.spend("restoring"):
+        params, table = restored(trained, e, network, len(stats.mean), work.mesh)
+      draw = samples.sampler(e, stats, network, table)
       noises = fitted_noise.fits(work, stage.path, trained.hash, draw, params, stats)
       for name, source in samples.sources(e).items():
         self._write(stage, name, source, draw, params, stats, noises.get(name))
-    stage.finish(extent=e.extent())
+      work.finish(stage, extent=e.extent())
     return f"wrote {stage.path}; next: downscaling evaluate"
 
   def _write(self, stage, name, source, draw, params, stats, noise) -> None:
@@ -77,6 +77,7 @@ class Sample(Job):
       stop=work.stop.told,
       interruptible=work.stop.interruptible,
       max_failed=block.max_failed,
+      any_device=block.any_device,
     )
 
   def _unit(self, source: str | None) -> tuple[int, int]:

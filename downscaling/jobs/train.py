@@ -42,10 +42,10 @@ class Train(Job):
     held = rows.windows(work, "calibration", prior.validation_rows(e))
     held = stats.repeated(e.grid.frames).normalise(held)
     network = prior.network(e, stats)
-    with stage.timed():
+    with work.owned(stage):
       summary = stage.summary if trained else self._train(stage, stats, network, held)
       self._tabulate(stage, network, held)
-    stage.finish(**summary)
+      work.finish(stage, **summary)
     made = stage.path / error_table.FILE if trained else stage.path
     return f"wrote {made}; next: downscaling sample"
 

@@ -63,12 +63,18 @@ class Workdir:
 
     return processes.main_first(f"stage/{name}", opened)
 
+  def look(self, name: str) -> stage_folder.Stage:
+    """A stage as it lies there. Unlike `stage`, one process may call it alone."""
+    return stage_folder.Stage(self.folder(name), name, {}, "")
+
   def done(self, name: str, optional: bool = False) -> bool:
     """Is the stage complete, and are all files there that later jobs read?
 
     optional: ask for the optional files as well. No folder is made for the question.
     Raises: as stage_folder.open_stage does, if there is a folder.
     """
+    if stage_folder.lost(self.folder(name)):
+      self.stage(name)  # which says what to type
     files = [*PRODUCTS[name], *self._named_by_config(name)]
     if optional:
       files += OPTIONAL.get(name, ())
@@ -96,7 +102,27 @@ class Workdir:
         f"{self.folder(name)} is missing or unfinished: run `downscaling {job}` first, with the "
         "same --config and --workdir (or `downscaling pipeline`, which does all that is missing)."
       )
-    return self.stage(name)
+    stage = self.stage(name)
+    wrong = processes.main_only(f"products of {name}", stage.changed)
+    if wrong:
+      first, what = next(iter(wrong.items()))
+      more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+      raise ValueError(
+        f"{stage.path}: {first} {what}{more}. Put it back; or `downscaling verify {self.path} "
+        f"--repair` moves it aside, and `downscaling {job}` makes it again."
+      )
+    return stage
+
+  @contextlib.contextmanager
+  def owned(self, stage: stage_folder.Stage) -> Iterator[None]:
+    """The block in which this job alone works on a stage; see stage_folder.Stage.owned."""
+    with stage.owned(lost=self.stop.end):
+      yield
+
+  def finish(self, stage: stage_folder.Stage, **summary) -> None:
+    """Marks a stage complete. Every process calls it, and reads its share of the products."""
+    with self.stop.waiting():
+      stage.finish(**summary)
 
   def statistics(self) -> statistics.Statistics:
     """Mean, deviation and spectrum of the fine training fields."""

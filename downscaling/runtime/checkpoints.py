@@ -9,7 +9,6 @@ checkpoint is damaged, the newest whole one is restored.
 
 import copy
 import dataclasses
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from downscaling.runtime import files, progress, stage_folder
+from downscaling.runtime import files, ledger, progress, stage_folder
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -136,12 +135,16 @@ class Checkpoints:
   ) -> None:
     """Starts saving and returns once the arrays are copied off the device.
 
-    A step that is already saved is left as it is.
+    A step that is already saved is left as it is, if its files are whole.
 
     Raises:
       OSError: the disk is full. Saving continues in the background, so `wait` may raise it too.
       FloatingPointError: a leaf is not finite; nothing is saved.
     """
+    there = step in self._manager.all_steps()
+    faults = [fault for fault in self._agree(self._fault(step)) if fault] if there else []
+    if faults:
+      self._damaged[step] = faults[0]
     if step in self._damaged:
       self._set_aside(step)
     if step in self._manager.all_steps():
@@ -154,7 +157,7 @@ class Checkpoints:
       "leaves": leaves(state),
     } | record
     record = copy.deepcopy(record)  # orbax writes it later, when the caller's lists may have grown
-    with self._explained():
+    with self._explained(), ledger.spend("saving"):
       self._manager.save(
         step,
         args=ocp.args.Composite(
@@ -178,7 +181,7 @@ class Checkpoints:
 
   def wait(self) -> None:
     """Returns once every started checkpoint is on disk. Raises OSError if the disk is full."""
-    with self._explained():
+    with self._explained(), ledger.spend("saving"):
       self._manager.wait_until_finished()
 
   def record(self, step: int) -> dict:
@@ -236,24 +239,13 @@ class Checkpoints:
     if jax.process_index() == 0:
       for folder in self.folder.glob("*.orbax-checkpoint-tmp"):
         if not (folder / MANIFEST).exists():
-          digests = {str(f.relative_to(folder)): _sha256(f) for f in _files(folder)}
+          digests = {str(f.relative_to(folder)): files.sha256(f) for f in _files(folder)}
           files.write_json(folder / MANIFEST, digests)
+    ledger.saved()
 
   def _fault(self, step: int) -> str:
     """What is wrong with the files of a checkpoint; "" for nothing. Only process 0 looks."""
-    folder = self.folder / str(step)
-    if jax.process_index() or not (folder / MANIFEST).exists():  # no manifest: reading will tell
-      return ""
-    try:
-      manifest = files.read_json(folder / MANIFEST)
-    except ValueError as error:
-      return str(error)
-    for name, digest in manifest.items():
-      if not (folder / name).exists():
-        return f"{name} is missing"
-      if _sha256(folder / name) != digest:
-        return f"{name} has changed since it was written"
-    return ""
+    return "" if jax.process_index() else fault(self.folder / str(step))
 
   def _set_aside(self, step: int) -> None:
     """Renames a damaged checkpoint, so that its step can be saved again."""
@@ -286,6 +278,22 @@ class Checkpoints:
     return files.full_disk_in_words(self.folder, "the checkpoints already there are whole")
 
 
+def fault(folder: pathlib.Path) -> str:
+  """What is wrong with the files of one checkpoint, by its manifest; "" for nothing."""
+  if not (folder / MANIFEST).exists():  # reading will tell
+    return ""
+  try:
+    manifest = files.read_json(folder / MANIFEST)
+  except ValueError as error:
+    return str(error)
+  for name, digest in manifest.items():
+    if not (folder / name).exists():
+      return f"{name} is missing"
+    if files.sha256(folder / name) != digest:
+      return f"{name} has changed since it was written"
+  return ""
+
+
 class _WrongRun(ValueError):
   """The checkpoint is whole but belongs to another run."""
 
@@ -304,8 +312,3 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of a checkpoint without orbax's own metadata, which orbax writes again after us."""
   found = [path for path in folder.rglob("*") if path.is_file()]
   return sorted(path for path in found if not path.name.startswith(("_", ".")))
-
-
-def _sha256(path: pathlib.Path) -> str:
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,16 @@
-"""Files that are written whole or not at all, JSON, and a clear message for a full disk.
+"""Files that are written whole or not at all, sealed JSON, and a clear message for a full disk.
 
-Reading a file back never executes anything.
+Reading a file back never executes anything. A JSON object carries the SHA-256 of what it says, its
+seal: one that was damaged or edited is not read as another one.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
+import re
 import secrets
 import socket
 from collections.abc import Iterator
@@ -60,21 +63,100 @@ def temporary_name(name: str) -> str:
   return f".{name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
-def read_json(path: str | os.PathLike) -> dict:
-  """Raises ValueError, naming the file, if it is not JSON."""
+_TEMPORARY = re.compile(r"\..+-\d+-[0-9a-f]{8}\.tmp")
+
+
+def temporary(path: pathlib.Path) -> bool:
+  """Does the name look like one that `temporary_name` gave?"""
+  return _TEMPORARY.fullmatch(path.name) is not None
+
+
+def sweep(folder: pathlib.Path) -> int:
+  """Removes the temporary files of dead writers below a folder; returns how many there were.
+
+  Call it where nobody else can be writing.
+  """
+  litter = [path for path in folder.rglob(".*.tmp") if temporary(path)]
+  for path in litter:
+    path.unlink(missing_ok=True)
+  return len(litter)
+
+
+def make_new(fresh: pathlib.Path, path: pathlib.Path) -> bool:
+  """Renames the file `fresh` to `path` if there is no such file yet; False if there is.
+
+  Of several processes that try, one succeeds, unless the file system has no hard links.
+  """
   try:
-    return json.loads(pathlib.Path(path).read_text())
-  except json.JSONDecodeError as error:
+    os.link(fresh, path)
+  except FileExistsError:
+    return False
+  except OSError:  # no hard links here: a moment in which two could meet
+    if path.exists():
+      return False
+    os.replace(fresh, path)
+  finally:
+    fresh.unlink(missing_ok=True)
+  return True
+
+
+SEAL = "seal"  # the last key of a JSON object: SHA-256 of the others
+
+
+def read_json(path: str | os.PathLike) -> dict:
+  """What `write_json` wrote, without its seal. A file that has none is read as it is.
+
+  Raises: ValueError, naming the file, if it is not JSON, or not what was written.
+  """
+  try:
+    found = json.loads(pathlib.Path(path).read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(
       f"{path} is not valid JSON ({error}): it was damaged; move it away and run again."
     ) from None
+  if isinstance(found, dict) and SEAL in found and found.pop(SEAL) != _seal(found):
+    raise ValueError(
+      f"{path} does not say what was written there: it was damaged or edited. `downscaling verify "
+      "WORKDIR` says what else was, and what to type."
+    )
+  return found
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes JSON all or nothing. Non-finite numbers become null."""
+def write_json(path: str | os.PathLike, value: Any, sealed: bool = True) -> None:
+  """Writes JSON all or nothing. Non-finite numbers become null.
+
+  sealed: an object gets its seal. A file of another format's must not have one.
+  """
   with all_or_nothing(path, "w") as file:
-    json.dump(_finite(value), file, indent=1, allow_nan=False)
-    file.write("\n")
+    file.write(_text(value, sealed))
+
+
+def create_json(path: str | os.PathLike, value: Any) -> bool:
+  """The same if there is no such file yet; False if there is."""
+  path = pathlib.Path(path)
+  fresh = path.with_name(temporary_name(path.name))
+  write_json(fresh, value)
+  return make_new(fresh, path)
+
+
+def _text(value: Any, sealed: bool) -> str:
+  """JSON, one key a line."""
+  value = json.loads(json.dumps(_finite(value), allow_nan=False))  # as a reader will have it
+  if sealed and isinstance(value, dict):
+    value = value | {SEAL: _seal(value)}
+  return json.dumps(value, indent=1) + "\n"
+
+
+def _seal(value: dict) -> str:
+  """SHA-256 of what a JSON object says, whatever the order of its keys."""
+  text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """Of a file, in hexadecimal."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_npz(path: str | os.PathLike, arrays: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from downscaling.runtime import files, progress
 
@@ -53,11 +53,18 @@ class Lock:
 
 
 @contextlib.contextmanager
-def hold(path: str | os.PathLike, what: str) -> Iterator[Lock]:
+def hold(
+  path: str | os.PathLike,
+  what: str,
+  wait: bool = False,
+  lost: Callable[[str], object] = lambda why: None,
+) -> Iterator[Lock]:
   """Holds the lock file `path`, in an existing folder, for the length of the block.
 
   Args:
     what: the protected thing, for the message.
+    wait: until another live job gives the lock back, as it holds it for a short time only.
+    lost: called from a thread, with a reason, once another job has taken the lock over.
   Raises: Held if another live job has the lock; the message names host, pid and start time.
   """
   path, lock = pathlib.Path(path), None
@@ -65,6 +72,9 @@ def hold(path: str | os.PathLike, what: str) -> Iterator[Lock]:
   while lock is None:
     found = _read(path)
     if found is not None and not _dead(path, found):
+      if wait:
+        time.sleep(0.2)
+        continue
       raise Held(
         f"{what} is being written by another job: {_words(found)}. Wait for it, or end it and run "
         "this command again; if it has died, its lock is taken over by itself."
@@ -73,9 +83,13 @@ def hold(path: str | os.PathLike, what: str) -> Iterator[Lock]:
 
   def beat():
     while not ended.wait(BEAT):
-      with contextlib.suppress(OSError, Held):  # the next check says what is wrong
+      try:
         lock.check()
         os.utime(path)
+      except Held as error:
+        return lost(str(error))
+      except OSError:  # the file system is away for a while
+        pass
 
   thread = threading.Thread(target=beat, name="lock", daemon=True)
   thread.start()
@@ -105,19 +119,17 @@ def _take(path: pathlib.Path, dead: dict | None) -> Lock | None:
     if dead is not None:
       progress.say(f"{path}: taking over from {_words(dead)}, which is dead.")
       path.unlink()
-    fresh = path.with_name(f".{path.name}.{token}")
-    files.write_json(fresh, _here() | {"since": now, "token": token})
-    try:
-      os.link(fresh, path)  # all or nothing, and only one can
-    except FileExistsError:
-      return None
-    except OSError:  # no hard links here: a moment in which two could meet
-      if path.exists():
-        return None
-      os.replace(fresh, path)
-    finally:
-      fresh.unlink(missing_ok=True)
-  return Lock(path, token)
+    made = files.create_json(path, _here() | {"since": now, "token": token})
+  return Lock(path, token) if made else None
+
+
+def holder(path: str | os.PathLike) -> str | None:
+  """Who holds the lock file, in words; None if nobody alive does.
+
+  It may take PATIENCE seconds, see `_dead`.
+  """
+  found = _read(pathlib.Path(path))
+  return None if found is None or _dead(pathlib.Path(path), found) else _words(found)
 
 
 @contextlib.contextmanager
@@ -172,17 +184,32 @@ def _started(pid: int) -> str:
     return ""
 
 
+def dead_here(path: pathlib.Path) -> bool:
+  """True if the holder was a process of this host, and is gone. Of other hosts it knows nothing."""
+  found = _read(path)
+  return found is not None and _is_here(found) and _gone(found)
+
+
+def _is_here(found: dict) -> bool:
+  here = _here()
+  return all(found.get(name) == here[name] for name in ("host", "place"))
+
+
+def _gone(found: dict) -> bool:
+  """Has the holder, a process of this host, ended?"""
+  try:
+    os.kill(found["pid"], 0)
+  except ProcessLookupError:
+    return True
+  except PermissionError:
+    pass
+  return _started(found["pid"]) != found["started"]
+
+
 def _dead(path: pathlib.Path, found: dict) -> bool:
   """True if the holder is gone. For a holder on another host this may take PATIENCE seconds."""
-  here = _here()
-  if all(found.get(name) == here[name] for name in ("host", "place")):
-    try:
-      os.kill(found["pid"], 0)
-    except ProcessLookupError:
-      return True
-    except PermissionError:
-      pass
-    return _started(found["pid"]) != found["started"]
+  if _is_here(found):
+    return _gone(found)
   deadline, first = time.monotonic() + PATIENCE, _changed(path)
   if _now(path.parent) - (first or 0) > STALE:
     return True

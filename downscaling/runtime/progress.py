@@ -4,6 +4,7 @@ import sys
 import time
 
 from downscaling.runtime import mesh as meshes
+from downscaling.runtime import streams
 
 
 def is_time(every: int, step: int, last: int) -> bool:
@@ -76,4 +77,4 @@ class Progress:
 def say(text: str) -> None:
   """Prints one line on stderr, from the main process only."""
   if meshes.is_main():
-    print(text, file=sys.stderr, flush=True)
+    print(streams.printable(text), file=sys.stderr, flush=True)

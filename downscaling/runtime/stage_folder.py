@@ -2,7 +2,11 @@
 stage.json.
 
 The marker holds the settings that the stage's result depends on. Opening the folder with other
-settings is refused, so a work folder never mixes two runs.
+settings is refused, so a work folder never mixes two runs. Once the stage is complete it also holds
+the size, time and SHA-256 of every file (see products.py). A second copy of the marker,
+stage.copy.json, is what `downscaling verify --repair` rebuilds a lost one from.
+
+One job at a time owns a stage, by its lock file. Several may draw one set of samples.
 """
 
 import contextlib
@@ -11,20 +15,19 @@ import hashlib
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from downscaling.runtime import files, provenance
+from downscaling.runtime import files, ledger, locks, processes, products, progress, provenance
 from downscaling.runtime import mesh as meshes
 
 # In the first schema, markers held whole blocks of the config; now they hold what differs from the
 # defaults, so that a new key leaves old folders valid.
 FIRST, SCHEMA = 1, 2
-MARKER = "stage.json"
+MARKER, COPY, LOCK = products.MARKER, products.COPY, products.LOCK
 
 
 def plain(value: Any) -> Any:
@@ -91,29 +94,66 @@ class Stage:
     """The figures given to `finish`; {} before."""
     return files.read_json(self.path / MARKER).get("summary", {})
 
-  @contextlib.contextmanager
-  def timed(self) -> Iterator[None]:
-    """Adds the block's wall time to the marker, and the devices it ran on.
+  def changed(self) -> dict[str, str]:
+    """{file: what is wrong} of products that are not what was written; see products.changed."""
+    told = files.read_json(self.path / MARKER).get("products", {})
+    return products.changed(self.path, told)
 
-    Interrupted time is added too. Work that an interruption loses is done again and counts twice.
+  @property
+  def seconds(self) -> float:
+    """Wall time of all attempts at it. Interrupted time counts, and work that is done again."""
+    return files.read_json(self.path / MARKER).get("seconds", 0.0) + ledger.seconds(self.path)
+
+  @property
+  def devices(self) -> list[str]:
+    """The devices that worked on it, in words."""
+    told = files.read_json(self.path / MARKER).get("devices", [])
+    return sorted({*told, *ledger.devices(self.path)})
+
+  @contextlib.contextmanager
+  def owned(self, lost: Callable[[str], object] = lambda why: None) -> Iterator[None]:
+    """The block in which this job alone works on the stage. Every process calls it.
+
+    It sweeps what dead owners left, and accounts for the time (ledger.py).
+
+    lost: called from a thread, with a reason, if another job took the stage over.
+    Raises: locks.Held, or supervision.PeerFailed on other processes, if another live job owns it.
     """
-    began = time.monotonic()
-    try:
+    with contextlib.ExitStack() as held:
+
+      def take() -> None:
+        what = f"the stage {self.name} of {self.path.parent}"
+        held.enter_context(locks.hold(self.path / LOCK, what, lost=lost))
+        swept = files.sweep(self.path)
+        if swept:
+          progress.say(f"{self.path}: removed {swept} unfinished files of an attempt that died.")
+
+      processes.main_only(f"own/{self.name}", take)
+      with self.accounted():
+        yield
+
+  @contextlib.contextmanager
+  def accounted(self) -> Iterator[None]:
+    """Accounts for the time of the block, without taking the stage."""
+    with ledger.attempt(self.path, processes.place()[0], _devices()):
       yield
-    finally:
-      if meshes.is_main():
-        record = files.read_json(self.path / MARKER)
-        seconds = record.get("seconds", 0.0) + time.monotonic() - began
-        devices = sorted({*record.get("devices", []), _devices()})
-        timing = {"seconds": round(seconds, 2), "devices": devices}
-        files.write_json(self.path / MARKER, record | timing)
 
   def finish(self, **summary: Any) -> None:
-    """Marks the stage complete and stores a few figures; only the main process writes."""
+    """Marks the stage complete: its products and a few figures. Every process calls it.
+
+    Each reads its share of the products, for their digests; the main process writes.
+    """
+    told = products.measure(self.path)
     if meshes.is_main():
       record = files.read_json(self.path / MARKER)
-      done = {"complete": True, "summary": plain(summary)}
-      files.write_json(self.path / MARKER, record | done)
+      done = {"complete": True, "summary": plain(summary), "products": told}
+      write_marker(self.path, record | done)
+
+
+def write_marker(folder: pathlib.Path, record: dict) -> None:
+  """Writes a stage's marker, then its copy."""
+  for name in (MARKER, COPY):
+    files.write_json(folder / name, record)
 
 
 def open_stage(
@@ -142,10 +182,7 @@ def open_stage(
   """
   path, identity = pathlib.Path(path), plain(identity)
   marker = path / MARKER
-  if marker.exists():
-    record = files.read_json(marker)
-    _check_same(path, record, identity, converted, plain(defaults or {}))
-  else:
+  if not marker.exists():
     _make(path)
     record = {
       "schema": SCHEMA,
@@ -157,7 +194,10 @@ def open_stage(
       "commit": provenance.commit(),
       **plain(about or {}),
     }
-    files.write_json(marker, record)
+    if files.create_json(marker, record):
+      files.write_json(path / COPY, record)
+  record = files.read_json(marker)
+  _check_same(path, record, identity, converted, plain(defaults or {}))
   return Stage(path, name, identity, record["config_hash"])
 
 
@@ -183,9 +223,21 @@ def _check_same(path: pathlib.Path, record: dict, identity: dict, converted, def
     )
 
 
+def lost(path: pathlib.Path) -> bool:
+  """Has the folder lost its marker, but not the copy?"""
+  return (path / COPY).exists() and not (path / MARKER).exists()
+
+
 def _make(path: pathlib.Path) -> None:
-  """Makes the folder. Raises FileExistsError if it holds files that are not ours."""
-  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+  """Makes the folder. Raises FileExistsError if it holds files but no marker."""
+  if lost(path):
+    raise FileExistsError(
+      f"{path} has lost its {MARKER}. Its copy is there: `downscaling verify {path.parent} "
+      "--repair` rebuilds the marker from it. Nothing was touched."
+    )
+  if path.exists() and (
+    not path.is_dir() or not all(files.temporary(each) for each in path.iterdir())
+  ):
     raise FileExistsError(
       f"{path} holds files but no {MARKER}: downscaling did not make it and will not write there. "
       "Use another --workdir."

@@ -35,3 +35,12 @@ def unbreakable() -> None:
   for name in ("stdout", "stderr"):
     stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  (open to the end)
     setattr(sys, name, Unbreakable(stream))
+
+
+def printable(text: str) -> str:
+  """The text with control characters escaped, but for ends of lines.
+
+  Names and values from files could otherwise move the cursor, colour the terminal or turn the text
+  around.
+  """
+  return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)

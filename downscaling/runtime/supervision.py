@@ -182,6 +182,10 @@ class Stop:
         store.key_value_set(_FAILED, f"process {self._process}: {text}", allow_overwrite=True)
       self._outlast_peers()
 
+  def end(self, why: str) -> NoReturn:
+    """Ends this process at once, from any thread, as it must not write any more."""
+    self._end(1, why.rstrip("."))
+
   # ---------------------------------------------------------------- the thread
 
   def _watch(self) -> None:

@@ -6,6 +6,11 @@ and each hands them to its own devices in turn and writes them. Processes agree 
 is missing, at the end that it is there, and when told to stop; hosts may be of different speed; a
 restart on any topology does exactly what is missing.
 
+Jobs that know nothing of each other may fill one store, as the tasks of a Slurm array. A lock is
+held only while the store is made or grows. Each job then walks through what is missing from a place
+of its own, and passes over units whose marker has appeared. A unit that two jobs draw at the same
+time is drawn twice, with the same bytes.
+
 Every device runs the same program, compiled for one device: the bits of a unit do not depend on how
 many there are, if they are of one kind. A unit split over devices would have float32 sums in
 another order on each number of them. One program over all devices of a process, a unit on each and
@@ -37,16 +42,16 @@ import numpy as np
 
 from downscaling.runtime import (
   files,
+  ledger,
   locks,
   processes,
   progress,
   random_keys,
-  stage_folder,
   supervision,
 )
-from downscaling.runtime import mesh as meshes
-from downscaling.sampling import conditional_sampler, ensemble_store
-from downscaling.sampling.ensemble_store import Coordinates, Layout, Unit, read
+from downscaling.sampling import conditional_sampler, drawers, ensemble_store, ensemble_units
+from downscaling.sampling.ensemble_store import Coordinates, Layout, Unit
+from downscaling.sampling.ensemble_units import read
 
 __all__ = [
   "Layout",
@@ -96,6 +101,7 @@ def write_ensemble(
   frames: int = 1,
   max_failed: float = 0.0,
   stored: Mapping[str, Any] | None = None,
+  any_device: bool = False,
 ) -> dict:
   """Draws what is missing of the ensemble and returns its summary.
 
@@ -136,10 +142,12 @@ def write_ensemble(
     max_failed: the share of all members that may fail, in [0, 1).
     stored: converted and defaults, for what is compared with `identity`; see
       stage_folder.open_stage.
+    any_device: may another kind of device draw than drew before? Units say which drew them.
   Raises:
     ValueError: impossible sizes, NaN in a condition, a store of another identity (keys are named),
-      fewer conditions or members than it holds.
-    FileExistsError: the store is not ours. locks.Held: another live job writes it.
+      fewer conditions or members than it holds, another kind of device.
+    FileExistsError: the store is not ours. locks.Held: the store is to grow while another live job
+      draws for it.
     FloatingPointError: more members failed than may.
     OSError: the disk is full; what is marked done is whole.
   """
@@ -153,17 +161,24 @@ def write_ensemble(
     layout, ids, conditions, coordinates or {}, about["sample"].get("units", "1")
   )
   processes.same_everywhere({f"conditions of {path.name}": ensemble_store.digest(ids, conditions)})
-  total, drawn = len(layout.units()), 0
+  drawn = 0
+  kind = devices[0].device_kind
   with contextlib.ExitStack() as held:
 
-    def prepare() -> tuple[ensemble_store.Found, locks.Lock]:
+    def prepare() -> tuple[ensemble_store.Found, locks.Lock, float]:
       stage = ensemble_store.open_stage(path, layout, seed, identity, **(stored or {}))
-      lock = held.enter_context(locks.hold(stage.path / "lock.json", str(path)))
-      ensemble_store.grow(path, stage, layout, ids, conditions)
-      ensemble_store.create(path, layout, variables, attrs, about)
-      return ensemble_store.find(path, layout), lock
+      with ensemble_store.locked(path):
+        others = drawers.others(stage.path)
+        if not others:
+          ensemble_store.sweep(path)
+        ensemble_store.one_kind(path, kind, any_device)
+        alone = functools.partial(drawers.refuse, stage.path, path)
+        ensemble_store.grow(path, stage, layout, ids, conditions, alone)
+        ensemble_store.create(path, layout, variables, attrs, about)
+        lock = held.enter_context(drawers.draw(stage.path))
+        return ensemble_store.find(path, layout), lock, drawers.start(others)
 
-    found, lock = _agree(path, layout, prepare)
+    found, lock, start = _agree(path, layout, prepare)
     if found.missing:
       with interruptible("compiling the sampler"):
         programs = compiled(sampler, seed, layout, weights, devices)
@@ -178,48 +193,52 @@ def write_ensemble(
 
       toll = Toll(path, layout, max_failed)
       drawn = _draw(
-        ensemble_store.Writer(path, layout), found, draw, len(devices), stop, lock, toll
+        ensemble_units.Writer(path, layout, kind),
+        found,
+        draw,
+        len(devices),
+        stop,
+        lock,
+        toll,
+        start,
       )
     drawn = sum(processes.gather("ensemble/drawn", drawn, processes.LONG))
-    return _conclude(path, layout, total - len(found.missing), drawn, began, max_failed)
+    return _conclude(path, layout, drawn, began, max_failed)
 
 
 def _agree(
   path, layout: Layout, prepare: Callable
-) -> tuple[ensemble_store.Found, locks.Lock | None]:
+) -> tuple[ensemble_store.Found, locks.Lock | None, float]:
   """What is missing, as process 0 finds it once it has prepared everything of the store but its
-  units; the lock there.
+  units; the lock there; and where to begin, as a share of what is missing.
 
   Told as one bit a unit, in hexadecimal: a million of them are 250 kB.
   """
   units, locked = layout.units(), []
 
   def work():
-    found, lock = prepare()
+    found, lock, start = prepare()
     locked.append(lock)
     absent = {*found.missing}
-    if absent:
-      ensemble_store.say_done(path, 1 - len(absent) / len(units))
     bits = np.packbits([u in absent for u in units]).tobytes().hex()
-    return [bits, {str(place): list(part) for place, part in found.parts.items()}]
+    return [bits, {str(place): list(part) for place, part in found.parts.items()}, start]
 
   with files.full_disk_in_words(path, "its finished units are whole"):
-    bits, parts = processes.main_only("ensemble", work)
+    bits, parts, start = processes.main_only("ensemble", work)
   absent = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=len(units))
   missing = [u for u, is_absent in zip(units, absent, strict=True) if is_absent]
   found = ensemble_store.Found(missing, {int(place): Unit(*part) for place, part in parts.items()})
-  return found, locked[0] if locked else None
+  return found, locked[0] if locked else None, start
 
 
-def _conclude(path, layout, before: int, drawn: int, began: float, max_failed: float) -> dict:
+def _conclude(path, layout, drawn: int, began: float, max_failed: float) -> dict:
   """Marks the ensemble complete, or says how far it is; the same on every process."""
-  total, done = len(layout.units()), before + drawn
+  total = len(layout.units())
   seconds = time.monotonic() - began
-  if done < total:
-    if meshes.is_main():
-      ensemble_store.say_done(path, done / total)
+  missing = processes.main_only("ensemble/missing", lambda: ensemble_store.say_done(path, layout))
+  if missing:
     raise supervision.Interrupted(
-      f"sample stopped after {done} of {total} units, which are on disk"
+      f"sample stopped after {total - missing} of {total} units, which are on disk"
     )
   summary = {"units": total, "fields": layout.conditions * layout.members}
 
@@ -232,12 +251,10 @@ def _conclude(path, layout, before: int, drawn: int, began: float, max_failed: f
         f"{layout.conditions} conditions of {path.name}: their fields are NaN. The sampler ran "
         "away."
       )
-    marker = path.with_suffix(".units") / stage_folder.MARKER
-    record = files.read_json(marker)
-    if not record["complete"]:
-      ensemble_store.say_done(path, 1.0, failed_members=failed, failed_conditions=conditions)
-      told = summary | {"failed": failed, "seconds": seconds}
-      files.write_json(marker, record | {"complete": True, "summary": told})
+    told = summary | {"failed": failed, "seconds": seconds}
+    ensemble_store.complete(
+      path, layout, told, {"failed_members": failed, "failed_conditions": conditions}
+    )
     return failed
 
   with files.full_disk_in_words(path, "its finished units are whole"):
@@ -390,9 +407,18 @@ class Toll:
 
 
 def _draw(
-  writer, found: ensemble_store.Found, draw, devices: int, stop, lock: locks.Lock | None, toll: Toll
+  writer,
+  found: ensemble_store.Found,
+  draw,
+  devices: int,
+  stop,
+  lock: locks.Lock | None,
+  toll: Toll,
+  start: float = 0.0,
 ) -> int:
   """Draws units as long as there are any, and returns how many this process did.
+
+  It begins at the share `start` of them, and passes over those that another job has finished.
 
   Three things go on at a time: each device draws a unit, its one before is on its way to the host,
   and the files of the one before that are written. What is slowest sets the pace. A device has its
@@ -402,6 +428,7 @@ def _draw(
   ahead = 2 * devices - 1  # units under way on the devices while the host waits for the oldest
   take, before, begun, count = processes.counter("ensemble"), total - len(found.missing), 0, 0
   drawing, writing = collections.deque(), collections.deque()
+  first = int(start * len(found.missing))
   said = time.monotonic()
 
   def settle(still_drawing: int, still_writing: int) -> None:
@@ -416,27 +443,30 @@ def _draw(
           lock.check()
         writing.append((unit, writer.begin(unit, blocks, part), part))
       while len(writing) > still_writing:
-        writer.finish(*writing.popleft())
+        with ledger.spend("saving"):
+          writer.finish(*writing.popleft())
+        ledger.saved()
         count += 1
 
   with progress.Progress("sample", total, "units", done=before) as bar:
     try:
       while not (asked := stop()) and (turn := take()) < len(found.missing):
-        unit = found.missing[turn]
+        place = (turn + first) % len(found.missing)
+        unit = found.missing[place]
+        if writer.marker(unit).exists():
+          continue
         arrays = draw(begun, unit)
         begun += 1
         for array in arrays.values():
           array.copy_to_host_async()
-        drawing.append((unit, found.parts.get(turn), arrays))
+        drawing.append((unit, found.parts.get(place), arrays))
         settle(ahead, devices)
         if (
           reached := before + turn - ahead
         ) > bar.done:  # by all processes, but for what is under way
           bar.advance(reached - bar.done)
         if lock and time.monotonic() - said > _SAY_DONE_SECONDS:
-          ensemble_store.say_done(
-            path, 1 - len(ensemble_store.find(path, writer.layout).missing) / total
-          )
+          ensemble_store.say_done(path, writer.layout)
           said = time.monotonic()
       settle(0, 0)
     except FloatingPointError:

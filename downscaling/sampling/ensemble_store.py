@@ -6,8 +6,12 @@ NAME.zarr    sample (condition, member, time if series, space, channel if severa
              so one writer a shard. A member that failed is NaN throughout and has an infinite
              misfit. The markers, not the NaN, say what is drawn.
 NAME.units   stage.json: what the samples depend on, and how many conditions and members there are;
-             one marker a finished unit, written after the unit's bytes are durable; beside it, if
-             members of it failed, how many of each condition; lock.json while a job writes.
+             one marker a finished unit, written after the unit's bytes are durable, with the
+             digests of its shards and the device that drew it; beside it, if members of it failed,
+             how many of each condition; lock.json while the store is made, grows or is marked; one
+             drawing-*.json of every job that draws.
+
+Every chunk and every index of a shard carries a crc32c.
 
 Counts are no part of what samples depend on: with more conditions or members the arrays grow and
 units are added. A unit at the old edge that grows is written once more, the fields that it had as
@@ -15,23 +19,24 @@ they were.
 """
 
 import collections
+import contextlib
 import datetime
 import hashlib
 import pathlib
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorstore
 import zarr
 from zarr.errors import ZarrUserWarning
 
-from downscaling.runtime import files, provenance, stage_folder
+from downscaling.runtime import files, locks, products, provenance, stage_folder, stores
 
 Coordinates = Mapping[str, tuple[np.ndarray, Mapping[str, str]]]
 MARKERS = "c*-m*.json"
+SHARDS = (("sample", "c"), ("misfit", "c"))  # where units lie in the store
 FAILED = "failed-"  # before a marker's name: {condition's place: members that failed}
 
 
@@ -135,10 +140,46 @@ def open_stage(
   return stage_folder.open_stage(units, "sample", full, **stored)
 
 
-def grow(path: pathlib.Path, stage: stage_folder.Stage, layout: Layout, ids, conditions) -> None:
+def locked(path: pathlib.Path) -> contextlib.AbstractContextManager[locks.Lock]:
+  """A block in which this job alone changes what several jobs share. It must be short."""
+  return locks.hold(path.with_suffix(".units") / stage_folder.LOCK, str(path), wait=True)
+
+
+def sweep(path: pathlib.Path) -> None:
+  """Removes what dead writers left, where no other job draws."""
+  files.sweep(path.with_suffix(".units"))
+  for lock in path.rglob("*.__lock"):  # TensorStore's, of a process that was killed
+    lock.unlink(missing_ok=True)
+
+
+def one_kind(path: pathlib.Path, kind: str, any_device: bool) -> None:
+  """Writes down which kind of device draws. Raises ValueError for another one than before."""
+  units = path.with_suffix(".units")
+  record = files.read_json(units / stage_folder.MARKER)
+  known = record.get("device_kinds", [])
+  if kind in known:
+    return
+  if known and not any_device:
+    raise ValueError(
+      f"{path} was drawn on {', '.join(known)}; here is {kind}, which rounds otherwise, so a "
+      "member would depend on who drew it. Draw on the same kind, or allow it by "
+      "--config.sampling.any_device=True: each unit's marker says which device drew it."
+    )
+  stage_folder.write_marker(units, record | {"device_kinds": [*known, kind]})
+
+
+def grow(
+  path: pathlib.Path,
+  stage: stage_folder.Stage,
+  layout: Layout,
+  ids,
+  conditions,
+  alone: Callable[[], object],
+) -> None:
   """Writes down how many conditions and members there are to be, so that what is missing can be
   told.
 
+  alone: raises if another job draws; called before a store grows.
   Raises: ValueError if there were more, or if those that there were have changed.
   """
   record = files.read_json(stage.path / stage_folder.MARKER)
@@ -165,7 +206,9 @@ def grow(path: pathlib.Path, stage: stage_folder.Stage, layout: Layout, ids, con
         "(fields and ids), new ones come after them. Nothing was touched: use another "
         "--config.label or --workdir."
       )
-  files.write_json(stage.path / stage_folder.MARKER, record | {"size": size, "complete": False})
+  if old:
+    alone()
+  stage_folder.write_marker(stage.path, record | {"size": size, "complete": False})
 
 
 def create(
@@ -178,7 +221,7 @@ def create(
     variables: see `variables`. about: attributes of sample and misfit.
   """
   finished = any(path.with_suffix(".units").glob(MARKERS))
-  if finished and not (path / "sample" / "zarr.json").exists():
+  if finished and not (path / "sample").exists():
     raise ValueError(
       f"{path} lost its array `sample`, but {path.with_suffix('.units')} lists finished units: put "
       "the store back, or move that folder away to draw everything again."
@@ -202,6 +245,7 @@ def create(
     group.create_array(
       name, shape=shape, dtype="float32", fill_value=np.nan, shards=(kc, km, *fields),
       chunks=(1 if fields else kc, km, *fields), attributes=dict(about[name]),
+      compressors=stores.CHECKED,
       dimension_names=("condition", "member", *((*layout.axes, *tail) if fields else ())),
     )  # fmt: skip
   for name, (values, dims, words) in variables.items():
@@ -209,7 +253,7 @@ def create(
       fill = np.nan if values.dtype.kind == "f" else 0
       group.create_array(
         name, shape=values.shape, dtype=values.dtype, chunks=values.shape, dimension_names=dims,
-        attributes=words,
+        attributes=words, compressors=stores.CHECKED,
         fill_value=fill,
       )  # fmt: skip
     stored = _array_of(group, name)
@@ -251,13 +295,44 @@ def find(path: pathlib.Path, layout: Layout) -> Found:
   return Found(missing, parts)
 
 
-def say_done(path: pathlib.Path, fraction: float, **attributes: int) -> None:
-  """Sets done_fraction, and other attributes, in the root's JSON, in one rename, as a reader may be
-  looking.
+def say_done(path: pathlib.Path, layout: Layout, **attributes: int) -> int:
+  """Sets done_fraction, and other attributes, as the markers have it; returns how many are missing.
+
+  In one rename, as a reader may be looking; under the lock, as other jobs may do the same.
   """
-  root = files.read_json(path / "zarr.json")
-  root["attributes"] |= {"done_fraction": round(float(fraction), 6)} | attributes
-  files.write_json(path / "zarr.json", root)
+  total = len(layout.units())
+  with locked(path):
+    missing = len(find(path, layout).missing)
+    root = files.read_json(path / "zarr.json")
+    told = {"done_fraction": round(1 - missing / total, 6)} | attributes
+    if root["attributes"] | told != root["attributes"]:
+      root["attributes"] |= told
+      files.write_json(path / "zarr.json", root, sealed=False)
+  return missing
+
+
+def complete(path: pathlib.Path, layout: Layout, summary: dict, attributes: dict) -> None:
+  """Marks the store complete, with the digests of its metadata, unless another job has."""
+  units = path.with_suffix(".units")
+  if files.read_json(units / stage_folder.MARKER)["complete"]:
+    return
+  say_done(path, layout, **attributes)
+  with locked(path):
+    record = files.read_json(units / stage_folder.MARKER)
+    if not record["complete"]:
+      done = {"complete": True, "summary": summary, "products": fixed(path)}
+      stage_folder.write_marker(units, record | done)
+
+
+def fixed(path: pathlib.Path) -> dict[str, list]:
+  """Digests of the files of a store that no unit writes; see products.measure."""
+  names = [str(each.relative_to(path)) for each in sorted(path.rglob("*")) if _fixed(path, each)]
+  return products.describe(path, names)
+
+
+def _fixed(path: pathlib.Path, file: pathlib.Path) -> bool:
+  parts = file.relative_to(path).parts
+  return file.is_file() and not file.name.startswith(".") and parts[:2] not in SHARDS
 
 
 def _array_of(group: zarr.Group, name: str) -> zarr.Array:
@@ -322,91 +397,3 @@ def variables(
       )
     found[axis] = (np.asarray(values), (axis,), dict(about))
   return found
-
-
-# ----------------------------------- written by every process, each its own units
-
-
-class Writer:
-  """Writes units of one store: begin(), then finish() once another unit is under way."""
-
-  def __init__(self, path: pathlib.Path, layout: Layout):
-    """Raises ValueError if the arrays are not cut as the units are, so that two units would share a
-    shard.
-    """
-    self.path, self.layout, self.units = path, layout, path.with_suffix(".units")
-    self.arrays = {name: _array(path, name) for name in layout.drawn}
-    for name, fields in layout.drawn.items():
-      array, shape = self.arrays[name], (layout.conditions, layout.members, *fields)
-      shard = array.chunk_layout.write_chunk.shape
-      if array.shape != shape or shard != (*layout.unit, *fields) or array.dtype.name != "float32":
-        raise ValueError(
-          f"{path}/{name} is {array.dtype.name} {array.shape} in shards of {shard}; need float32 "
-          f"{shape} in shards of {(*layout.unit, *fields)}, a unit each: it was changed by another "
-          f"program. Put the store back, or move it and {self.units} away to draw everything again."
-        )
-
-  def begin(self, unit: Unit, blocks: Mapping[str, np.ndarray], part: Unit | None) -> list:
-    """Starts the writing of a unit's blocks [c1 − c0, m1 − m0, ...]; what `part` of it holds
-    already stays.
-    """
-    begun = []
-    record = self.units / (FAILED + unit.name)
-    for name, block in blocks.items():
-      array = self.arrays[name]
-      if part:
-        block = block.copy()
-        block[: part.c1 - part.c0, : part.m1 - part.m0] = (
-          array[part.c0 : part.c1, part.m0 : part.m1].read().result()
-        )
-      if name == "sample":
-        counts = failed(block).sum(axis=1)
-        found = {str(unit.c0 + i): int(count) for i, count in enumerate(counts) if count}
-        files.write_json(record, found) if found else record.unlink(missing_ok=True)
-      begun.append(array[unit.c0 : unit.c1, unit.m0 : unit.m1].write(block))
-    return begun
-
-  def finish(self, unit: Unit, begun: list, part: Unit | None) -> None:
-    """Returns once the unit is durable, as tensorstore syncs each file, and marked."""
-    for future in begun:
-      future.result()
-    files.write_json(self.units / unit.name, unit._asdict())
-    if part:
-      for name in (part.name, FAILED + part.name):
-        (self.units / name).unlink(missing_ok=True)
-
-
-def _array(path: pathlib.Path, name: str):
-  kvstore = {"driver": "file", "path": f"{path.absolute() / name}/"}
-  return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
-
-
-# ---------------------------------------------------------------- read
-
-
-def read(path: pathlib.Path):
-  """The finished ensemble as a lazily read xarray.Dataset.
-
-  Raises ValueError if units are missing; says how many.
-  """
-  import xarray
-
-  path = pathlib.Path(path)
-  marker = path.with_suffix(".units") / stage_folder.MARKER
-  if not path.exists() or not marker.exists():
-    raise ValueError(
-      f"{path} is no ensemble written by `sample` (no {marker}): run the sample job first."
-    )
-  found = files.read_json(marker)
-  if not found["complete"]:
-    fixed: dict[str, Any] = {
-      k: tuple(v) if isinstance(v, list) else v for k, v in found["config"]["layout"].items()
-    }
-    size = found.get("size", {"conditions": 0, "members": 0})
-    layout = Layout(size["conditions"], size["members"], **fixed)
-    total, missing = len(layout.units()), len(find(path, layout).missing)
-    raise ValueError(
-      f"{path} holds {total - missing} of {total} units: run the same `sample` command again, it "
-      "draws the rest."
-    )
-  return xarray.open_zarr(path)

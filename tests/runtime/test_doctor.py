@@ -1,5 +1,6 @@
 """`downscaling doctor`, alone and in two processes."""
 
+import re
 import sys
 
 import jax
@@ -144,7 +145,8 @@ def test_two_processes_that_share_nothing(tmp_path):
   """Other folders, made by their numbers, and other seeds: each finding is a line of its own."""
   each = "$JAX_PROCESS_ID"
   flags = f"--workdir={tmp_path}/{each} --config=configs/ks.py --config.seed={each}"
-  command = f"exec downscaling doctor {flags}"
+  set_apart = 'XLA_FLAGS="$XLA_FLAGS --xla_cpu_enable_fast_math=$JAX_PROCESS_ID"'
+  command = f"{set_apart} JAX_DUMP_IR_TO=/tmp/{each} exec downscaling doctor {flags}"
   said = rehearse(2, 2, ["bash", "-c", command], code=1)
   assert "start      explicit: process 1 of 2, coordinator 127.0.0.1:" in said or (
     "start      explicit: process 0 of 2, coordinator 127.0.0.1:" in said
@@ -153,6 +155,9 @@ def test_two_processes_that_share_nothing(tmp_path):
   assert said.count(", 2 × cpu (cpu), memory ") == 2
   assert "process(es) 1 do not see what process 0 writes" in said
   assert "FIX: config hash is" in said
+  assert re.search(r"FIX: XLA_FLAGS is .*fast_math=0 on process 0 and .*=1 on process 1", said)
+  assert "JAX_PROCESS_ID is" not in said
+  assert "JAX_DUMP_IR_TO is" not in said
   said = rehearse(2, 2, ["downscaling", "doctor", f"--workdir={tmp_path}/shared"])
   assert "written by process 0 and seen by all" in said
   assert "all is well" in said

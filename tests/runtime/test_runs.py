@@ -1,5 +1,6 @@
 import json
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from downscaling.runtime import files, metric_writer, progress, stage_folder
+from downscaling.runtime import files, locks, metric_writer, progress, stage_folder
 from downscaling.runtime import mesh as meshes
 
 
@@ -42,20 +43,69 @@ def test_damaged_marker_is_named(tmp_path):
     stage_folder.open_stage(tmp_path / "x", "x", {})
 
 
+def test_a_lost_marker_points_at_its_copy(tmp_path):
+  stage = stage_folder.open_stage(tmp_path / "x", "x", {})
+  (stage.path / stage_folder.MARKER).unlink()
+  with pytest.raises(FileExistsError, match=f"verify {tmp_path} --repair` rebuilds"):
+    stage_folder.open_stage(tmp_path / "x", "x", {})
+
+
 def test_time_adds_up_over_interruptions(tmp_path):
   stage = stage_folder.open_stage(tmp_path / "x", "x", {})
-  with pytest.raises(KeyError), stage.timed():
-    raise KeyError
-  first = files.read_json(stage.path / stage_folder.MARKER)["seconds"]
-  with stage.timed():
+
+  def fails():
+    with stage.owned():
+      time.sleep(0.1)
+      raise KeyError
+
+  with pytest.raises(KeyError):
+    fails()
+  first = stage.seconds
+  assert first >= 0.1
+  with stage.owned():
     pass
-  assert files.read_json(stage.path / stage_folder.MARKER)["seconds"] >= first
+  assert first <= stage.seconds < first + 1
+  assert stage.devices == [f"4 × cpu on {os.cpu_count()} cores a host"]
+
+
+def test_a_stage_has_one_owner_who_sweeps_what_the_last_one_left(tmp_path, capsys):
+  stage = stage_folder.open_stage(tmp_path / "x", "x", {})
+  litter = stage.path / "deep" / files.temporary_name("a.npz")
+  litter.parent.mkdir()
+  litter.write_text("half")
+  other = stage.path / ".notes.tmp"  # not a name that we give
+  other.write_text("mine")
+  with stage.owned():
+    assert not litter.exists()
+    with pytest.raises(locks.Held, match=r"the stage x of .* is being written by another job"):
+      stage.owned().__enter__()
+  assert other.read_text() == "mine"
+  assert not (stage.path / stage_folder.LOCK).exists()
+  assert "removed 1 unfinished files" in capsys.readouterr().err
+
+
+def test_of_two_markers_at_the_same_time_one_is_written(tmp_path):
+  assert files.create_json(tmp_path / "a.json", {"who": 1})
+  assert not files.create_json(tmp_path / "a.json", {"who": 2})
+  assert files.read_json(tmp_path / "a.json") == {"who": 1}
+  assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_json_says_when_it_was_changed(tmp_path):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"x": 1.5})
+  assert files.read_json(path) == {"x": 1.5}
+  path.write_text(path.read_text().replace("1.5", "2.5"))
+  with pytest.raises(ValueError, match=r"a.json does not say what was written there"):
+    files.read_json(path)
+  path.write_text('{"x": 2.5}')  # of an older version, or a person's
+  assert files.read_json(path) == {"x": 2.5}
 
 
 def test_json_is_all_or_nothing(tmp_path):
   path = tmp_path / "a.json"
   files.write_json(path, {"x": np.float32(1.5), "y": [float("nan")], "z": np.arange(2)})
-  assert json.loads(path.read_text()) == {"x": 1.5, "y": [None], "z": [0, 1]}
+  assert files.read_json(path) == {"x": 1.5, "y": [None], "z": [0, 1]}
   with pytest.raises(TypeError):
     files.write_json(path, {"x": object()})
   assert json.loads(path.read_text())["x"] == 1.5

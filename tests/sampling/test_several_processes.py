@@ -6,6 +6,8 @@ import contextlib
 import os
 import pathlib
 import random
+import re
+import shutil
 import signal
 import sys
 import time
@@ -15,7 +17,8 @@ import numpy as np
 import pytest
 import xarray
 
-from downscaling.runtime import stage_folder
+from downscaling.runtime import files as runtime_files
+from downscaling.runtime import locks, stage_folder
 from downscaling.sampling import ensemble
 from tests.sampling import worker
 from tests.test_distributed import numbers, rehearse, start, wait_for
@@ -29,7 +32,8 @@ def argv(path, conditions=24, members=6, seconds=0.0):
 
 def files(path):
   """{file: bytes} of the arrays and their metadata; the root says when it was made."""
-  return {p.relative_to(path): p.read_bytes() for p in sorted(path.glob("*/**/*")) if p.is_file()}
+  found = (p for p in sorted(path.glob("*/**/*")) if p.is_file() and p.suffix != ".__lock")
+  return {p.relative_to(path): p.read_bytes() for p in found}
 
 
 def markers(path):
@@ -92,29 +96,51 @@ def test_sigterm_to_one_of_two_and_on_with_other_devices(whole, tmp_path):
   assert files(path) == files(whole)
 
 
-def test_a_store_that_another_job_writes_is_refused(whole, tmp_path):
-  """With who and since when; the other goes on undisturbed.
-
-  Killed, it leaves a lock that the next job takes over.
-  """
-  path, pids = tmp_path / "a.zarr", tmp_path / "pids"
-  process = start(1, 4, argv(path, seconds=0.2), pids)
-  wait_for(lambda: markers(path), process)
+def test_independent_jobs_fill_one_store(whole, tmp_path):
+  """Three jobs that know nothing of each other, as tasks of an array; one is killed."""
+  path = tmp_path / "a.zarr"
+  lives = []
+  for task in range(3):
+    array = {f"SLURM_ARRAY_TASK_{n}": str(v) for n, v in (("ID", task), ("COUNT", 3), ("MIN", 0))}
+    lives.append(start(1, 1, argv(path, seconds=0.4), tmp_path / f"pids{task}", **array))
+  wait_for(lambda: len(markers(path)) > 3, lives[0])
   with xarray.open_zarr(path) as data:  # while it grows; warnings are errors here
     assert data.sample.shape == (24, 6, 24)
     assert 0 <= data.attrs["done_fraction"] < 1
     assert 0 < np.isfinite(data.sample).all("x").sum() < 24 * 6
-  with pytest.raises(
-    OSError,
-    match=rf"a.zarr is being written by another job: host .*, pid {numbers(pids)[0]}, since",
-  ):
-    worker.draw(path, 24, 6, never)
-  os.kill(numbers(pids)[0], signal.SIGKILL)
-  process.communicate(timeout=60)
-  done = markers(path)
-  assert 1 <= len(done) < 18
-  assert worker.draw(path, 24, 6, never)["drawn"] == 18 - len(done)
+  os.kill(numbers(tmp_path / "pids2")[0], signal.SIGKILL)
+  with pytest.raises(locks.Held, match="cannot grow while another job draws for it: host"):
+    worker.draw(path, 25, 6, never)
+  said = [life.communicate(timeout=120)[0] for life in lives]
   assert files(path) == files(whole)
+  assert set(markers(path)) == set(markers(whole))
+  drawn = [int(re.search(r"drawn (\d+) of 18", words)[1]) for words in said[:2]]
+  # Each did a share. A unit may be drawn twice: by the one that was killed, or at the same moment.
+  assert min(drawn) >= 3
+  assert 14 <= sum(drawn) <= 21
+  assert ensemble.read(path).attrs["done_fraction"] == 1
+  left = [p.name for p in path.with_suffix(".units").iterdir() if p.name not in markers(path)]
+  assert sorted(left)[-2:] == ["stage.copy.json", "stage.json"]
+  assert all("drawing" in name for name in sorted(left)[:-2])  # of the one that was killed
+  worker.draw(path, 25, 6, never)  # which may not keep it from growing
+  assert not [*path.with_suffix(".units").glob("drawing-*")]
+
+
+def test_another_kind_of_device_is_refused_or_written_down(whole, tmp_path):
+  path, units = tmp_path / "a.zarr", tmp_path / "a.units"
+  for suffix in (".zarr", ".units"):
+    shutil.copytree(whole.with_suffix(suffix), path.with_suffix(suffix))
+  record = runtime_files.read_json(units / stage_folder.MARKER)
+  assert record["device_kinds"] == ["cpu"]
+  stage_folder.write_marker(units, record | {"device_kinds": ["NVIDIA H200"]})
+  with pytest.raises(ValueError, match="was drawn on NVIDIA H200; here is cpu, which rounds"):
+    worker.draw(path, 24, 8, never)
+  assert set(markers(path)) == set(markers(whole))
+  worker.draw(path, 24, 8, never, any_device=True)
+  record = runtime_files.read_json(units / stage_folder.MARKER)
+  assert record["device_kinds"] == ["NVIDIA H200", "cpu"]
+  said = [runtime_files.read_json(units / name)["device"] for name in markers(path)]
+  assert said == ["cpu"] * 24
 
 
 @pytest.mark.slow

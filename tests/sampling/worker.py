@@ -34,12 +34,13 @@ def sampler(keys, y):
   return x, (x**2).sum((1, 2))
 
 
-def draw(path, conditions, members, stop, devices=None):
+def draw(path, conditions, members, stop, devices=None, any_device=False):
   fields = np.random.default_rng(0).normal(size=(conditions, 6, 1)).astype(np.float32)
   return ensemble.write_ensemble(
     pathlib.Path(path), conditions=fields, members=members, sampler=sampler, space=(24,),
     unit=(4, 2),
     devices=devices or jax.local_devices(), seed=1, identity={}, attrs={"title": "test"}, stop=stop,
+    any_device=any_device,
   )  # fmt: skip
 
 

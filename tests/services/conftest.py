@@ -7,6 +7,7 @@ launch/test.sh -m services
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -35,3 +36,32 @@ def debian():
 def on_cpus():
   """What is set for the command where a launcher starts it: no virtual devices, no waiting."""
   return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "GPUFLAGS": "", "HWLOC_COMPONENTS": "-gl"}
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory):
+  """tools(*packages) -> the folder of their programs, in a virtual environment of their own."""
+
+  def install(*packages):
+    folder = tmp_path_factory.mktemp("tools")
+    python = folder / "bin" / "python"
+    # uv, as pip looks for minutes for versions that fit each other.
+    steps = (
+      [sys.executable, "-m", "venv", folder],
+      [python, "-m", "pip", "install", "-q", "uv"],
+      [folder / "bin" / "uv", "pip", "install", "-q", "--python", python, *packages],
+    )
+    for argv in steps:
+      argv = [str(each) for each in argv]
+      done = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
+      if done.returncode:
+        pytest.skip(f"{', '.join(packages)} cannot be installed: {done.stderr[-300:]}")
+    return folder / "bin"
+
+  return install
+
+
+@pytest.fixture(scope="session")
+def parsers(tools):
+  """Programs that read what launch files for Kubernetes and SkyPilot say."""
+  return tools("pyyaml", "jsonschema", "kubernetes-validate", "xpk==1.16.0", "skypilot==0.14.1")

@@ -168,3 +168,39 @@ def test_two_ranks_join_and_an_error_is_not_tried_again(slurm, tmp_path):
   job, log = slurm.sbatch(script, "train", "--config=ks:smoke", f"--workdir={tmp_path}/none")
   assert slurm.ended(job) == "FAILED"
   assert "data is missing or unfinished: run `downscaling generate` first" in log.read_text()
+
+
+def test_an_array_fills_one_store(slurm, command, execute, tmp_path):
+  """Four tasks, one of them killed: the bytes of a single job. Then the ensemble grows."""
+  workdir, alone = tmp_path / "run", tmp_path / "alone"
+  keys = {"sampling.members": 120, "sampling.sets": ("true+diffusion",), "small": False}
+  for job in ("generate", "debias", "train"):
+    made = execute(command(job, workdir, **keys))
+    assert made.returncode == 0, made.stderr
+  shutil.copytree(workdir, alone)
+  assert execute(command("sample", alone, **keys)).returncode == 0
+  samples = workdir / "samples"
+  script = ROOT / "launch" / "slurm.sbatch"
+  flags = [f for f in command("sample", workdir, **keys)[3:] if f != "sample"]
+  job, log = slurm.sbatch("--nodes=1", "--array=0-3", "--exclude=", script, "sample", *flags)
+  until(lambda: len([*samples.glob("true*.units/c*-m*.json")]) > 20)
+  sh("scancel", "--signal=KILL", "--full", f"{job}_2", env=slurm.env)
+
+  def states():
+    said = sh("scontrol", "show", "job", job, env=slurm.env)
+    return dict(
+      zip(*(re.findall(rf"{k}=(\w+)", said) for k in ("ArrayTaskId", "JobState")), strict=True)
+    )
+
+  until(lambda: not {*states().values()} & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"})
+  found = states()
+  assert [found[task] for task in "013"] == ["COMPLETED"] * 3, log.read_text()
+  assert drawn(samples) == drawn(alone / "samples")
+  more = execute(command("sample", workdir, **keys | {"sampling.members": 124}))
+  assert more.returncode == 0, more.stderr
+
+
+def drawn(samples):
+  """{file: bytes} of the arrays of a set; those of the root say when it was made."""
+  found = (samples / "true+diffusion.zarr").glob("*/**/*")
+  return {p.relative_to(samples): p.read_bytes() for p in found if p.is_file()}

@@ -1,0 +1,90 @@
+"""The files of a finished stage: size, time and SHA-256 of each, as its marker holds them.
+
+`changed` reads small files; of others it looks at size and time, and reads them only where those
+differ. So every job can ask it of what it reads. `downscaling verify` reads everything.
+
+Left out are files that check themselves and may be deleted: checkpoints, which have a manifest, and
+TensorBoard's events. Of a set of samples, every unit's marker holds the digests of its shards.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+
+from downscaling.runtime import files, processes
+
+MARKER, COPY, LOCK = "stage.json", "stage.copy.json", "lock.json"
+_OWN = {MARKER, COPY, LOCK}
+SMALL = 2**20  # bytes of a file that is always read
+_FOLDERS = ("attempts", "checkpoints", "plugins")  # plugins: of a profile
+_EVENTS = "events.out."
+DAMAGED = ".damaged"  # behind the name of a file or checkpoint that was moved aside
+_STORES = (".units",)  # folders of markers; the store beside each is looked at through them
+
+
+def listed(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files whose digests the marker of a stage holds, in order."""
+  return sorted(_walk(folder, folder))
+
+
+def _walk(top: pathlib.Path, folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  for path in folder.iterdir():
+    if path.name.startswith((".", _EVENTS)) or path.suffix == DAMAGED:
+      continue
+    if path.is_dir():
+      drawn = path.suffix in _STORES or path.with_suffix(".units").is_dir()
+      if path.name not in _FOLDERS and not drawn:
+        yield from _walk(top, path)
+    elif not (folder == top and path.name in _OWN):
+      yield path
+
+
+def measure(folder: pathlib.Path) -> dict[str, list]:
+  """{path below the folder: [bytes, time in ns, SHA-256]} of every file of a stage.
+
+  The processes share the reading. Every process must call it.
+  """
+  paths = listed(folder) if not processes.place()[0] else []
+  names = processes.main_only(
+    f"products/{folder.name}", lambda: [str(path.relative_to(folder)) for path in paths]
+  )
+  me, count = processes.place()
+  mine = describe(folder, names[me::count])
+  found = {}
+  for part in processes.gather(f"digests/{folder.name}", mine, processes.LONG):
+    found |= part
+  return {name: found[name] for name in names}
+
+
+def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
+  """{name: [bytes, time in ns, SHA-256]} of files below a folder."""
+  found = {}
+  for name in names:
+    about = (folder / name).stat()
+    found[name] = [about.st_size, about.st_mtime_ns, files.sha256(folder / name)]
+  return found
+
+
+def changed(
+  folder: pathlib.Path, told: dict[str, list], whole: bool = False, beat: Callable = lambda: None
+) -> dict[str, str]:
+  """{name: what is wrong with it} of files that are not those that were written.
+
+  told: see `measure`. whole: read every file, and name those that are missing as well.
+  beat: called after every file.
+  """
+  wrong = {}
+  for name, (size, time, digest) in told.items():
+    path = folder / name
+    beat()
+    if not path.is_file():
+      if whole:
+        wrong[name] = "is missing"
+      continue
+    about = path.stat()
+    if about.st_size != size:
+      wrong[name] = f"has {about.st_size} bytes, {size} were written"
+      continue
+    read = whole or about.st_mtime_ns != time or size <= SMALL
+    if read and files.sha256(path) != digest:
+      wrong[name] = "is not what was written there: damaged, edited, or of another run"
+  return wrong
