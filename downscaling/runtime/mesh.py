@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA, FSDP = "data", "fsdp"
@@ -27,8 +27,8 @@ Device = Any
 def make(data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
   """The mesh data × fsdp.
 
-  Neighbours along "fsdp" are neighbours in jax.devices(), so that gathers stay within a host where
-  possible.
+  "fsdp", whose gathers come in every step, stays within a slice of TPUs or a host of GPUs where
+  that is possible; "data" crosses the slower network between them.
 
   Args:
     data, fsdp: sizes of the axes; data = −1 takes all devices that are left.
@@ -54,7 +54,29 @@ def make(data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None)
       "idle: with several processes every device takes part. Use --config.mesh.data=-1."
     )
   used = devices[: data * fsdp]
+  slices = _slices(used)
+  if len(slices) > 1 and fsdp <= len(slices[0]) and len(slices[0]) % fsdp == 0:
+    return Mesh(_across(slices, fsdp), AXES, axis_types=_AUTO)
   return jax.make_mesh((data, fsdp), AXES, axis_types=_AUTO, devices=used)
+
+
+def _slices(devices: Sequence[Device]) -> list[list[Device]]:
+  """The devices by slice, if they are TPUs of several slices of one size; else in one group.
+
+  Devices of other platforms lie by host in jax.devices() already.
+  """
+  found: dict[int, list[Device]] = {}
+  for device in devices:
+    found.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+  groups = [found[index] for index in sorted(found)]
+  return groups if len({len(group) for group in groups}) == 1 else [[*devices]]
+
+
+def _across(slices: list[list[Device]], fsdp: int) -> np.ndarray:
+  """Devices [data, fsdp]: rows of a slice, then of the next, each laid out by its own topology."""
+  shape = (len(slices[0]) // fsdp, fsdp)
+  parts = [mesh_utils.create_device_mesh(shape, devices=group) for group in slices]
+  return np.concatenate(parts)
 
 
 def here() -> list[Device]:
