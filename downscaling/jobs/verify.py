@@ -155,7 +155,7 @@ class _Stage:
       told = products.changed(self.folder, record.get("products", {}), whole=True)
       return {self.folder / name: what for name, what in told.items()}
     found = {}
-    for unit, wrong in ensemble_units.damaged(self._store, whole=True).items():
+    for unit, wrong in ensemble_units.damaged(self._store, record, whole=True).items():
       for name, what in wrong.items():
         found[(self.folder if name == unit else self._store) / name] = what
       if unit:  # the unit is drawn again

@@ -13,7 +13,7 @@ from downscaling.assembly import samples
 from downscaling.diffusion import error_table
 from downscaling.experiment import Experiment
 from downscaling.fields import statistics
-from downscaling.runtime import processes, stage_folder, supervision
+from downscaling.runtime import processes, products, stage_folder, supervision
 
 # Stage -> files that later jobs read. If one was moved away, the job makes it again from what the
 # stage still holds. Maps and sets of samples are named by the config.
@@ -107,7 +107,7 @@ class Workdir:
     if wrong:
       first, what = next(iter(wrong.items()))
       more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-      raise ValueError(
+      raise products.Damaged(
         f"{stage.path}: {first} {what}{more}. Put it back; or `downscaling verify {self.path} "
         f"--repair` moves it aside, and `downscaling {job}` makes it again."
       )
@@ -134,6 +134,8 @@ def readable(path: pathlib.Path, job: str) -> Iterator[None]:
   """Turns whatever zarr and its codecs raise for a damaged store into words and advice."""
   try:
     yield
+  except products.Damaged:
+    raise
   except Exception as error:  # each codec has its own kinds
     words = (str(error).splitlines() or [""])[0][:120]
     raise ValueError(

@@ -21,6 +21,10 @@ DAMAGED = ".damaged"  # behind the name of a file or checkpoint that was moved a
 _STORES = (".units",)  # folders of markers; the store beside each is looked at through them
 
 
+class Damaged(ValueError):
+  """Files are not what was written; the message says what to type."""
+
+
 def listed(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files whose digests the marker of a stage holds, in order."""
   return sorted(_walk(folder, folder))

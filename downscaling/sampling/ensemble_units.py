@@ -88,18 +88,22 @@ def shards(path: pathlib.Path, layout: Layout, unit: Unit) -> list[str]:
 
 
 def damaged(
-  path: pathlib.Path, whole: bool = False, beat: Callable[[], object] = lambda: None
+  path: pathlib.Path,
+  record: Mapping | None = None,
+  whole: bool = False,
+  beat: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, str]]:
   """{name of a unit's marker: {file: what is wrong with it}} of a store.
 
   "" stands for what is no unit's: metadata and coordinates. A file is named by its path below the
   store, the marker by its name.
 
+  record: what the store's own marker says; read from there by default.
   whole: read every file; else only those whose size or time is another one than when written.
   beat: called after every file.
   """
   units = path.with_suffix(".units")
-  record = files.read_json(units / stage_folder.MARKER)
+  record = record or files.read_json(units / stage_folder.MARKER)
   found = {"": products.changed(path, record.get("products", {}), whole, beat)}
   if not record["complete"]:
     found[""] = {}  # metadata may still change
@@ -146,7 +150,7 @@ def read(path: pathlib.Path):
     first, what = next(iter(next(iter(wrong.values())).items()))
     count = sum(map(len, wrong.values()))
     more = f", and {count - 1} more" if count > 1 else ""
-    raise ValueError(
+    raise products.Damaged(
       f"{path}: {first} {what}{more}. `downscaling verify WORKDIR --repair` moves aside what is "
       "damaged; `downscaling sample` then draws that again."
     )

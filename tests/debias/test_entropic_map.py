@@ -1,7 +1,5 @@
 """The map: ott's own transport, the plan's barycentric projection, blocks, files."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn as ott_sinkhorn
 
 from downscaling.debias.entropic import entropic_map
+from downscaling.runtime import files
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +107,7 @@ def test_damaged_maps_are_named(fitted, tmp_path):
     entropic_map.EntropicMap.load(folder)
   fitted[-1].save(folder)
   whole = (folder / "arrays.npz").read_bytes()
-  record = json.loads((folder / "map.json").read_text())
+  record = files.read_json(folder / "map.json")
   flipped = bytearray(whole)
   flipped[len(whole) // 2] ^= 1
   for damage in (bytes(flipped), whole[:-300], b""):
@@ -123,7 +122,7 @@ def test_damaged_maps_are_named(fitted, tmp_path):
   )  # whole, but another map's
   with pytest.raises(ValueError, match=r"damaged or not map.json's \(target\)"):
     entropic_map.EntropicMap.load(folder)
-  (folder / "map.json").write_text(json.dumps(record | {"schema": 99}))
+  files.write_json(folder / "map.json", record | {"schema": 99})
   with pytest.raises(
     ValueError, match=r"schema and kind \(99, 'entropic'\), this version reads \(1, 'entropic'\)"
   ):

@@ -1,7 +1,6 @@
 """Equivariant maps: closed forms, symmetry, streams of blocks, files, bad input."""
 
 import io
-import json
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from downscaling.debias.equivariant import equivariant_map, moments, recipes
 from downscaling.equations import kolmogorov, ks
 from downscaling.fields import quadratic as quadratic_terms
 from downscaling.fields import symmetry
+from downscaling.runtime import files
 
 EVERY = ("G", "Q", ("A", 2), ("S", 3), "G")
 GRIDS = {"ks": (ks.group(24), (24,)), "kolmogorov": (kolmogorov.group(8), (8, 8))}
@@ -321,7 +321,7 @@ def test_damaged_maps_are_named(fitted, tmp_path):
     load(folder)
   fitted[1].save(folder)
   whole = (folder / "arrays.npz").read_bytes()
-  record = json.loads((folder / "map.json").read_text())
+  record = files.read_json(folder / "map.json")
   with np.load(io.BytesIO(whole)) as stored:
     arrays = dict(stored)
   flipped = bytearray(whole)
@@ -341,7 +341,7 @@ def test_damaged_maps_are_named(fitted, tmp_path):
   np.savez(folder / "arrays.npz", **arrays | {"0.more": arrays["0.after"]})
   with pytest.raises(ValueError, match=r"damaged or not map.json's \(0.more\)"):
     load(folder)
-  (folder / "map.json").write_text(json.dumps(record | {"kind": "entropic"}))
+  files.write_json(folder / "map.json", record | {"kind": "entropic"})
   with pytest.raises(
     ValueError, match=r"schema and kind \(1, 'entropic'\), this version reads \(1, 'equivariant'\)"
   ):
@@ -418,7 +418,7 @@ def test_a_saved_map_holds_its_quadratic_term_and_an_older_one_a_name(fitted, tm
   """It is read without any equation; maps that say "ks" in place of a term map as they did."""
   _, found, source = fitted
   found.save(tmp_path / "map")
-  said = json.loads((tmp_path / "map" / "map.json").read_text())
+  said = files.read_json(tmp_path / "map" / "map.json")
   assert {step.get("quadratic", "saved") for step in said["steps"]} == {"saved"}
   load = equivariant_map.EquivariantMap.load
   np.testing.assert_array_equal(load(tmp_path / "map")(source), found(source))
@@ -426,5 +426,5 @@ def test_a_saved_map_holds_its_quadratic_term_and_an_older_one_a_name(fitted, tm
   for step in said["steps"]:
     if "quadratic" in step:
       step["quadratic"] = name
-  (tmp_path / "map" / "map.json").write_text(json.dumps(said))
+  files.write_json(tmp_path / "map" / "map.json", said)
   np.testing.assert_array_equal(load(tmp_path / "map")(source), found(source))

@@ -16,6 +16,8 @@ import time
 
 import pytest
 
+from downscaling.jobs import verify
+from downscaling.runtime import ledger
 from tests.services.conftest import ROOT
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
@@ -168,6 +170,47 @@ def test_two_ranks_join_and_an_error_is_not_tried_again(slurm, tmp_path):
   job, log = slurm.sbatch(script, "train", "--config=ks:smoke", f"--workdir={tmp_path}/none")
   assert slurm.ended(job) == "FAILED"
   assert "data is missing or unfinished: run `downscaling generate` first" in log.read_text()
+
+
+def test_every_job_by_two_ranks(slurm, tmp_path):
+  """The pipeline job by job, and once more at once, which finds all of it done."""
+  script, flags = ROOT / "launch" / "slurm.sbatch", ("--config=ks:smoke", f"--workdir={tmp_path}")
+  for name in ("generate", "debias", "train", "sample", "evaluate", "pipeline"):
+    job, log = slurm.sbatch(script, name, *flags)
+    assert slurm.ended(job) == "COMPLETED", log.read_text()
+    assert f"0: downscaling {name}: " in log.read_text()
+  assert "generate is done already" in log.read_text()
+  assert verify.verify(tmp_path)[1]
+  for stage in ("data", "debias", "train", "samples", "report"):
+    assert len(ledger.read(tmp_path / stage)) == 2  # a process each
+
+
+def test_what_keeps_ranks_from_joining_is_said_on_each(slurm, tmp_path):
+  """A name that does not resolve, a port in use, a rank that dies: within a minute."""
+  srun = "srun --label downscaling doctor"
+  job, log = slurm.sbatch(
+    "--export=ALL,JAX_COORDINATOR_ADDRESS=nowhere.invalid:1234", "--wrap", srun
+  )
+  began = time.monotonic()
+  assert slurm.ended(job) == "FAILED"
+  assert time.monotonic() - began < 90
+  for rank in "01":
+    assert re.search(rf"{rank}: .*nowhere.invalid", log.read_text()), log.read_text()
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    job, log = slurm.sbatch(f"--export=ALL,JAX_COORDINATOR_ADDRESS={address}", "--wrap", srun)
+    assert slurm.ended(job) == "FAILED"
+  assert re.search(rf"0: .*{address}", log.read_text()), log.read_text()
+  missing = "srun --label bash -c '[ $SLURM_PROCID = 1 ] && exec sleep 70; exec downscaling doctor'"
+  job, log = slurm.sbatch("--wrap", missing)
+  until(lambda: log.exists() and "0: " in log.read_text(), 60)
+  assert re.search(r"0: .*waiting for", until(lambda: waits(log), 60))
+  sh("scancel", job, env=slurm.env)
+  slurm.ended(job)
+
+
+def waits(log):
+  return log.read_text() if "waiting for" in log.read_text() else ""
 
 
 def test_an_array_fills_one_store(slurm, command, execute, tmp_path):
