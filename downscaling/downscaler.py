@@ -25,7 +25,7 @@ from downscaling.diffusion import error_table, train_loop
 from downscaling.experiment import Experiment
 from downscaling.fields import operators, statistics
 from downscaling.fields.domain import Domain
-from downscaling.runtime import files, stage_folder
+from downscaling.runtime import files, products, stage_folder
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import conditional_sampler, ensemble, observation_noise
 
@@ -110,11 +110,6 @@ class Downscaler:
     try:
       for stage in ("data", "debias", "train"):
         (partial / stage).mkdir(parents=True)
-        marker = e.folder(source, stage) / stage_folder.MARKER
-        record = files.read_json(marker)
-        # What it saves lies in one folder, wherever data and prior were.
-        settings = e.changed(**{"data.dir": "", "train.dir": ""}).differences()
-        files.write_json(partial / stage / stage_folder.MARKER, record | {"experiment": settings})
       data, trained = e.folder(source, "data"), e.folder(source, "train")
       shutil.copyfile(data / "statistics.npz", partial / "data" / "statistics.npz")
       shutil.copytree(trained / "prior", partial / "train" / "prior")
@@ -129,6 +124,14 @@ class Downscaler:
       if (source / NOISE).exists():
         (partial / NOISE).parent.mkdir()
         shutil.copyfile(source / NOISE, partial / NOISE)
+      # What it saves lies in one folder, wherever data and prior were.
+      settings = e.changed(**{"data.dir": "", "train.dir": ""}).differences()
+      for stage in ("data", "debias", "train"):
+        record = files.read_json(e.folder(source, stage) / stage_folder.MARKER)
+        told = products.of(partial / stage)
+        stage_folder.write_marker(
+          partial / stage, record | {"experiment": settings, "products": told}
+        )
       if target.exists():
         target.rmdir()
       partial.rename(target)

@@ -13,6 +13,7 @@ import xarray
 
 import downscaling
 from downscaling.equations import ks, rollouts
+from downscaling.jobs import verify
 from downscaling.runtime import files, stage_folder
 
 KS = pathlib.Path(__file__).parents[1] / "pretrained" / "ks"
@@ -101,6 +102,8 @@ def test_what_it_saves_is_what_it_loads(workdir, fitted, tmp_path):
   noise = json.loads((workdir / "samples" / "observation_noise.json").read_text())
   assert again.noise == fitted.noise == noise[SET]["std"]
   assert not (tmp_path / "small" / "train" / "checkpoints").exists()
+  text, well = verify.verify(tmp_path / "small")
+  assert well, text
   with pytest.raises(FileExistsError, match="not empty"):
     fitted.save(tmp_path / "small")
   (tmp_path / "other").mkdir()

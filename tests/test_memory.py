@@ -67,14 +67,14 @@ MID = {
 }
 
 
-def took_and_plan(folder, keys):
-  """{job: (bytes that it took, bytes that its plan says)} of a whole run."""
+def took_and_plan(folder, keys, names=tuple(jobs.JOBS)):
+  """{job: (bytes that it took, bytes that its plan says)} of a whole run, or of some jobs."""
   # A cache of compiled programs would spare the compiler's memory in some runs.
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
   environment.pop("JAX_COMPILATION_CACHE_DIR")
   given = [f"{key}={value}" for key, value in keys.items()]
   found = {}
-  for job in jobs.JOBS:  # a process each, so that one leaves no memory to the other
+  for job in names:  # a process each, so that one leaves no memory to the other
     command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(folder), job, *given]
     done = subprocess.run(
       command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900
@@ -92,6 +92,21 @@ def test_a_plan_is_what_a_job_takes(tmp_path, keys):
   found = took_and_plan(tmp_path, keys)
   wrong = {job: said for job, said in found.items() if said[1] != pytest.approx(said[0], rel=0.25)}
   assert not wrong, found
+
+
+@pytest.mark.slow
+def test_evaluate_never_holds_an_ensemble(tmp_path):
+  """Sixteen conditions of 1024 members, then of 17,408: 200 MB more on disk.
+
+  A quarter of that would be seen beside what RSS varies from run to run (20 MB).
+  """
+  keys = {"sampling.sets": ("true+diffusion",), "sampling.unit": (16, 1024)}
+  keys |= {"sampling.conditions": 16, "sampling.members": 1024}
+  few = took_and_plan(tmp_path, keys)["evaluate"][0]
+  keys["sampling.members"] = 17 * 1024
+  many = took_and_plan(tmp_path, keys, ("sample", "evaluate"))["evaluate"][0]
+  extra = 4 * 192 * 16 * 16 * 1024
+  assert many - few < extra / 4, (few, many)
 
 
 @pytest.fixture

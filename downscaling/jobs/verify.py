@@ -134,11 +134,7 @@ class _Stage:
     what = f"{self.folder} holds no digests: an older version finished it"
     if not self.repair:
       return Fault(what, "nothing need be done; --repair adds the digests of the files as they are")
-    if self._store:
-      told = ensemble_store.fixed(self._store)
-    else:
-      names = [str(path.relative_to(self.folder)) for path in products.listed(self.folder)]
-      told = products.describe(self.folder, names)
+    told = ensemble_store.fixed(self._store) if self._store else products.of(self.folder)
     stage_folder.write_marker(self.folder, record | {"products": told})
     return Fault(what, f"the digests of {len(told)} files were added", True)
 

@@ -89,7 +89,7 @@ def make_new(fresh: pathlib.Path, path: pathlib.Path) -> bool:
   """
   try:
     os.link(fresh, path)
-  except FileExistsError:
+  except (FileExistsError, FileNotFoundError):  # not found: swept by who owns the folder
     return False
   except OSError:  # no hard links here: a moment in which two could meet
     if path.exists():

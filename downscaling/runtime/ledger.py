@@ -23,7 +23,7 @@ import jax
 from downscaling.runtime import files
 
 FOLDER = "attempts"
-BEAT = 5.0  # seconds between two signs of life
+BEAT = 15.0  # seconds between two signs of life
 KINDS = ("compiling", "restoring", "saving", "waiting for input")
 # What jax tells of a compilation, with its seconds.
 _COMPILING = (

@@ -59,6 +59,11 @@ def measure(folder: pathlib.Path) -> dict[str, list]:
   return {name: found[name] for name in names}
 
 
+def of(folder: pathlib.Path) -> dict[str, list]:
+  """The same by one process alone."""
+  return describe(folder, [str(path.relative_to(folder)) for path in listed(folder)])
+
+
 def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
   """{name: [bytes, time in ns, SHA-256]} of files below a folder."""
   found = {}

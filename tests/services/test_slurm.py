@@ -172,6 +172,50 @@ def test_two_ranks_join_and_an_error_is_not_tried_again(slurm, tmp_path):
   assert "data is missing or unfinished: run `downscaling generate` first" in log.read_text()
 
 
+def steps_of(log):
+  """Steps of training that a log tells of."""
+  return [int(found) for found in re.findall(r"train: (\d+)/", log.read_text())]
+
+
+def test_training_that_is_queued_again_ends_with_the_same_bytes(slurm, command, execute, tmp_path):
+  """Warned once, and killed once by its time limit's own warning, against one left alone."""
+  data = tmp_path / "data-of"
+  assert execute(command("generate", data)).returncode == 0
+  script = ROOT / "launch" / "slurm.sbatch"
+  flags = ["--config=ks:smoke", f"--config.data.dir={data}/data", "--config.data.shard=16"]
+  flags += ["--config.train.total_steps=6000", "--config.plan.log_every=50"]
+  flags += ["--config.plan.eval_every=0", "--config.plan.save_every=100000"]
+  job, log = slurm.sbatch(script, "train", *flags, f"--workdir={tmp_path}/cut")
+  until(lambda: log.exists() and steps_of(log))
+  sh("scancel", "--signal=USR1", "--batch", job, env=slurm.env)
+  assert slurm.ended(job) == "COMPLETED", log.read_text()
+  assert re.search(r"going on from step \d+", log.read_text())
+  alone, said = slurm.sbatch(script, "train", *flags, f"--workdir={tmp_path}/alone")
+  assert slurm.ended(alone) == "COMPLETED", said.read_text()
+  assert "going on from" not in said.read_text()
+  made = [arrays(tmp_path / name / "train" / "prior") for name in ("cut", "alone")]
+  assert made[0] == made[1]
+
+
+def arrays(folder):
+  """{file: bytes} of a checkpoint's arrays; the names of their data files are random."""
+  return sorted(p.read_bytes() for p in folder.rglob("d/*") if p.is_file())
+
+
+def test_a_time_limit_is_no_end(slurm, command, execute, tmp_path):
+  """Slurm warns 60 s before a limit of two minutes; the job saves, is queued again and goes on."""
+  assert execute(command("generate", tmp_path)).returncode == 0
+  script = ROOT / "launch" / "slurm.sbatch"
+  flags = ["--config=ks:smoke", f"--workdir={tmp_path}", "--config.data.shard=16"]
+  flags += ["--config.train.total_steps=1000000", "--config.plan.log_every=50"]
+  limit = ("--time=2", "--signal=B:USR1@60")
+  job, log = slurm.sbatch(*limit, script, "train", *flags, "--config.plan.eval_every=0")
+  until(lambda: log.exists() and re.search(r"going on from step \d+", log.read_text()))
+  assert "warned of the end" in log.read_text()
+  sh("scancel", job, env=slurm.env)
+  assert slurm.ended(job) == "CANCELLED"
+
+
 def test_every_job_by_two_ranks(slurm, tmp_path):
   """The pipeline job by job, and once more at once, which finds all of it done."""
   script, flags = ROOT / "launch" / "slurm.sbatch", ("--config=ks:smoke", f"--workdir={tmp_path}")
