@@ -53,6 +53,10 @@ flags.DEFINE_enum(
   "Join the processes that a launcher (Slurm, Open MPI, GKE, Cloud TPU) started: if there are "
   "any; always; never.",
 )  # fmt: skip
+flags.DEFINE_enum(
+  "tracker", "none", ["none", "wandb", "mlflow"],
+  "Tell the numbers of training to Weights & Biases or MLflow as well; their variables say where.",
+)  # fmt: skip
 flags.DEFINE_bool("repair", False, "verify: mend what can be mended; nothing is deleted.")
 flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
@@ -266,9 +270,19 @@ def plan_for(devices: str) -> None:
 def work(job: str, experiment, stop: supervision.Stop) -> str:
   """Does the job, or plans it; returns a line about it."""
   from downscaling import checks, jobs
-  from downscaling.runtime import files, idle_devices, processes, progress, target_devices
+  from downscaling.runtime import (
+    files,
+    idle_devices,
+    processes,
+    progress,
+    target_devices,
+    trackers,
+  )
   from downscaling.runtime import mesh as meshes
 
+  missing = trackers.missing(FLAGS.tracker)
+  if missing:
+    fail(missing)
   with stop.interruptible("starting"):
     processes.same_everywhere(facts(experiment))
     elsewhere = FLAGS.devices and ":" in FLAGS.devices
@@ -279,6 +293,7 @@ def work(job: str, experiment, stop: supervision.Stop) -> str:
       mesh=meshes.make(**experiment.mesh.asdict(), devices=devices),
       stop=stop,
       command=shlex.join(["downscaling", *sys.argv[1:]]),
+      tracker=FLAGS.tracker,
     )
     checks.check(experiment, workdir.mesh)
     if FLAGS.dry_run:

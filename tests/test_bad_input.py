@@ -180,6 +180,13 @@ def test_control_characters_of_files_are_shown_not_obeyed(execute, tmp_path):
   assert "\x1b" not in done.stderr
 
 
+def test_a_tracker_that_is_not_installed(command, execute, tmp_path):
+  done = execute(command("train", tmp_path, "--tracker=mlflow"))
+  assert done.returncode == 1
+  assert "--tracker=mlflow needs its package: pip install mlflow" in done.stderr
+  assert not [*tmp_path.iterdir()]
+
+
 def test_help_is_no_error(execute):
   done = execute([*program_argv(), "--help"])
   assert done.returncode == 0

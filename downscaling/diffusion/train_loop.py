@@ -258,6 +258,7 @@ def train(
   stop: supervision.Stop,
   dtype: str = "float32",
   agree: Callable[[Any], list] = lambda value: [value],
+  tracker: Callable = lambda: None,
 ) -> dict:
   """The `train` job: restores the last good state, fits, writes the averaged parameters to
   folder/prior.
@@ -270,6 +271,7 @@ def train(
     batches: pipeline.Batches. shape: of an example, (*space, C).
     evaluators: more of them.
     dtype: of the computation, for the utilisation.
+    tracker: see metric_writer.MetricWriter.
     the rest: see fit and Checkpoints.
   Returns: {"steps", "parameters", "error"}, the last being the validation error.
   """
@@ -290,7 +292,7 @@ def train(
   validate = make_validation(specs.params, validation_key)
   evaluated = not found or saver.record(first).get("evaluated", True)
   peak = program_cost.peak_flops(mesh.devices.flat[0].device_kind, dtype)
-  writer = metric_writer.MetricWriter(folder, first, evaluated)
+  writer = metric_writer.MetricWriter(folder, first, evaluated, tracker)
   writer.write_text("config", f"```json\n{config_text}\n```")
   try:
     with progress.Progress("train", plan.total_steps, "steps", done=first) as bar:

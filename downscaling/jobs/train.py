@@ -25,7 +25,7 @@ from downscaling.jobs.job import (
   width,
 )
 from downscaling.runtime import mesh as meshes
-from downscaling.runtime import processes, program_cost, random_keys, stage_folder
+from downscaling.runtime import processes, program_cost, random_keys, stage_folder, trackers
 
 
 class Train(Job):
@@ -89,6 +89,7 @@ class Train(Job):
       stop=self.work.stop,
       dtype=e.model.dtype,
       agree=functools.partial(processes.gather, "train"),
+      tracker=functools.partial(trackers.make, self.work.tracker, stage.path, e.everything()),
     )
 
   def _source(self):

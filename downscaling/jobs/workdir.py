@@ -35,7 +35,7 @@ class Workdir:
   """A work folder, and what every job needs beside it.
 
   experiment: typed config. path: of the folder. mesh: of all devices. stop: see
-  runtime/supervision.py. command: as typed, for the report.
+  runtime/supervision.py. command: as typed, for the report. tracker: one of trackers.KINDS.
   """
 
   experiment: Experiment
@@ -43,6 +43,7 @@ class Workdir:
   mesh: jax.sharding.Mesh
   stop: supervision.Stop
   command: str = ""
+  tracker: str = "none"
 
   def folder(self, name: str) -> pathlib.Path:
     """Where a stage lies."""

@@ -3,11 +3,11 @@
 import csv
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from downscaling.runtime import files
+from downscaling.runtime import files, trackers
 from downscaling.runtime import mesh as meshes
 
 
@@ -22,13 +22,21 @@ class MetricWriter:
     folder: the stage's folder.
     after: the step from which the run resumes; 0 for a new run.
     evaluated: False if that step was not evaluated yet.
+    tracker: () -> a tracker that is told the same numbers (trackers.py), or None.
   """
 
-  def __init__(self, folder: str | os.PathLike, after: int = 0, evaluated: bool = True):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    after: int = 0,
+    evaluated: bool = True,
+    tracker: Callable[[], trackers.Tracker | None] = lambda: None,
+  ):
     self.folder = pathlib.Path(folder)
     self._board = None
     if not meshes.is_main():
       return
+    self._tracker = tracker()
     from tensorboardX import SummaryWriter
 
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,6 +63,9 @@ class MetricWriter:
       self._board.add_scalar(f"speed/{name}" if kind == "speed" else name, float(value), step)
       rows.writerow([step, name, repr(float(value))])
     self._files[kind].flush()
+    if self._tracker:
+      before = "speed/" if kind == "speed" else ""
+      self._tracker.log(step, {f"{before}{name}": float(v) for name, v in scalars.items()})
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Adds images {name: [height, width, 3] uint8} to TensorBoard."""
@@ -74,6 +85,8 @@ class MetricWriter:
       self._board.close()
       for file in self._files.values():
         file.close()
+      if self._tracker:
+        self._tracker.close()
 
 
 def _keep_rows(path: pathlib.Path, after: int, evaluated: bool) -> None:
