@@ -91,7 +91,7 @@ def test_a_jobs_words_are_enough():
   """Without `downscaling` before them; a job that has no --workdir gets one."""
   said = rehearse(1, 1, ["doctor"])
   assert "all is well" in said
-  said = rehearse(1, 1, ["train", "--config=ks:smoke", "--dry_run"])
+  said = rehearse(1, 1, ["generate", "--config=ks:smoke", "--dry_run"])
   assert "/runs/rehearsal" in said
   assert "dry run, nothing is written" in said
 

@@ -183,7 +183,7 @@ def test_training_that_is_queued_again_ends_with_the_same_bytes(slurm, command, 
   assert execute(command("generate", data)).returncode == 0
   script = ROOT / "launch" / "slurm.sbatch"
   flags = ["--config=ks:smoke", f"--config.data.dir={data}/data", "--config.data.shard=16"]
-  flags += ["--config.train.total_steps=6000", "--config.plan.log_every=50"]
+  flags += ["--config.train.total_steps=800", "--config.plan.log_every=50"]
   flags += ["--config.plan.eval_every=0", "--config.plan.save_every=100000"]
   job, log = slurm.sbatch(script, "train", *flags, f"--workdir={tmp_path}/cut")
   until(lambda: log.exists() and steps_of(log))
