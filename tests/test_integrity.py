@@ -2,6 +2,7 @@
 what is damaged is made again.
 """
 
+import json
 import os
 import pathlib
 import random
@@ -90,6 +91,15 @@ def flip(path, dice):
   os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def says_the_same(path, original):
+  """Is all that a JSON file of ours said before still there, and read?"""
+  try:
+    found = files.read_json(path)
+  except ValueError:
+    return False
+  return (json.loads(original) | {files.SEAL: ""}).items() <= (found | {files.SEAL: ""}).items()
+
+
 def refuses(reader, whole, path):
   """Does the reader raise? If not, it must have read what was written."""
   try:
@@ -109,13 +119,18 @@ def test_a_flipped_bit_is_never_read_as_another_number(copied, experiment, count
   dice, read = random.Random(count), readers(experiment, copied)
   whole = {stage: reader() for stage, reader in read.items()}
   every = [p for p in sorted(copied.rglob("*")) if p.is_file() and p.stat().st_size]
-  every = [p for p in every if "attempts" not in p.parts]  # no number of a result
+  # No numbers of a result.
+  every = [p for p in every if "attempts" not in p.parts and not p.name.startswith("events")]
   raised = 0
   for path in dice.choices(every, k=count):
     original, times = path.read_bytes(), path.stat()
     flip(path, dice)
     stage = path.relative_to(copied).parts[0]
     said, well = verify.verify(copied / stage)
+    if path.suffix == ".json" and says_the_same(path, original):
+      path.write_bytes(original)  # the flip is in the name of the seal
+      os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+      continue
     own = path.name.startswith(("_", ".")) or "checkpoints" in path.parts  # orbax's; it goes back
     assert not well or own, path
     assert own or path.name in said, path
