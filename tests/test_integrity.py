@@ -46,7 +46,7 @@ def readers(experiment, path):
   work = Workdir(experiment, path, mesh, supervision.Stop())
 
   def data():
-    found = [statistics.load(path / "data" / "statistics.npz")]
+    found = [vars(statistics.load(path / "data" / "statistics.npz"))]
     for which in ("hfhr", "lflr"):
       builder = worlds.dataset(experiment, path, which)
       splits = simulated.SPLITS if which == "hfhr" else simulated.SPLITS[:3]

@@ -228,7 +228,8 @@ def test_every_job_by_two_ranks(slurm, tmp_path):
 
 def test_what_keeps_ranks_from_joining_is_said_on_each(slurm, tmp_path):
   """A name that does not resolve, a port in use, a rank that dies: within a minute."""
-  srun = "srun --label downscaling doctor"
+  # As launch/slurm.sbatch has it: who waits for a rank that has ended in words is ended too.
+  srun = "srun --label --kill-on-bad-exit=1 downscaling doctor"
   job, log = slurm.sbatch(
     "--export=ALL,JAX_COORDINATOR_ADDRESS=nowhere.invalid:1234", "--wrap", srun
   )
