@@ -61,9 +61,19 @@ def missing(kind: str) -> str:
 
 
 def make(kind: str, folder: pathlib.Path, config: Mapping[str, Any]) -> Tracker | None:
-  """The tracker of a stage's folder; None for "none". Only the main process may make one."""
+  """The tracker of a stage's folder; None for "none". Only the main process may make one.
+
+  Raises: ValueError, with what the tracker says, if it cannot be reached.
+  """
   if kind == "none":
     return None
   name = f"{folder.parent.name}/{folder.name}"
   key = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-  return (_Wandb if kind == "wandb" else _Mlflow)(name, key, config)
+  try:
+    return (_Wandb if kind == "wandb" else _Mlflow)(name, key, config)
+  except Exception as error:  # each has its own kinds
+    said = (str(error).splitlines() or [""])[0][:300]
+    raise ValueError(
+      f"--tracker={kind} does not answer ({type(error).__name__}: {said}): look at its variables, "
+      "or leave the flag out."
+    ) from error

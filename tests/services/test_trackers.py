@@ -45,7 +45,8 @@ def train(command, workdir, data, tools, package, **env):
 def test_mlflow(command, data, tools, tmp_path):
   bin_ = tools("mlflow-skinny==3.*")
   where = f"file://{tmp_path}/mlruns"
-  losses = train(command, tmp_path / "run", data, bin_, "mlflow", MLFLOW_TRACKING_URI=where)
+  env = {"MLFLOW_TRACKING_URI": where, "MLFLOW_ALLOW_FILE_STORE": "true"}
+  losses = train(command, tmp_path / "run", data, bin_, "mlflow", **env)
   (run,) = [p.parent for p in (tmp_path / "mlruns").glob("*/*/metrics")]
   said = [line.split() for line in (run / "metrics" / "loss").read_text().splitlines()]
   assert {int(step): float(value) for _, value, step in said} == pytest.approx(losses)
