@@ -49,7 +49,16 @@ def tools(tmp_path_factory):
     steps = (
       [sys.executable, "-m", "venv", folder],
       [python, "-m", "pip", "install", "-q", "uv"],
-      [folder / "bin" / "uv", "pip", "install", "-q", "--python", python, *packages],
+      [
+        folder / "bin" / "uv",
+        "pip",
+        "install",
+        "-q",
+        "--system-certs",
+        "--python",
+        python,
+        *packages,
+      ],
     )
     for argv in steps:
       argv = [str(each) for each in argv]
