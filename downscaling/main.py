@@ -29,7 +29,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 
 from downscaling import config_files
-from downscaling.runtime import streams, supervision
+from downscaling.runtime import streams, supervision, trackers
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -54,7 +54,7 @@ flags.DEFINE_enum(
   "any; always; never.",
 )  # fmt: skip
 flags.DEFINE_enum(
-  "tracker", "none", ["none", "wandb", "mlflow"],
+  "tracker", trackers.KINDS[0], trackers.KINDS,
   "Tell the numbers of training to Weights & Biases or MLflow as well; their variables say where.",
 )  # fmt: skip
 flags.DEFINE_bool("repair", False, "verify: mend what can be mended; nothing is deleted.")
@@ -276,7 +276,6 @@ def work(job: str, experiment, stop: supervision.Stop) -> str:
     processes,
     progress,
     target_devices,
-    trackers,
   )
   from downscaling.runtime import mesh as meshes
 

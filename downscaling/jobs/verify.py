@@ -15,10 +15,12 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator
 
+from downscaling import jobs
 from downscaling.runtime import checkpoints, files, locks, products, stage_folder
 from downscaling.sampling import drawers, ensemble_store, ensemble_units
 
-JOBS = {"data": "generate", "debias": "debias", "train": "train", "report": "evaluate"}
+# Which job makes a stage. The stage of one set of samples is named after its job.
+MAKES = {job.stage: job.name for job in jobs.JOBS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class _Stage:
     yield from faults
     if record is None:
       return
-    job = JOBS.get(str(record.get("stage")), "sample")
+    job = MAKES.get(str(record.get("stage")), "sample")
     self.again = f"run `downscaling {job}` with the run's --config and --workdir"
     if record.get("complete") and "products" not in record:
       yield self._adopt(record)

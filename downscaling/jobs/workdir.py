@@ -106,10 +106,8 @@ class Workdir:
     stage = self.stage(name)
     wrong = processes.main_only(f"products of {name}", stage.changed)
     if wrong:
-      first, what = next(iter(wrong.items()))
-      more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
       raise products.Damaged(
-        f"{stage.path}: {first} {what}{more}. Put it back; or `downscaling verify {self.path} "
+        f"{stage.path}: {products.words(wrong)}. Put it back; or `downscaling verify {self.path} "
         f"--repair` moves it aside, and `downscaling {job}` makes it again."
       )
     return stage

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from downscaling.runtime import files
+from downscaling.runtime import files, supervision
 
 FOLDER = "attempts"
 BEAT = 15.0  # seconds between two signs of life
@@ -97,8 +97,8 @@ def attempt(folder: pathlib.Path, process: int, devices: str) -> Iterator[Attemp
   try:
     yield account
     outcome = "done"
-  except Exception as error:
-    outcome = "stopped" if type(error).__name__ == "Interrupted" else "failed"
+  except supervision.Interrupted:
+    outcome = "stopped"
     raise
   finally:
     _at_work.remove(account)

@@ -8,7 +8,7 @@ TensorBoard's events. Of a set of samples, every unit's marker holds the digests
 """
 
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from downscaling.runtime import files, processes
 
@@ -73,18 +73,14 @@ def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
   return found
 
 
-def changed(
-  folder: pathlib.Path, told: dict[str, list], whole: bool = False, beat: Callable = lambda: None
-) -> dict[str, str]:
+def changed(folder: pathlib.Path, told: dict[str, list], whole: bool = False) -> dict[str, str]:
   """{name: what is wrong with it} of files that are not those that were written.
 
   told: see `measure`. whole: read every file, and name those that are missing as well.
-  beat: called after every file.
   """
   wrong = {}
   for name, (size, time, digest) in told.items():
     path = folder / name
-    beat()
     if not path.is_file():
       if whole:
         wrong[name] = "is missing"
@@ -97,3 +93,9 @@ def changed(
     if read and files.sha256(path) != digest:
       wrong[name] = "is not what was written there: damaged, edited, or of another run"
   return wrong
+
+
+def words(wrong: dict[str, str]) -> str:
+  """What `changed` found, for a message: the first file, and how many more."""
+  first, what = next(iter(wrong.items()))
+  return f"{first} {what}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")

@@ -6,7 +6,7 @@ store it is of.
 
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,6 @@ def damaged(
   path: pathlib.Path,
   record: Mapping | None = None,
   whole: bool = False,
-  beat: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, str]]:
   """{name of a unit's marker: {file: what is wrong with it}} of a store.
 
@@ -100,11 +99,10 @@ def damaged(
 
   record: what the store's own marker says; read from there by default.
   whole: read every file; else only those whose size or time is another one than when written.
-  beat: called after every file.
   """
   units = path.with_suffix(".units")
   record = record or files.read_json(units / stage_folder.MARKER)
-  found = {"": products.changed(path, record.get("products", {}), whole, beat)}
+  found = {"": products.changed(path, record.get("products", {}), whole)}
   if not record["complete"]:
     found[""] = {}  # metadata may still change
   for marker in sorted(units.glob(MARKERS)):
@@ -113,7 +111,7 @@ def damaged(
     except ValueError:
       found[marker.name] = {marker.name: "is damaged"}
       continue
-    wrong = products.changed(path, said.get("files", {}), whole, beat)
+    wrong = products.changed(path, said.get("files", {}), whole)
     if said.get("store", record["config_hash"]) != record["config_hash"]:
       wrong[marker.name] = f"is of another store, {said['store']}"
     found[marker.name] = wrong
@@ -147,11 +145,9 @@ def read(path: pathlib.Path):
     )
   wrong = damaged(path)
   if wrong:
-    first, what = next(iter(next(iter(wrong.values())).items()))
-    count = sum(map(len, wrong.values()))
-    more = f", and {count - 1} more" if count > 1 else ""
+    together = {name: what for of_unit in wrong.values() for name, what in of_unit.items()}
     raise products.Damaged(
-      f"{path}: {first} {what}{more}. `downscaling verify WORKDIR --repair` moves aside what is "
-      "damaged; `downscaling sample` then draws that again."
+      f"{path}: {products.words(together)}. `downscaling verify WORKDIR --repair` moves aside what "
+      "is damaged; `downscaling sample` then draws that again."
     )
   return xarray.open_zarr(path)
