@@ -53,7 +53,10 @@ setup(
   keywords=["downscaling", "diffusion models", "optimal transport", "jax", "debiasing"],
   python_requires=">=3.11",
   # Users read and edit configs/ at the root; a wheel holds a copy inside the package.
-  packages=[*find_packages(include=["downscaling", "downscaling.*"]), "downscaling.configs"],
+  packages=[
+    *find_packages(include=["downscaling", "downscaling.*"]),
+    "downscaling.configs",
+  ],
   package_dir={"downscaling.configs": "configs"},
   package_data={"downscaling": ["py.typed"]},
   install_requires=[

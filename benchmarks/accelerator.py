@@ -81,7 +81,8 @@ def repeated(call, seconds):
   jax.block_until_ready(call())  # the first call may still set things up
   count, began, until = 0, time.perf_counter(), 0.0
   while count < 3 or until < seconds:
-    for _ in range(max(1, count)):  # doubling: the clock is read, and the device waited for, seldom
+    # Doubling: the clock is read, and the device waited for, seldom.
+    for _ in range(max(1, count)):
       out = call()
     jax.block_until_ready(out)
     count, until = count + max(1, count), time.perf_counter() - began
@@ -106,7 +107,9 @@ def training_row(mesh, seconds, trace, name, variant, dtype, batch):
     "temporary_bytes": program_cost.memory(program)["temporaries"],
   }
   state = start(jax.random.key(0), jax.random.key(1))
-  draw = jax.jit(lambda key: jax.random.normal(key, example.shape), out_shardings=example.sharding)
+  draw = jax.jit(
+    lambda key: jax.random.normal(key, example.shape), out_shardings=example.sharding
+  )
   x = {"x": draw(jax.random.key(2))}
 
   def step():
@@ -137,21 +140,35 @@ def sampling_row(mesh, seconds, trace, name, variant, dtype):
   space, unit = worlds.space(c), c.sampling.unit
   init = lambda key: network.init(key, jnp.zeros((1, *space, 1)), jnp.ones(1))["params"]
   params = jax.jit(init, out_shardings=meshes.replicated(mesh))(jax.random.key(0))
-  draw, devices = samples.sampler(c, stats, network, prior.stand_in_table(c)), [*mesh.devices.flat]
+  draw, devices = (
+    samples.sampler(c, stats, network, prior.stand_in_table(c)),
+    [*mesh.devices.flat],
+  )
   y = (
     np.random.default_rng(1)
     .normal(size=(unit[0], *worlds.operator(c).coarse, 1))
     .astype(np.float32)
   )
   layout = ensemble.layout_of(
-    draw, params, conditions=unit[0], members=unit[1], space=space, coarse=y.shape[1:], unit=unit
+    draw,
+    params,
+    conditions=unit[0],
+    members=unit[1],
+    space=space,
+    coarse=y.shape[1:],
+    unit=unit,
   )
   began = time.perf_counter()
   programs = ensemble.compiled(draw, 0, layout, params, devices)
-  took, temporary = time.perf_counter() - began, program_cost.memory(programs[0])["temporaries"]
+  took, temporary = (
+    time.perf_counter() - began,
+    program_cost.memory(programs[0])["temporaries"],
+  )
   block = ensemble.block(layout, layout.units()[0], np.arange(unit[0]), y)
   inputs = [jax.device_put((*block, params), device) for device in devices]
-  each = repeated(lambda: [p(*x) for p, x in zip(programs, inputs, strict=True)], seconds)
+  each = repeated(
+    lambda: [p(*x) for p, x in zip(programs, inputs, strict=True)], seconds
+  )
   row = {
     "compile_seconds": took,
     "temporary_bytes": temporary,
@@ -163,7 +180,10 @@ def sampling_row(mesh, seconds, trace, name, variant, dtype):
 
 def sinkhorn_row(mesh, seconds, trace, n, d, path):
   draw = np.random.default_rng(0).normal
-  x, y = draw(size=(n, d)).astype(np.float32), 0.5 + draw(size=(n, d)).astype(np.float32)
+  x, y = (
+    draw(size=(n, d)).astype(np.float32),
+    0.5 + draw(size=(n, d)).astype(np.float32),
+  )
 
   checks = [
     time.perf_counter()
@@ -197,7 +217,8 @@ def soft_min_row(mesh, seconds, trace, n, d):
   """
   draw = np.random.default_rng(0).normal
   x, y = (
-    jax.device_put(draw(size=(n, d)).astype(np.float32), mesh.devices.flat[0]) for _ in range(2)
+    jax.device_put(draw(size=(n, d)).astype(np.float32), mesh.devices.flat[0])
+    for _ in range(2)
   )
   zero, backend = jnp.zeros(n), jax.default_backend()
   scan = jax.jit(lambda e: soft_min.log_sum_exp(x, y, zero, zero, e)[0])
@@ -210,7 +231,9 @@ def soft_min_row(mesh, seconds, trace, n, d):
   apart = float(jnp.abs(scan(epsilon) - kernel(epsilon)).max())
   if not apart < 1e-3:  # float32 sums of a few exponents of size 10
     raise FloatingPointError(f"scan and kernel differ by {apart:.2g}")
-  by_scan, by_kernel = (repeated(lambda f=f: f(epsilon), seconds / 2) for f in (scan, kernel))
+  by_scan, by_kernel = (
+    repeated(lambda f=f: f(epsilon), seconds / 2) for f in (scan, kernel)
+  )
   return {
     "seconds_by_scan": by_scan,
     "seconds_by_kernel": by_kernel,
@@ -243,7 +266,9 @@ def line(kind, what, row):
   """One row of the table."""
   said = row.get("failed") or row.get("skipped")
   shown = [
-    f"{scale * row[k]:.3g} {unit}" for k, (scale, unit) in UNITS.items() if row.get(k) is not None
+    f"{scale * row[k]:.3g} {unit}"
+    for k, (scale, unit) in UNITS.items()
+    if row.get(k) is not None
   ]
   return f"{kind:<9} {' '.join(map(str, what)):<34} {said or ', '.join(shown)}"
 
@@ -256,9 +281,12 @@ def main():
     "--limit", type=float, default=520.0, help="seconds after which no row is begun"
   )
   parser.add_argument("--out", type=pathlib.Path, help="folder for accelerator.json")
-  parser.add_argument("--trace", default="", help="folder for a profile of the last training row")
+  parser.add_argument(
+    "--trace", default="", help="folder for a profile of the last training row"
+  )
   args = parser.parse_args()
-  jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of the answer
+  # Compile times are part of the answer.
+  jax.config.update("jax_enable_compilation_cache", False)
   mesh, began = meshes.make(), time.perf_counter()
   about = {
     "device": mesh.devices.flat[0].device_kind,
@@ -276,15 +304,18 @@ def main():
       else:
         try:
           row = ROWS[kind](mesh, args.seconds, trace, *what)
-        except (
-          Exception
-        ) as error:  # out of memory, a kernel that does not compile: the next row may do
-          row = {"failed": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+        except Exception as error:
+          # Out of memory, a kernel that does not compile: the next row may do.
+          row = {
+            "failed": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:160]}"
+          }
       print(line(kind, what, row), flush=True)
       found.append({"kind": kind, "what": list(what)} | row)
       if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "accelerator.json").write_text(json.dumps(about | {"rows": found}, indent=1))
+        (args.out / "accelerator.json").write_text(
+          json.dumps(about | {"rows": found}, indent=1)
+        )
 
 
 if __name__ == "__main__":

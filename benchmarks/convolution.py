@@ -1,14 +1,14 @@
-"""im2col against lax.conv inside the U-Net of configs/ks.py: what should convolve(method="auto")
-choose here?
+"""The three convolutions inside the U-Net of configs/ks.py: which one should a loop use, which one
+should training?
 
   python benchmarks/convolution.py [--rounds=7] [--only=1|2]
 
-Rows: one training step (forward, backward, Adam) as `fit` calls it, and the denoiser with its vjp
-inside a lax.scan, as a guided sampler calls it. 1-D: 192 points, batch 128; 2-D: 64² points, batch
-8; channels 32/64/128, one block a level, float32. The two methods take turns, so that other load on
-the machine falls on both. cpu: median CPU seconds of the process; wall: least seconds on the clock;
-compile: seconds on the clock, without a cache; temp: the compiler's account of temporary memory.
-Ratios are lax over im2col: above 1, im2col wins.
+Rows: one training step (forward, backward, Adam) as `fit` calls it; the denoiser inside a lax.scan,
+as the default sampler calls it; and with its vjp, as guidance by a gradient does. 1-D: 192 points,
+batch 128; 2-D: 64² points, batch 8; channels 32/64/128, one block a level, float32. The methods
+take turns, so that other load on the machine falls on all. cpu: median CPU seconds of the process;
+wall: least seconds on the clock; compile: seconds on the clock, without a cache; temp: the
+compiler's account of temporary memory. Ratios are to im2col: below 1, the method wins.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from downscaling.diffusion import denoiser, train_state, train_step, unet
 from downscaling.runtime import mesh as meshes
 
 CASES = {1: ((192,), 128), 2: ((64, 64), 8)}
-METHODS = ("im2col", "lax")
+METHODS = ("im2col", "lax", "edges")
 CALLS = 4  # of the denoiser and its vjp in one scan
 
 
@@ -32,7 +32,8 @@ def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
     unet.UNet(channels=(32, 64, 128), blocks=1, heads=0, convolution=method)
   )
   tx = train_state.optimizer(
-    train_state.learning_rate(peak=1e-3, end=1e-6, warmup_steps=0, total_steps=1000), clip=1.0
+    train_state.learning_rate(peak=1e-3, end=1e-6, warmup_steps=0, total_steps=1000),
+    clip=1.0,
   )
   levels = lambda key, count: jnp.exp(jax.random.normal(key, (count,)))
   key, mesh = jax.random.key(0), meshes.make(1)
@@ -45,16 +46,23 @@ def programs(space: tuple[int, ...], batch: int, method: str) -> dict:
   )
   x = jax.random.normal(key, (batch, *space, 1))
 
-  def several(params, x):
+  denoised = lambda params, x: network.apply({"params": params}, x, jnp.ones(batch))
+
+  def forward(params, x):
+    call = lambda x, _: (0.9 * denoised(params, x), None)
+    return jax.lax.scan(call, x, length=CALLS)[0]
+
+  def guided(params, x):
     def call(x, _):
-      denoised, pull = jax.vjp(lambda x: network.apply({"params": params}, x, jnp.ones(batch)), x)
-      return denoised - pull(denoised)[0], None
+      y, pull = jax.vjp(lambda x: denoised(params, x), x)
+      return y - pull(y)[0], None
 
     return jax.lax.scan(call, x, length=CALLS)[0]
 
   return {
     "training step": _compiled(step, state, {"x": x}),
-    f"{CALLS} guided calls in a scan": _compiled(several, state.params, x),
+    f"{CALLS} calls in a scan": _compiled(forward, state.params, x),
+    f"{CALLS} calls with a vjp": _compiled(guided, state.params, x),
   }
 
 
@@ -79,14 +87,15 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--only", type=int, choices=CASES, help="number of dimensions")
   args = parser.parse_args()
-  jax.config.update("jax_enable_compilation_cache", False)  # compile times are part of the answer
+  # Compile times are part of the answer.
+  jax.config.update("jax_enable_compilation_cache", False)
   print(f"{jax.default_backend()}; {args.rounds} rounds, in turns")
-  print(f"{'':<32}{'':<8}{'cpu s':>8}{'wall s':>8}{'compile s':>11}{'temp MB':>9}")
+  print(f"{'':<32}{'':<16}{'cpu s':>8}{'wall s':>8}{'compile s':>11}{'temp MB':>9}")
   for rank, (space, batch) in CASES.items():
     if args.only not in (None, rank):
       continue
     made = {method: programs(space, batch, method) for method in METHODS}
-    for name in made["lax"]:
+    for name in made["edges"]:
       times = {method: [] for method in METHODS}
       for _ in range(args.rounds):
         for method in METHODS:
@@ -101,13 +110,15 @@ def main() -> None:
           made[method][name][2] / 1e6,
         )
         _show(f"{rank}-D {name}", method, rows[method])
-      _show("", "ratio", [a / b for a, b in zip(rows["lax"], rows["im2col"], strict=True)])
+      for method in METHODS[1:]:
+        ratios = [a / b for a, b in zip(rows[method], rows["im2col"], strict=True)]
+        _show("", f"{method} / im2col", ratios)
 
 
 def _show(title: str, method: str, values) -> None:
   cpu, wall, compile_seconds, memory = values
   print(
-    f"{title:<32}{method:<8}{cpu:>8.3f}{wall:>8.3f}{compile_seconds:>11.1f}{memory:>9.1f}",
+    f"{title:<32}{method:<16}{cpu:>8.3f}{wall:>8.3f}{compile_seconds:>11.1f}{memory:>9.1f}",
     flush=True,
   )
 

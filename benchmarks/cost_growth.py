@@ -104,7 +104,9 @@ def solver(of, batch: int, transforms: int, steps: int, seconds: float | None) -
   """A time unit of one trajectory. transforms: real FFTs a step."""
   space = (of.points,) * (1 if isinstance(of, ks.Fine) else 2)
   advance = lambda u, count: jax.vmap(lambda x: of.advance(x, count))(u)
-  u = jax.vmap(of.start)(jax.random.split(jax.random.key(0), batch)) if seconds else None
+  u = (
+    jax.vmap(of.start)(jax.random.split(jax.random.key(0), batch)) if seconds else None
+  )
   shape = jax.eval_shape(jax.vmap(of.start), jax.random.split(jax.random.key(0), batch))
   one = jax.jit(lambda u: advance(u, 1)).lower(shape).compile()
   a_step, unit = None, 1 / of.dt
@@ -163,24 +165,34 @@ def member_step(c, seconds: float | None) -> Cost:
   stats, net, _ = network(c)
   members, op, loops = c.sampling.members, worlds.operator(c), 4
   c = c.changed(**{"sampling.levels.steps": loops})
-  draw, keys = samples.sampler(c, stats, net), jax.random.split(jax.random.key(0), members)
+  draw, keys = (
+    samples.sampler(c, stats, net),
+    jax.random.split(jax.random.key(0), members),
+  )
   y = jax.ShapeDtypeStruct((members, *op.coarse, 1), jnp.float32)
-  init = lambda: net.init(jax.random.key(0), jnp.zeros((1, *op.fine, 1)), jnp.ones(1))["params"]
+  init = lambda: net.init(jax.random.key(0), jnp.zeros((1, *op.fine, 1)), jnp.ones(1))[
+    "params"
+  ]
   params = jax.eval_shape(init)
   program = jax.jit(draw).lower(keys, y, params).compile()
-  calls, seen = loops + 1, 2  # one ends the loop; the compiler counts a loop's body once
+  # One ends the loop; the compiler counts a loop's body once.
+  calls, seen = loops + 1, 2
   each = None
   if seconds:
     given = jnp.ones(y.shape), jax.jit(init)()
     each = best(lambda: program(keys, *given), seconds) / calls / members
   flops = program_cost.flops(draw, keys, y, params) / calls / members
-  return Cost(c.grid.points, each, flops, traffic(program) / seen / members, held(program))
+  return Cost(
+    c.grid.points, each, flops, traffic(program) / seen / members, held(program)
+  )
 
 
 def lines(title: str, rows: dict[str, Cost]) -> list[str]:
   """A table; rows of one kind of name follow each other, with the exponents of their growth."""
   growth = f"{'growth':>8}"
-  columns = f"{'seconds':>11}{growth}{'GFLOP':>11}{growth}{'GB':>10}{growth}{'memory':>9}"
+  columns = (
+    f"{'seconds':>11}{growth}{'GFLOP':>11}{growth}{'GB':>10}{growth}{'memory':>9}"
+  )
   head = f"{title:<34}{columns}"
   out, before = [head], {}
   for name, cost in rows.items():
@@ -192,7 +204,8 @@ def lines(title: str, rows: dict[str, Cost]) -> list[str]:
       (f"{cost.bytes / 1e9:.4g}", 10, "bytes"),
     ]
     text = "".join(
-      f"{word:>{width}}{_growth(before.get(kind), cost, key):>8}" for word, width, key in cells
+      f"{word:>{width}}{_growth(before.get(kind), cost, key):>8}"
+      for word, width, key in cells
     )
     out.append(f"  {name:<32}{text}{cost.memory / 1e9:>9.3g}")
     before[kind] = cost
@@ -201,7 +214,9 @@ def lines(title: str, rows: dict[str, Cost]) -> list[str]:
 
 def _growth(before: Cost | None, now: Cost, key: str) -> str:
   a, b = getattr(before, key, None), getattr(now, key)
-  return f"{math.log(b / a) / math.log(now.points / before.points):.2f}" if a and b else ""
+  return (
+    f"{math.log(b / a) / math.log(now.points / before.points):.2f}" if a and b else ""
+  )
 
 
 def measure(part: str, grids: list[int], seconds: float, batch: int) -> dict[str, Cost]:
@@ -211,7 +226,8 @@ def measure(part: str, grids: list[int], seconds: float, batch: int) -> dict[str
     with jax.enable_x64(True):
       rows = {"KS 192": solver(ks.Fine(), 64, 8, 40, seconds)}
     return rows | {
-      f"flow {n}²": solver(kolmogorov.Fine(n, 1.28 / n), 1, 16, 8, budget(n)) for n in grids
+      f"flow {n}²": solver(kolmogorov.Fine(n, 1.28 / n), 1, 16, 8, budget(n))
+      for n in grids
     }
   of = {"training": train_step, "member-step": member_step}[part]
   rows = {"KS 192": of(config("ks", 192, 1, 128, 64), seconds)}
@@ -219,7 +235,9 @@ def measure(part: str, grids: list[int], seconds: float, batch: int) -> dict[str
   rows |= {f"flow {n}², stem 2": flow(n, 2) for n in grids}
   if 128 in grids:
     rows["flow 128², stem N/64"] = rows["flow 128², stem 2"]
-  return rows | {f"flow {n}², stem N/64": flow(n, n // 64) for n in grids if n in (256, 1024)}
+  return rows | {
+    f"flow {n}², stem N/64": flow(n, n // 64) for n in grids if n in (256, 1024)
+  }
 
 
 def main() -> None:

@@ -61,9 +61,14 @@ def simulate(solver, first, count, snapshots):
   ids = np.arange(first, first + -(-count // snapshots))
   with jax.enable_x64(True):
     u = np.concatenate(
-      [np.asarray(rollouts.rollout(solver, part, snapshots=snapshots)) for part in np.split(ids, 4)]
+      [
+        np.asarray(rollouts.rollout(solver, part, snapshots=snapshots))
+        for part in np.split(ids, 4)
+      ]
     )
-  return u.reshape(-1, u.shape[-1])[:count, :: u.shape[-1] // 24, None].astype(np.float32)
+  return u.reshape(-1, u.shape[-1])[:count, :: u.shape[-1] // 24, None].astype(
+    np.float32
+  )
 
 
 def by_recipe(kind, x, y, subgroup):
@@ -90,7 +95,12 @@ def fit(kind, x, y, epsilon, subgroup):
     return made, time.perf_counter() - began, True, chosen
   group = group if kind == "symmetric" else None
   done = sinkhorn.fit(
-    x[..., 0], y[..., 0], epsilon=epsilon, threshold=2e-3, max_iterations=2000, group=group
+    x[..., 0],
+    y[..., 0],
+    epsilon=epsilon,
+    threshold=2e-3,
+    max_iterations=2000,
+    group=group,
   )
   made = entropic_map.EntropicMap(y[..., 0], done.g, done.epsilon, (24, 1), group)
   return made, time.perf_counter() - began, done.converged, ""
@@ -113,16 +123,25 @@ def main():
   x, y = (simulate(solver, 0, max(counts), 4) for solver in (biased, true))
   held = simulate(biased, 10**9, HELD, 4)
   reference, floors = (
-    simulate(true, first, n, 4) for first, n in ((10**9, REFERENCE), (2 * 10**9, FLOORS * HELD))
+    simulate(true, first, n, 4)
+    for first, n in ((10**9, REFERENCE), (2 * 10**9, FLOORS * HELD))
   )
   reference, group, rows = scoring.Reference(reference[..., 0]), ks.group(24), []
 
   def measured(mapped, source=None):
-    found = scoring.measure(mapped[..., 0], reference, group=group, source=source, quadratic=TERM)
+    found = scoring.measure(
+      mapped[..., 0], reference, group=group, source=source, quadratic=TERM
+    )
     return {k: found[k] for k in COLUMNS}
 
   def add(bias, name, n, epsilon, found, seconds=0.0, converged=True, chosen=""):
-    row = {"bias": bias, "map": name, "points": n, "epsilon": epsilon, "seconds": seconds}
+    row = {
+      "bias": bias,
+      "map": name,
+      "points": n,
+      "epsilon": epsilon,
+      "seconds": seconds,
+    }
     rows.append(row | {"converged": converged, "chosen": chosen} | found)
     shown = "".join(f"{terminal.shown(rows[-1][k]):>8}" for k in COLUMNS)
     print(
@@ -134,7 +153,10 @@ def main():
       args.out.mkdir(parents=True, exist_ok=True)
       (args.out / "sweep.json").write_text(json.dumps(rows, indent=1))
 
-  print(f"{'map':<12}{'n':>6}{'ε':>8}{'s':>7}" + "".join(f"{h:>8}" for h in COLUMNS.values()))
+  print(
+    f"{'map':<12}{'n':>6}{'ε':>8}{'s':>7}"
+    + "".join(f"{h:>8}" for h in COLUMNS.values())
+  )
   draws = [measured(part) for part in np.split(floors, FLOORS)]
   for name, of in (("floor", np.median), ("bound", np.max)):
     add(
@@ -142,7 +164,10 @@ def main():
       name,
       0,
       0.0,
-      {k: None if draws[0][k] is None else float(of([d[k] for d in draws])) for k in COLUMNS},
+      {
+        k: None if draws[0][k] is None else float(of([d[k] for d in draws]))
+        for k in COLUMNS
+      },
     )
   for bias in args.bias.split(","):
     change, _, subgroup = bias.partition(":")
@@ -152,7 +177,9 @@ def main():
     add(bias, "raw", 0, 0.0, measured(source, source[..., 0]))
     for kind in args.maps.split(","):
       for n, epsilon in sweep(kind, counts, epsilons, args.most):
-        made, *facts = fit(kind, raw[:n], y[:n], epsilon, subgroup or bias_symmetry.AUTO)
+        made, *facts = fit(
+          kind, raw[:n], y[:n], epsilon, subgroup or bias_symmetry.AUTO
+        )
         add(
           bias,
           kind,
@@ -181,7 +208,11 @@ def draw(rows, path):
   import matplotlib.pyplot as plt
 
   rows = [row for row in rows if row["bias"] in ("", "none")]
-  kinds = [k for k in dict.fromkeys(r["map"] for r in rows) if k not in ("floor", "bound", "raw")]
+  kinds = [
+    k
+    for k in dict.fromkeys(r["map"] for r in rows)
+    if k not in ("floor", "bound", "raw")
+  ]
   shown = (
     "sym_cov_rmse",
     "melr_weighted",
@@ -190,16 +221,23 @@ def draw(rows, path):
     "square_covariance",
     "corr_input",
   )
-  figure, axes = plt.subplots(2, len(shown), figsize=(3 * len(shown), 6), constrained_layout=True)
+  figure, axes = plt.subplots(
+    2, len(shown), figsize=(3 * len(shown), 6), constrained_layout=True
+  )
   for column, key in enumerate(shown):
     for ax, by, label in zip(
-      axes[:, column], ("points", "epsilon"), ("points in the fit", "ε / mean cost"), strict=True
+      axes[:, column],
+      ("points", "epsilon"),
+      ("points in the fit", "ε / mean cost"),
+      strict=True,
     ):
       for kind in kinds if by == "points" else [k for k in kinds if k == "entropic"]:
         mine = [r for r in rows if r["map"] == kind]
         small, top = min(r["epsilon"] for r in mine), max(r["points"] for r in mine)
         mine = [
-          r for r in mine if (r["epsilon"] == small if by == "points" else r["points"] == top)
+          r
+          for r in mine
+          if (r["epsilon"] == small if by == "points" else r["points"] == top)
         ]
         mine = sorted(mine, key=lambda r: r[by])
         ax.plot([r[by] for r in mine], [r[key] for r in mine], "o-", label=kind)

@@ -81,14 +81,21 @@ def count(path: str, source: str) -> Counts:
   functions = []
   for first, last in _function_lines(source):
     functions.append(sum(first <= token.start[0] <= last for token in tokens))
-  dense = [(path, row, n, text[row - 1].strip()) for row, n in sorted(code.items()) if n > DENSE]
+  dense = [
+    (path, row, n, text[row - 1].strip())
+    for row, n in sorted(code.items())
+    if n > DENSE
+  ]
   walrus = sum(token.string == ":=" for token in tokens)
   return Counts(functions, len(code), walrus, dense)
 
 
 def _is_code(token: tokenize.TokenInfo) -> bool:
   """Is the token more than a string, or punctuation beside one?"""
-  return token.type not in (tokenize.STRING, FSTRING_START) and token.string not in "()[]{},:."
+  return (
+    token.type not in (tokenize.STRING, FSTRING_START)
+    and token.string not in "()[]{},:."
+  )
 
 
 def _function_lines(source: str) -> list[tuple[int, int]]:
@@ -125,7 +132,9 @@ def row(name: str, counts: Counts) -> str:
   share = 100 * len(counts.dense) / max(counts.lines, 1)
   walrus = 1000 * counts.walrus / max(counts.lines, 1)
   median = statistics.median(functions)
-  return f"{name:14} {counts.lines:6} {median:8.0f} {p90:6} {share:8.1f} % {walrus:8.1f}"
+  return (
+    f"{name:14} {counts.lines:6} {median:8.0f} {p90:6} {share:8.1f} % {walrus:8.1f}"
+  )
 
 
 def table(found: dict[str, Counts]) -> str:
@@ -141,7 +150,9 @@ def table(found: dict[str, Counts]) -> str:
 
 def checked_out(ref: str, folder: str, into: str) -> pathlib.Path:
   """Writes `folder` as the commit `ref` holds it below `into`; returns where it is."""
-  packed = subprocess.run(["git", "archive", ref, folder], check=True, capture_output=True).stdout
+  packed = subprocess.run(
+    ["git", "archive", ref, folder], check=True, capture_output=True
+  ).stdout
   with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
     archive.extractall(into, filter="data")
   return pathlib.Path(into, folder)
@@ -150,8 +161,12 @@ def checked_out(ref: str, folder: str, into: str) -> pathlib.Path:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("folder", nargs="?", default="downscaling")
-  parser.add_argument("--ref", help="a commit or branch to measure instead of the working tree")
-  parser.add_argument("--lines", help="a room whose dense lines are listed; 'all' for every room")
+  parser.add_argument(
+    "--ref", help="a commit or branch to measure instead of the working tree"
+  )
+  parser.add_argument(
+    "--lines", help="a room whose dense lines are listed; 'all' for every room"
+  )
   asked = parser.parse_args()
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(asked.folder)

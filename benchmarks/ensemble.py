@@ -57,12 +57,19 @@ class Device:
   """
 
   def __init__(self, points, rows, seconds):
-    self.table, self.rows, self.seconds, self.free = noise(points), np.arange(rows), seconds, 0.0
+    self.table, self.rows, self.seconds, self.free = (
+      noise(points),
+      np.arange(rows),
+      seconds,
+      0.0,
+    )
 
   def __call__(self, condition_ids, *_):
     self.free = max(self.free, time.monotonic()) + self.seconds
     first = int(condition_ids[0])
-    return {"sample": Drawn(self.table[(self.rows + first) % len(self.table)], self.free)}
+    return {
+      "sample": Drawn(self.table[(self.rows + first) % len(self.table)], self.free)
+    }
 
 
 def draw(path, points, conditions, unit, seconds=0.0):
@@ -98,7 +105,9 @@ def raw(path, points, conditions, unit):
   ensemble_store.create(path, layout, {}, {}, {"sample": {}})
   array = ensemble_units.array_of(path, "sample")
   table = noise(points)
-  block = table[np.arange(unit[0] * unit[1]) % len(table)].reshape(*unit, points, points)
+  block = table[np.arange(unit[0] * unit[1]) % len(table)].reshape(
+    *unit, points, points
+  )
   began = time.monotonic()
   for u in layout.units():
     array[u.c0 : u.c1, u.m0 : u.m1].write(block[: u.c1 - u.c0]).result()
@@ -110,8 +119,12 @@ def writing(folder, points, units, unit):
   size = conditions * unit[1] * points**2 * 4 / 1e6
   ours, theirs = [], []
   for turn in range(3):
-    theirs.append(size / raw(folder / f"raw-{points}-{turn}.zarr", points, conditions, unit))
-    ours.append(size / draw(folder / f"ours-{points}-{turn}.zarr", points, conditions, unit))
+    theirs.append(
+      size / raw(folder / f"raw-{points}-{turn}.zarr", points, conditions, unit)
+    )
+    ours.append(
+      size / draw(folder / f"ours-{points}-{turn}.zarr", points, conditions, unit)
+    )
   ours, theirs = np.median(ours), np.median(theirs)
   print(
     f"{points:4}²  {size:7.0f} MB  {theirs:7.0f} MB/s raw  {ours:7.0f} MB/s ours  ratio "
@@ -144,7 +157,10 @@ def peak(folder, points, units, unit):
     "print(next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
   )
   done = subprocess.run(
-    [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    [sys.executable, "-W", "ignore", "-c", code],
+    capture_output=True,
+    text=True,
+    check=True,
   )
   return float(done.stdout.split()[-1]) / 1e3
 
@@ -154,12 +170,17 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument(
-    "--points", default="64,256", help="points an axis of the fields, several with commas"
+    "--points",
+    default="64,256",
+    help="points an axis of the fields, several with commas",
   )
   parser.add_argument("--units", type=int, default=24, help="units of an ensemble")
   parser.add_argument("--megabytes", type=float, default=16.0, help="of a unit")
   parser.add_argument(
-    "--milliseconds", type=float, default=0.5, help="that a field of 64² takes to draw; by points"
+    "--milliseconds",
+    type=float,
+    default=0.5,
+    help="that a field of 64² takes to draw; by points",
   )
   parser.add_argument("--folder", help="where to write; a temporary folder by default")
   args = parser.parse_args()
@@ -168,7 +189,10 @@ def main():
     cases = {}
     for points in map(int, args.points.split(",")):
       members = 8
-      cases[points] = (max(1, round(args.megabytes * 1e6 / (members * points**2 * 4))), members)
+      cases[points] = (
+        max(1, round(args.megabytes * 1e6 / (members * points**2 * 4))),
+        members,
+      )
     print(
       f"1. writing, {args.units} units of {args.megabytes:g} MB, median of 3; commit "
       f"{provenance.commit()}"
@@ -178,7 +202,12 @@ def main():
     print("2. share of wall time")
     for points, unit in cases.items():
       share(
-        folder, points, args.units, unit, args.milliseconds * (points / 64) ** 2, speeds[points]
+        folder,
+        points,
+        args.units,
+        unit,
+        args.milliseconds * (points / 64) ** 2,
+        speeds[points],
       )
     points, (conditions, members) = next(iter(cases.items()))
     unit = max(1, conditions // 4), members
@@ -189,7 +218,8 @@ def main():
     peaks = [peak(folder, points, n * args.units, unit) for n in (1, 4, 16)]
     print(
       "  ".join(
-        f"{n:2}× {p:.0f} MB ({p / peaks[0]:.2f})" for n, p in zip((1, 4, 16), peaks, strict=True)
+        f"{n:2}× {p:.0f} MB ({p / peaks[0]:.2f})"
+        for n, p in zip((1, 4, 16), peaks, strict=True)
       )
     )
 

@@ -41,9 +41,9 @@ PAPER = {32: "kolmogorov-8x", 16: "kolmogorov-16x"}
 def rows(data, which, fine, split, count=None):
   """[S, 32, 32] float32."""
   space = (fine, fine) if which == "hfhr" else (32, 32)
-  found = simulated.load(simulated.make("kolmogorov", which, data, space), split, count)["u"][
-    ..., 0
-  ]
+  found = simulated.load(
+    simulated.make("kolmogorov", which, data, space), split, count
+  )["u"][..., 0]
   return found[:, :: space[0] // 32, :: space[0] // 32]
 
 
@@ -70,7 +70,8 @@ class Table:
       "in-sample": scoring.Reference(truth),
     }
     print(
-      f"\n{points}²\n{'':<29}{'fit, s':>8}" + "".join(f"{h:>9}" for h in COLUMNS.values()),
+      f"\n{points}²\n{'':<29}{'fit, s':>8}"
+      + "".join(f"{h:>9}" for h in COLUMNS.values()),
       flush=True,
     )
 
@@ -84,7 +85,8 @@ class Table:
     )
     name += "" if of == "held-out" else ", in-sample"
     self.rows.append(
-      {"points": self.points, "map": name, "seconds": seconds} | {k: found[k] for k in COLUMNS}
+      {"points": self.points, "map": name, "seconds": seconds}
+      | {k: found[k] for k in COLUMNS}
     )
     self.show(name, self.rows[-1], note)
 
@@ -135,7 +137,9 @@ def main():
   sets = (spread(sets[0]), spread(sets[1]), *sets[2:])
   print(f"{count} rows a side in the fits, {args.rows} held-out rows")
   found = [
-    row for points in map(int, args.points.split(",")) for row in compare(points, args, sets)
+    row
+    for points in map(int, args.points.split(","))
+    for row in compare(points, args, sets)
   ]
   if args.out:
     args.out.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,11 @@ CASES = (
   *(("paper", {"alpha": a}, EM) for a in (0.5, 1.0, 2.0, 3.0)),
   *(("paper", {"alpha": a}, SDE) for a in (0.5, 1.0, 2.0, 3.0)),
   *(("scaled", {"alpha": a}, SDE) for a in (0.5, 1.0, 2.0, 3.0)),
-  ("scaled", {"alpha": 3.0, "final": "gain"}, ("dpm_solver_pp_2m_sde", 16, {"eta": 2.5}, True)),
+  (
+    "scaled",
+    {"alpha": 3.0, "final": "gain"},
+    ("dpm_solver_pp_2m_sde", 16, {"eta": 2.5}, True),
+  ),
 )
 
 
@@ -59,7 +63,14 @@ def spectrum() -> np.ndarray:
 
 
 def draw(
-  name: str, how: dict, solver: str, steps: int, options: dict, low: bool, y: jax.Array, keys
+  name: str,
+  how: dict,
+  solver: str,
+  steps: int,
+  options: dict,
+  low: bool,
+  y: jax.Array,
+  keys,
 ) -> np.ndarray:
   """Samples [M, N] for conditions y [M, n, 1]."""
   s, op, high = spectrum(), Strided.on((POINTS,), FACTOR), 3.0 if low else 80.0
@@ -73,7 +84,9 @@ def draw(
     )
 
   def denoise(x, sigma):
-    weight = jnp.asarray(s, x.dtype) / (jnp.asarray(s, x.dtype) + sigma[:, None, None] ** 2)
+    weight = jnp.asarray(s, x.dtype) / (
+      jnp.asarray(s, x.dtype) + sigma[:, None, None] ** 2
+    )
     return jnp.fft.ifft(jnp.fft.fft(x, axis=1) * weight, axis=1).real
 
   @jax.jit
@@ -84,7 +97,9 @@ def draw(
       if low
       else solvers.initial(keys, (POINTS, 1), high)
     )
-    return getattr(solvers, solver)(guided.denoise, x, levels, keys, last=guided.last, **options)
+    return getattr(solvers, solver)(
+      guided.denoise, x, levels, keys, last=guided.last, **options
+    )
 
   return np.asarray(run(keys, y), np.float64)[..., 0]
 
@@ -112,11 +127,17 @@ def main() -> None:
 
   print(f"{'guidance, solver':<58}{'mean':>7}{'cov':>7}{'spread':>8}")
   show("exact draws", rng.multivariate_normal(mean, cov, args.members, method="eigh"))
-  conditions = jnp.broadcast_to(jnp.asarray(y, jnp.float32)[:, None], (args.members, len(y), 1))
+  conditions = jnp.broadcast_to(
+    jnp.asarray(y, jnp.float32)[:, None], (args.members, len(y), 1)
+  )
   keys = jax.random.split(jax.random.key(args.seed), args.members)
   for name, how, (solver, steps, options, low) in CASES:
-    said = [f"{k} {v}" for k, v in {**how, **options}.items() if k != "schedule"] + ["low"] * low
-    title = " ".join([name, *said[: len(how)], f"| {solver} {steps}", *said[len(how) :]])
+    said = [f"{k} {v}" for k, v in {**how, **options}.items() if k != "schedule"] + [
+      "low"
+    ] * low
+    title = " ".join(
+      [name, *said[: len(how)], f"| {solver} {steps}", *said[len(how) :]]
+    )
     show(title, draw(name, how, solver, steps, options, low, conditions, keys))
 
 

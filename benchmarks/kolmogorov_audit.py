@@ -47,7 +47,9 @@ def developed(solver, states: int, time_: float) -> np.ndarray:
   field.
   """
   run = jax.jit(lambda key: solver.advance(solver.start(key), round(time_ / solver.dt)))
-  return np.stack([run(jax.random.fold_in(jax.random.PRNGKey(0), i)) for i in range(states)])
+  return np.stack(
+    [run(jax.random.fold_in(jax.random.PRNGKey(0), i)) for i in range(states)]
+  )
 
 
 def carried_on(
@@ -59,7 +61,9 @@ def carried_on(
 
   @jax.jit
   def run(w):
-    w = solver.advance(kolmogorov._resample(w, solver.points), round(adjust / solver.dt))
+    w = solver.advance(
+      kolmogorov._resample(w, solver.points), round(adjust / solver.dt)
+    )
 
     def snapshot(w, _):
       return solver.advance(w, round(spacing / solver.dt)), w
@@ -75,7 +79,9 @@ def carried_on(
   return out, (time.perf_counter() - began) / units
 
 
-def log_ratio(fields: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def log_ratio(
+  fields: np.ndarray, reference: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """(Δ log E [shells], standard error) of paired sets [states, S, n, n], by the jackknife over
   states.
   """
@@ -117,7 +123,9 @@ def table(kept: dict, other: np.ndarray, side: int) -> list[str]:
   look = lambda x: x[..., :: 32 // side, :: 32 // side]
   reference = look(kept[256])
   found = {points: log_ratio(look(kept[points]), reference) for points in (128, 64)}
-  head = f"{'shell':>6}{'E at 256²':>12}" + "".join(f"{f'Δ log E, {p}²':>20}" for p in found)
+  head = f"{'shell':>6}{'E at 256²':>12}" + "".join(
+    f"{f'Δ log E, {p}²':>20}" for p in found
+  )
   lines = [f"seen at {side}²", head]
   energy = spectra.energies(reference.reshape(-1, side, side))
   for k in range(side // 2):
@@ -144,26 +152,34 @@ def main() -> None:
   parser.add_argument("--states", type=int, default=12)
   parser.add_argument("--snapshots", type=int, default=7)
   parser.add_argument(
-    "--adjust", type=float, default=ADJUST, help="time units at the new resolution before the first"
+    "--adjust",
+    type=float,
+    default=ADJUST,
+    help="time units at the new resolution before the first",
   )
   parser.add_argument("--spacing", type=float, default=SPACING)
   parser.add_argument("--burn_in", type=float, default=BURN_IN)
   parser.add_argument("--out", type=pathlib.Path, help="folder for audit.txt")
   args = parser.parse_args()
   began = time.perf_counter()
-  kept, other, seconds = audit(args.states, args.snapshots, args.adjust, args.spacing, args.burn_in)
+  kept, other, seconds = audit(
+    args.states, args.snapshots, args.adjust, args.spacing, args.burn_in
+  )
   lines = [f"$ python {shlex.join(sys.argv)}", ""]
   lines.append(
     f"{args.states} states × {args.snapshots} snapshots, {args.adjust:g} time units after they "
     f"were put on their grid and every {args.spacing:g} on"
   )
   lines.append(
-    "seconds a time unit and state: " + ", ".join(f"{p}² {s:.3f}" for p, s in seconds.items())
+    "seconds a time unit and state: "
+    + ", ".join(f"{p}² {s:.3f}" for p, s in seconds.items())
   )
   lines.append("")
   for side in (32, 16):
     lines += table(kept, other, side)
-  lines.append(f"{time.perf_counter() - began:.0f} s in all on {jax.devices()[0].device_kind}")
+  lines.append(
+    f"{time.perf_counter() - began:.0f} s in all on {jax.devices()[0].device_kind}"
+  )
   text = "\n".join(lines) + "\n"
   print(text, end="")
   if args.out:

@@ -58,7 +58,9 @@ def figures(pred: np.ndarray, ref: np.ndarray) -> tuple[float, ...]:
   )
 
 
-def show(name: str, values, gap: float | None = None, seconds: float | None = None) -> None:
+def show(
+  name: str, values, gap: float | None = None, seconds: float | None = None
+) -> None:
   cells = [f"{v:.3f}" for v in values] + [
     "" if v is None else f"{v:.{d}f}" for v, d in ((gap, 2), (seconds, 1))
   ]
@@ -76,13 +78,21 @@ def main() -> None:
     fine, seconds = simulate(ks.Fine(), args.seed, args.trajectories)
     truth = coarsen(fine)
     print(f"{args.trajectories} trajectories × 4 snapshots, seed {args.seed}")
-    print(f"{'scheme, cells, integrator, dt':<30}" + "".join(f"{c:>9}" for c in COLUMNS))
+    print(
+      f"{'scheme, cells, integrator, dt':<30}" + "".join(f"{c:>9}" for c in COLUMNS)
+    )
     show("the paper's LFLR", PAPER)
     other, _ = simulate(ks.Fine(), args.seed + 7, args.trajectories)
-    show(f"floor: Fine, seed {args.seed + 7}", figures(coarsen(other), truth), seconds=seconds)
+    show(
+      f"floor: Fine, seed {args.seed + 7}",
+      figures(coarsen(other), truth),
+      seconds=seconds,
+    )
     for scheme, cells, integrator, dt in SCHEMES:
       u, seconds = simulate(
-        ks.Coarse(scheme, cells, dt, integrator=integrator), args.seed, args.trajectories
+        ks.Coarse(scheme, cells, dt, integrator=integrator),
+        args.seed,
+        args.trajectories,
       )
       row = figures(u, truth)
       gap = sum(math.log(v / p) ** 2 for v, p in zip(row, PAPER, strict=True))

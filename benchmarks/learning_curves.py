@@ -24,7 +24,9 @@ def curve(workdir, every):
   """{step: mean loss of the `every` steps up to it}, {step: held-out error}."""
   steps, values = map(np.asarray, metric_writer.read_scalars(workdir / "train", "loss"))
   ends = np.arange(every, steps[-1] + 1, every)
-  loss = {int(e): float(values[(steps > e - every) & (steps <= e)].mean()) for e in ends}
+  loss = {
+    int(e): float(values[(steps > e - every) & (steps <= e)].mean()) for e in ends
+  }
   return loss, dict(
     zip(*metric_writer.read_scalars(workdir / "train", "validation/error"), strict=True)
   )
@@ -37,7 +39,11 @@ def draw(curves, path):
   for name, (loss, held_out) in curves.items():
     (line,) = axes.plot([*loss], [*loss.values()], "-", label=name)
     axes.plot(
-      [*held_out], [*held_out.values()], "o", color=line.get_color(), markerfacecolor="none"
+      [*held_out],
+      [*held_out.values()],
+      "o",
+      color=line.get_color(),
+      markerfacecolor="none",
     )
   axes.set(
     xlabel="step",
@@ -66,7 +72,9 @@ def main():
   print(f"{'step':>6}" + "".join(f"{name:>10}{'held-out':>10}" for name in curves))
   for step in steps:
     cells = (
-      f"{v[step]:>10.4f}" if step in v else " " * 10 for pair in curves.values() for v in pair
+      f"{v[step]:>10.4f}" if step in v else " " * 10
+      for pair in curves.values()
+      for v in pair
     )
     print(f"{step:>6}" + "".join(cells))
   if args.out:

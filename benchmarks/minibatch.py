@@ -34,9 +34,8 @@ from downscaling.equations import ks, rollouts
 from downscaling.metrics import distances, spectra
 
 THRESHOLD, LADDER, MOST = 1e-3, 70, 5000
-BURN_IN = (
-  62.5  # at 25 the variance still is 3/4 of the last, and a set's snapshots are of different laws
-)
+# At 25 the variance still is 3/4 of the last, and a set's snapshots are of different laws.
+BURN_IN = 62.5
 BLOCK = 1024  # trajectories integrated at a time
 COLUMNS = (
   "wall",
@@ -57,7 +56,9 @@ def rows(solver, ids: np.ndarray) -> np.ndarray:
   """Snapshots on 24 points, [4 len(ids), 24] float32, a trajectory's together."""
   with jax.enable_x64(True):
     blocks = [
-      np.asarray(rollouts.rollout(solver, ids[k : k + BLOCK], burn_in=BURN_IN, snapshots=4))
+      np.asarray(
+        rollouts.rollout(solver, ids[k : k + BLOCK], burn_in=BURN_IN, snapshots=4)
+      )
       for k in range(0, len(ids), BLOCK)
     ]
   u = np.concatenate(blocks).astype(np.float32)
@@ -70,8 +71,12 @@ class Case:
   def __init__(self, trajectories: int, share: float):
     ids = np.arange(trajectories)
     train, held, test = np.split(ids, [trajectories * 3 // 4, trajectories * 7 // 8])
-    self.source, self.held, self.test = (rows(ks.Coarse(), part) for part in (train, held, test))
-    self.truth, self.floor, self.reference = (rows(ks.Fine(), part) for part in (train, held, test))
+    self.source, self.held, self.test = (
+      rows(ks.Coarse(), part) for part in (train, held, test)
+    )
+    self.truth, self.floor, self.reference = (
+      rows(ks.Fine(), part) for part in (train, held, test)
+    )
     self.share, self.energies = share, spectra.energies(self.reference)
 
   def quality(self, mapped: np.ndarray) -> list[float]:
@@ -83,19 +88,48 @@ class Case:
       distances.kld(mapped, self.reference)[0],
     ]
 
-  def show(self, name: str, target, result, wall: float, cpu: float, steps: int, seen: int) -> None:
+  def show(
+    self, name: str, target, result, wall: float, cpu: float, steps: int, seen: int
+  ) -> None:
     """Prints one map's row."""
-    centre, g, eps = soft_min.centre(target), jnp.asarray(result.g), np.float32(result.epsilon)
+    centre, g, eps = (
+      soft_min.centre(target),
+      jnp.asarray(result.g),
+      np.float32(result.epsilon),
+    )
     _, rms, dual = minibatch._held_out(
       jnp.asarray(self.held - centre), jnp.asarray(target - centre), g, eps
     )
-    mapped = entropic_map.EntropicMap(target, np.asarray(g), result.epsilon, (24,))(self.test)
-    figures = [wall, cpu, steps, seen / len(self.source), float(rms), float(dual) / result.epsilon]
-    line(name, [*figures, *self.quality(mapped), distances.corr_input(self.test, mapped)])
+    mapped = entropic_map.EntropicMap(target, np.asarray(g), result.epsilon, (24,))(
+      self.test
+    )
+    figures = [
+      wall,
+      cpu,
+      steps,
+      seen / len(self.source),
+      float(rms),
+      float(dual) / result.epsilon,
+    ]
+    line(
+      name, [*figures, *self.quality(mapped), distances.corr_input(self.test, mapped)]
+    )
 
 
 def line(name: str, figures: list) -> None:
-  formats = ("9.2f", "9.2f", "8d", "9.2f", "9.3f", "9.2f", "9.4f", "9.4f", "9.4f", "9.4f", "9.3f")
+  formats = (
+    "9.2f",
+    "9.2f",
+    "8d",
+    "9.2f",
+    "9.3f",
+    "9.2f",
+    "9.4f",
+    "9.4f",
+    "9.4f",
+    "9.4f",
+    "9.3f",
+  )
   cells = (
     " " * int(f.split(".")[0].rstrip("d")) if v is None else format(v, f)
     for v, f in zip(figures, formats, strict=True)
@@ -118,7 +152,9 @@ def full(case: Case, target, source, iterations: int):
   )
   solve(10)
   ten = timed(lambda: solve(10))[1]
-  most = iterations if isinstance(iterations, int) else max(10, int(iterations / ten) * 10)
+  most = (
+    iterations if isinstance(iterations, int) else max(10, int(iterations / ten) * 10)
+  )
   result, wall, cpu = timed(lambda: solve(most))
   return result, wall, cpu, result.history["iteration"][-1]
 
@@ -137,7 +173,8 @@ def stream(case: Case, target, size: int, wall: float, rule: str):
   )
   fit(20)
   few, many = (
-    min(timed(lambda steps=steps: fit(steps))[1] for _ in range(2)) for steps in (20, 60)
+    min(timed(lambda steps=steps: fit(steps))[1] for _ in range(2))
+    for steps in (20, 60)
   )
   steps = max(20, int((wall - few) / max(many - few, 1e-6) * 40) + 20)
   return *timed(lambda: fit(steps)), steps
@@ -153,7 +190,9 @@ def measure(case: Case, m: int, size: int, whole: bool) -> None:
   case.show("full, ladder alone", target, result, wall, cpu, steps, steps * len(some))
   result, wall, cpu, steps = full(case, target, case.source, budget)
   last = "" if result.history["epsilon"][-1] == result.epsilon else ", ladder cut"
-  case.show(f"full, all{last}", target, result, wall, cpu, steps, steps * len(case.source))
+  case.show(
+    f"full, all{last}", target, result, wall, cpu, steps, steps * len(case.source)
+  )
   if whole:
     result, wall, cpu, steps = full(case, target, case.source, MOST)
     case.show(
@@ -165,7 +204,13 @@ def measure(case: Case, m: int, size: int, whole: bool) -> None:
       steps,
       steps * len(case.source),
     )
-  for part, rule in ((1, "mixed"), (4, "mixed"), (4, "online"), (4, "sgd"), (16, "mixed")):
+  for part, rule in (
+    (1, "mixed"),
+    (4, "mixed"),
+    (4, "online"),
+    (4, "sgd"),
+    (16, "mixed"),
+  ):
     result, wall, cpu, steps = stream(case, target, size, budget / part, rule)
     case.show(
       f"minibatch {rule}{f', 1/{part}' if part > 1 else ''}",
@@ -197,7 +242,10 @@ def main() -> None:
     f"{args.batch}"
   )
   for m in sizes:
-    print(f"\n{f'{m} targets':<24}" + "".join(f"{c:>{8 if c == 'steps' else 9}}" for c in COLUMNS))
+    print(
+      f"\n{f'{m} targets':<24}"
+      + "".join(f"{c:>{8 if c == 'steps' else 9}}" for c in COLUMNS)
+    )
     nothing = [None] * 6
     line("none", [*nothing, *case.quality(case.test), 1.0])
     line("floor", [*nothing, *case.quality(case.floor), None])

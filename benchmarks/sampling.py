@@ -89,7 +89,9 @@ class Page:
 
 def config_of(where, changes):
   pairs = (change.split("=", 1) for change in changes)
-  return experiment.load(where, **{key: ast.literal_eval(value) for key, value in pairs})
+  return experiment.load(
+    where, **{key: ast.literal_eval(value) for key, value in pairs}
+  )
 
 
 def line(name, row, formats=FORMATS):
@@ -118,11 +120,16 @@ def sweep(bench, page, conditions, members):
 def judge(bench, page, cases, at, members, spread):
   """Draws all cases in turn and scores them: {case: row}."""
   page.say(
-    *(f"{name}: {scores(found)}" for name, found in bench.baselines(at).items()), head("", FORMATS)
+    *(f"{name}: {scores(found)}" for name, found in bench.baselines(at).items()),
+    head("", FORMATS),
   )
   rows = {}
   for name, drawn in bench.draw(cases, at, members).items():
-    row = {"calls": bench.calls(cases[name]), "ms": 1e3 * drawn.cpu, "wall": 1e3 * drawn.wall}
+    row = {
+      "calls": bench.calls(cases[name]),
+      "ms": 1e3 * drawn.cpu,
+      "wall": 1e3 * drawn.wall,
+    }
     rows[name] = row | bench.score(drawn.fields, at)
     if "runaways" not in rows[name]:
       rows[name]["χ²"] = float(np.median(drawn.misfit))
@@ -130,7 +137,9 @@ def judge(bench, page, cases, at, members, spread):
     page.say(line(name, rows[name]))
     if spread and "runaways" not in rows[name]:
       factor, plain, scaled = bench.halves(drawn.fields, at)
-      page.say(line("  second half", plain), line(f"  second half ×{factor:.3f}", scaled))
+      page.say(
+        line("  second half", plain), line(f"  second half ×{factor:.3f}", scaled)
+      )
       rows[name] |= {"half": plain, "κ": factor, "half×κ": scaled}
   return rows
 
@@ -153,7 +162,8 @@ def compared(found):
   columns = dict.fromkeys((*sampling_rival.COSTS, *sampling_rival.QUALITY), ".3f")
   lines = [head(f"{DEFAULT} over", columns) + "  worse in"]
   return lines + [
-    f"{line(name, row, columns)}  {row['worse'] or 'nothing'}" for name, row in found.items()
+    f"{line(name, row, columns)}  {row['worse'] or 'nothing'}"
+    for name, row in found.items()
   ]
 
 
@@ -161,7 +171,9 @@ def front(rows):
   """Names of the cases that no other beats in both time and member RMSE."""
   beaten = lambda a, b: b["ms"] <= a["ms"] and b["member"] <= a["member"] and b is not a
   return [
-    name for name, row in rows.items() if not any(beaten(row, other) for other in rows.values())
+    name
+    for name, row in rows.items()
+    if not any(beaten(row, other) for other in rows.values())
   ]
 
 
@@ -169,7 +181,9 @@ def picture(rows, fits, path):
   """Member RMSE against milliseconds a member; where Eq. 7 was swept, also against its α."""
   figure = themes.page(8.0 if fits else 4.2)
   axes = np.atleast_1d(figure.subplots(2 if fits else 1))
-  against_time(figure, axes[0], {name: row for name, row in rows.items() if "member" in row})
+  against_time(
+    figure, axes[0], {name: row for name, row in rows.items() if "member" in row}
+  )
   if fits:
     against_alpha(axes[1], rows, fits)
   figure.savefig(path, dpi=150)
@@ -187,18 +201,32 @@ def against_time(figure, axes, rows):
     color="0.7",
     zorder=0,
   )
-  ms, member, spread = ([row[key] for row in rows.values()] for key in ("ms", "member", "s/e"))
+  ms, member, spread = (
+    [row[key] for row in rows.values()] for key in ("ms", "member", "s/e")
+  )
   dots = axes.scatter(ms, member, c=spread, cmap="coolwarm", vmin=0.5, vmax=1.5)
   arrow = {"arrowstyle": "-", "color": "0.85", "linewidth": 0.5, "relpos": (0, 0.5)}
   names = sorted(rows, key=lambda name: rows[name]["member"])
   for i, name in enumerate(names):
-    at, there = (rows[name]["ms"], rows[name]["member"]), (1.04, i / max(len(names) - 1, 1))
+    at, there = (
+      (rows[name]["ms"], rows[name]["member"]),
+      (1.04, i / max(len(names) - 1, 1)),
+    )
     axes.annotate(
-      name, at, there, textcoords="axes fraction", va="center", fontsize=6, arrowprops=arrow
+      name,
+      at,
+      there,
+      textcoords="axes fraction",
+      va="center",
+      fontsize=6,
+      arrowprops=arrow,
     )
   axes.margins(0.08, 0.08)
   axes.set(
-    xscale="log", yscale="log", xlabel="ms a member", ylabel="RMSE of a member / rms of the field"
+    xscale="log",
+    yscale="log",
+    xlabel="ms a member",
+    ylabel="RMSE of a member / rms of the field",
   )
   figure.colorbar(dots, label="spread / error", pad=0.3)
 
@@ -208,9 +236,15 @@ def against_alpha(axes, rows, fits):
     by_alpha = fit.tried[fit.by_error[0]]
     alphas = [alpha for alpha in sorted(by_alpha) if "member" in by_alpha[alpha]]
     axes.plot(
-      alphas, [by_alpha[alpha]["member"] for alpha in alphas], "o-", ms=3, label=f"Eq. 7, {name}"
+      alphas,
+      [by_alpha[alpha]["member"] for alpha in alphas],
+      "o-",
+      ms=3,
+      label=f"Eq. 7, {name}",
     )
-  axes.axhline(rows[DEFAULT]["member"], color="0.3", ls="--", label="our default, test conditions")
+  axes.axhline(
+    rows[DEFAULT]["member"], color="0.3", ls="--", label="our default, test conditions"
+  )
   axes.set(
     xscale="log",
     yscale="log",
@@ -223,7 +257,11 @@ def against_alpha(axes, rows, fits):
 def varied(text):
   """{"KEY=V": {KEY: V}} for each value of "KEY=V1,V2,..."."""
   key, _, values = text.partition("=")
-  return {f"{key}={value}": {key: ast.literal_eval(value)} for value in values.split(",") if value}
+  return {
+    f"{key}={value}": {key: ast.literal_eval(value)}
+    for value in values.split(",")
+    if value
+  }
 
 
 def arguments():
@@ -231,30 +269,48 @@ def arguments():
   parser.add_argument("--workdir", required=True)
   parser.add_argument("--config", default="configs/ks.py:full")
   parser.add_argument(
-    "--set", action="append", default=[], help="KEY=VALUE of the config, as the run had it"
+    "--set",
+    action="append",
+    default=[],
+    help="KEY=VALUE of the config, as the run had it",
   )
   parser.add_argument("--conditions", type=int, default=128)
   parser.add_argument("--members", type=int, default=8)
   parser.add_argument(
-    "--cases", help="rival (the default without --vary), front, all, or names with commas"
+    "--cases",
+    help="rival (the default without --vary), front, all, or names with commas",
   )
   parser.add_argument(
-    "--vary", default="", help="KEY=V1,V2,...: the config's sampler with these values of a key"
+    "--vary",
+    default="",
+    help="KEY=V1,V2,...: the config's sampler with these values of a key",
   )
   parser.add_argument("--factor", type=int)
   parser.add_argument("--operator", choices=["strided", "block_mean"])
   parser.add_argument("--split", choices=["calibration", "test"], default="test")
   parser.add_argument(
-    "--sweep", default="64,2", help="calibration conditions and members that Eq. 7 is swept on"
+    "--sweep",
+    default="64,2",
+    help="calibration conditions and members that Eq. 7 is swept on",
   )
   parser.add_argument("--spread", action="store_true", help="also with a fitted spread")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--out", type=pathlib.Path, help="folder for sampling.json, .txt and .png")
+  parser.add_argument(
+    "--out", type=pathlib.Path, help="folder for sampling.json, .txt and .png"
+  )
   args = parser.parse_args()
   asked = args.cases or ("" if args.vary else "rival")
-  groups = {"rival": ["rival"], "front": sampling_cases.FRONT, "all": sampling_cases.CASES}
-  args.names = [name for part in asked.split(",") if part for name in groups.get(part, [part])]
-  strangers = [name for name in args.names if name not in ("rival", *sampling_cases.CASES)]
+  groups = {
+    "rival": ["rival"],
+    "front": sampling_cases.FRONT,
+    "all": sampling_cases.CASES,
+  }
+  args.names = [
+    name for part in asked.split(",") if part for name in groups.get(part, [part])
+  ]
+  strangers = [
+    name for name in args.names if name not in ("rival", *sampling_cases.CASES)
+  ]
   if strangers:
     parser.error(
       f"{strangers[0]!r} is no case; they are: rival, front, all, {', '.join(sampling_cases.CASES)}"
@@ -278,9 +334,9 @@ def main():
   if "rival" in args.names:
     fits = sweep(bench, page, *map(int, args.sweep.split(",")))
   cases = sampling_rival.contest(fits) if fits else {}
-  cases |= {name: sampling_cases.CASES[name] for name in args.names if name != "rival"} | varied(
-    args.vary
-  )
+  cases |= {
+    name: sampling_cases.CASES[name] for name in args.names if name != "rival"
+  } | varied(args.vary)
   at = bench.conditions(args.split, args.conditions)
   rows = judge(bench, page, cases, at, args.members, args.spread)
   page.say("", *energies(rows))
@@ -301,7 +357,9 @@ def main():
       "train": stage_folder.plain(config.train),
       "versions": provenance.versions(),
       "commit": provenance.commit(),
-      "baselines": {name: found._asdict() for name, found in bench.baselines(at).items()},
+      "baselines": {
+        name: found._asdict() for name, found in bench.baselines(at).items()
+      },
     }
     args.out.mkdir(parents=True, exist_ok=True)
     written = about | {

@@ -79,7 +79,9 @@ def simulate_fields(ctx: jobs.Workdir, split: str, rows: np.ndarray) -> np.ndarr
     for first in range(0, len(ids), width):
       some = ids[first : first + width]
       padded = np.concatenate([some, np.full(width - len(some), some[0])])
-      fields = np.asarray(plan.rollout(jax.device_put(padded, meshes.rows(mesh))))[: len(some)]
+      fields = np.asarray(plan.rollout(jax.device_put(padded, meshes.rows(mesh))))[
+        : len(some)
+      ]
       plan.check(fields, some, plan.times)
       blocks.append(fields.astype(np.float32))
       bar.advance(len(some))
@@ -106,16 +108,22 @@ class Bench:
       stage.path, stage.hash, self.network, space, channels, self.mesh
     )
     self.table = error_table.load(stage.path, stage.hash)
-    self.config = config.changed(**{f"grid.{key}": value for key, value in observed.items()})
+    self.config = config.changed(
+      **{f"grid.{key}": value for key, value in observed.items()}
+    )
     have = config.data.hfhr.reference * config.data.snapshots
     self.reference = fine_fields(self.ctx, "reference", min(REFERENCE, have))[..., 0]
     self._programs = {}
 
   def conditions(self, split: str, count: int) -> Conditions:
     truth = fine_fields(self.ctx, split, count)
-    return Conditions(split, truth, np.asarray(worlds.operator(self.config).apply(truth)))
+    return Conditions(
+      split, truth, np.asarray(worlds.operator(self.config).apply(truth))
+    )
 
-  def draw(self, cases: dict[str, dict], at: Conditions, members: int) -> dict[str, Drawn]:
+  def draw(
+    self, cases: dict[str, dict], at: Conditions, members: int
+  ) -> dict[str, Drawn]:
     """Every case on the same conditions with the same keys.
 
     The cases take turns, block by block of conditions.
@@ -123,11 +131,17 @@ class Bench:
     block = -(-min(BLOCK, len(at.y)) // self.mesh.size) * self.mesh.size
     starts = range(0, len(at.y), block)
     rows = meshes.rows(self.mesh)
-    programs = {name: self._program(overrides, block, members) for name, overrides in cases.items()}
+    programs = {
+      name: self._program(overrides, block, members)
+      for name, overrides in cases.items()
+    }
     found = {name: [] for name in cases}
-    with progress.Progress(f"draw on {at.split}", len(starts) * len(cases), "blocks") as bar:
+    with progress.Progress(
+      f"draw on {at.split}", len(starts) * len(cases), "blocks"
+    ) as bar:
       for first in starts:
-        which = np.arange(first, first + block) % len(at.y)  # the last block is filled up
+        # The last block is filled up.
+        which = np.arange(first, first + block) % len(at.y)
         y = jax.device_put(at.y[which].repeat(members, 0), rows)
         keys = self._keys(at.split, which, members)
         for name, (program, alpha) in programs.items():
@@ -176,18 +190,23 @@ class Bench:
     truth = spectra.energies(at.truth[..., 0])
     shells = [len(truth) * part // 16 for part in (1, 2, 3, 4, 5, 6, 8, 10, 12)]
     held = spectra.energy_holding_shells(truth)
-    return {str(k): float(energy[k - 1] / truth[k - 1]) for k in shells if k and held[k - 1]}
+    return {
+      str(k): float(energy[k - 1] / truth[k - 1]) for k in shells if k and held[k - 1]
+    }
 
   def halves(self, fields: np.ndarray, at: Conditions) -> tuple[float, dict, dict]:
     """(κ fitted on the first half of the conditions, scores of the second as drawn, and with κ)."""
     half = len(fields) // 2
     first, second = (
-      Conditions(at.split, at.truth[part], at.y[part]) for part in (slice(half), slice(half, None))
+      Conditions(at.split, at.truth[part], at.y[part])
+      for part in (slice(half), slice(half, None))
     )
     factor = 1 / self.score(fields[:half], first)["s/e"]
     rest = fields[half:]
     flat = rest.reshape(-1, *rest.shape[2:])
-    scaled = conditional_sampler.rescale(flat, rest.shape[1], factor).reshape(rest.shape)
+    scaled = conditional_sampler.rescale(flat, rest.shape[1], factor).reshape(
+      rest.shape
+    )
     return factor, self.score(rest, second), self.score(scaled, second)
 
   def baselines(self, at: Conditions) -> dict[str, calibration.Reference]:
@@ -235,11 +254,15 @@ class Bench:
     )
     fold = jax.vmap(lambda c, m: jax.random.fold_in(jax.random.fold_in(base, c), m))
     member = np.tile(np.arange(members), len(conditions))
-    return jax.jit(fold, out_shardings=meshes.rows(self.mesh))(conditions.repeat(members), member)
+    return jax.jit(fold, out_shardings=meshes.rows(self.mesh))(
+      conditions.repeat(members), member
+    )
 
   def _flops(self, config) -> float:
     members, op = config.sampling.unit[1], worlds.operator(config)
-    keys = jax.eval_shape(lambda: jax.random.split(random_keys.key(0, "plans"), members))
+    keys = jax.eval_shape(
+      lambda: jax.random.split(random_keys.key(0, "plans"), members)
+    )
     y = jax.ShapeDtypeStruct((members, *op.coarse, 1), np.float32)
     return program_cost.flops(self._sampler(config), keys, y, self.params)
 
@@ -248,7 +271,12 @@ def _timed(program, *args):
   wall, cpu = time.perf_counter(), time.process_time()
   fields, misfit = jax.block_until_ready(program(*args))
   cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-  return np.asarray(fields)[..., 0], np.asarray(misfit), cpu / (os.cpu_count() or 1), wall
+  return (
+    np.asarray(fields)[..., 0],
+    np.asarray(misfit),
+    cpu / (os.cpu_count() or 1),
+    wall,
+  )
 
 
 def _joined(parts: list, conditions: int, members: int) -> Drawn:

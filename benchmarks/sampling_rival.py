@@ -42,7 +42,9 @@ def _sde(steps: int) -> Variant:
   settings = {}
   for start, low in STARTS.items():
     for eta in ETAS:
-      settings[f"η{eta:g} from {start}"] = cases.case("paper", steps, eta) | cases.OVERWRITE | low
+      settings[f"η{eta:g} from {start}"] = (
+        cases.case("paper", steps, eta) | cases.OVERWRITE | low
+      )
   return Variant(f"sde {steps}", settings, LONG)
 
 
@@ -94,7 +96,9 @@ def _at(overrides: dict, measure: Callable[[dict], dict]) -> Callable[[float], d
   return lambda alpha: measure(overrides | {"guidance.alpha": alpha})
 
 
-def _upwards(alphas: tuple[float, ...], score: Callable[[float], dict]) -> dict[float, dict]:
+def _upwards(
+  alphas: tuple[float, ...], score: Callable[[float], dict]
+) -> dict[float, dict]:
   """{α: scores} of alphas in turn until members run away, and of twice the largest for as long as
   that is the best.
   """
@@ -102,7 +106,9 @@ def _upwards(alphas: tuple[float, ...], score: Callable[[float], dict]) -> dict[
   while ahead:
     alpha = ahead.pop(0)
     by_alpha[alpha] = score(alpha)
-    error, least = (by_alpha[a].get("member", math.inf) for a in (alpha, _least(by_alpha)))
+    error, least = (
+      by_alpha[a].get("member", math.inf) for a in (alpha, _least(by_alpha))
+    )
     if error > HOPELESS * least:
       break
     if not ahead and error == least and 2 * alpha <= LARGEST:
@@ -133,7 +139,9 @@ def contest(fits: dict[str, Fit]) -> dict[str, dict]:
     found[f"eq7 best {variant.name}"] = _chosen(variant, one.by_error)
     if _gain(one) > APART:
       found[f"eq7 crps-best {variant.name}"] = _chosen(variant, one.by_crps)
-  return found | {name: cases.CASES[name] for name in ("eq7 library em 256", "eq7 α1 em 256")}
+  return found | {
+    name: cases.CASES[name] for name in ("eq7 library em 256", "eq7 α1 em 256")
+  }
 
 
 def _chosen(variant: Variant, choice: tuple[str, float]) -> dict:
@@ -154,13 +162,18 @@ def swept(name: str, one: Fit) -> list[str]:
   lines = []
   for setting, by_alpha in one.tried.items():
     ordered = sorted(by_alpha)
-    lines.append("  ".join([f"{name} {setting}, α", *(f"{alpha:>6.3g}" for alpha in ordered)]))
+    lines.append(
+      "  ".join([f"{name} {setting}, α", *(f"{alpha:>6.3g}" for alpha in ordered)])
+    )
     for column in ("member", "crps"):
       cells = (by_alpha[alpha].get(column) for alpha in ordered)
       shown = (" away" if cell is None else f"{cell:.4f}" for cell in cells)
       lines.append(
         "  ".join(
-          [f"{'':<{len(name + setting) - 5}}{column:>9}", *(f"{cell:>6}" for cell in shown)]
+          [
+            f"{'':<{len(name + setting) - 5}}{column:>9}",
+            *(f"{cell:>6}" for cell in shown),
+          ]
         )
       )
   setting, alpha = one.by_error
@@ -241,5 +254,6 @@ def aims(rows: dict[str, dict], found: dict[str, dict]) -> list[str]:
     lines.append(f"ours over theirs, {what}: {ratio:.3f} (aim {most:.3f}: {verdict})")
   away = {name: row["runaways"] for name, row in rows.items() if "runaways" in row}
   return lines + [
-    f"{name}: {count} members ran away, so it has no scores" for name, count in away.items()
+    f"{name}: {count} members ran away, so it has no scores"
+    for name, count in away.items()
   ]

@@ -37,7 +37,9 @@ class Placed(Stitching):
 
   @functools.cached_property
   def weights(self):
-    inner = np.stack([self.rows - self.rows[:, :1], self.rows[:, -1:] - self.rows]).astype(float)
+    inner = np.stack(
+      [self.rows - self.rows[:, :1], self.rows[:, -1:] - self.rows]
+    ).astype(float)
     inner[0, 0], inner[1, -1] = np.inf, np.inf
     raw = self.count(np.minimum(inner.min(0), self.frames))
     return raw / np.bincount(self.rows.ravel(), raw.ravel())[self.rows]
@@ -54,7 +56,9 @@ class OneMore(Placed):
 # ---------------------------------------------------------------- unconditional, by covariances
 
 
-def drawn_covariance(plan: Stitching, rho: float, eta: float = 5.0, steps: int = 400) -> np.ndarray:
+def drawn_covariance(
+  plan: Stitching, rho: float, eta: float = 5.0, steps: int = 400
+) -> np.ndarray:
   """[L, L] of series drawn with the exact denoiser of AR(1) windows: solver and denoiser are linear
   in x and noise.
   """
@@ -75,12 +79,16 @@ def drawn_covariance(plan: Stitching, rho: float, eta: float = 5.0, steps: int =
     np.eye(count),
     np.zeros((count, count)),
   )
-  state, last = np.block([[80.0**2 * eye, none], [none, none]]), None  # of x and the last D(x)
+  # Of x and the last D(x).
+  state, last = np.block([[80.0**2 * eye, none], [none, none]]), None
   for s, t in zip(levels[:-1].astype(float), levels[1:].astype(float), strict=True):
     h, d = np.log(s / t), denoiser(s)
     more, share = -np.expm1(-(1 + eta) * h), 0.0 if last is None else h / (2 * last)
     step = np.block(
-      [[t / s * np.exp(-eta * h) * eye + more * (1 + share) * d, -more * share * eye], [d, none]]
+      [
+        [t / s * np.exp(-eta * h) * eye + more * (1 + share) * d, -more * share * eye],
+        [d, none],
+      ]
     )
     state, last = step @ state @ step.T, h
     state[:count, :count] += t**2 * -np.expm1(-2 * eta * h) * eye
@@ -89,7 +97,9 @@ def drawn_covariance(plan: Stitching, rho: float, eta: float = 5.0, steps: int =
 
 
 def unconditional() -> None:
-  print(f"{'AR(1), windows, weights':<40}{'within':>8}{'seams':>8}{'least variance':>16}")
+  print(
+    f"{'AR(1), windows, weights':<40}{'within':>8}{'seams':>8}{'least variance':>16}"
+  )
   for rho in (0.8, 0.95):
     for frames, overlap in ((4, 0), (4, 1), (4, 2), (8, 4)):
       for name, kind in (("equal", Equal), ("place + 1", OneMore), ("ours", Stitching)):
@@ -100,7 +110,10 @@ def unconditional() -> None:
         steps = (np.diag(c)[1:] + np.diag(c)[:-1] - 2 * np.diag(c, 1)) / (2 - 2 * rho)
         title = f"ρ {rho:g}, F {frames}, O {overlap}, {name}"
         parts = [steps[~plan.seams].mean(), steps[plan.seams].mean()]
-        print(f"{title:<40}{parts[0]:>8.2f}{parts[1]:>8.2f}{np.diag(c).min():>16.2f}", flush=True)
+        print(
+          f"{title:<40}{parts[0]:>8.2f}{parts[1]:>8.2f}{np.diag(c).min():>16.2f}",
+          flush=True,
+        )
 
 
 # ---------------------------------------------------------------- with conditions
@@ -125,7 +138,9 @@ def denoiser(frames: int):
   vectors = jnp.asarray(vectors, jnp.float32)
 
   def denoise(x, sigma):
-    modes = jnp.fft.fft(x @ vectors, axis=1) * (variance / (variance + sigma[:, None, None] ** 2))
+    modes = jnp.fft.fft(x @ vectors, axis=1) * (
+      variance / (variance + sigma[:, None, None] ** 2)
+    )
     return jnp.fft.ifft(modes, axis=1).real @ vectors.T
 
   return denoise
@@ -156,13 +171,17 @@ def draw(plan: Stitching, y: np.ndarray, keys, steps: int, high: float) -> np.nd
     guided = guidance.make("measured", denoise, OP, rows, gain=measured)
     x = gaussian_gain.gaussian_start(keys, prior, rows, high)
     levels = schedules.levels("edm", steps, high, 3e-3)
-    return solvers.dpm_solver_pp_2m_sde(guided.denoise, x, levels, keys, eta=5.0, last=guided.last)
+    return solvers.dpm_solver_pp_2m_sde(
+      guided.denoise, x, levels, keys, eta=5.0, last=guided.last
+    )
 
   return np.asarray(run(keys), np.float64)
 
 
 def conditional(members: int, seed: int) -> None:
-  wave = np.fft.ifft(np.fft.fft(np.eye(POINTS), axis=0) * spectrum()[:, None], axis=0).real
+  wave = np.fft.ifft(
+    np.fft.fft(np.eye(POINTS), axis=0) * spectrum()[:, None], axis=0
+  ).real
   prior, c = np.kron(wave, in_time(FRAMES)), np.kron(OP.matrix(), np.eye(FRAMES))
   to_fine = prior @ c.T @ np.linalg.inv(c @ prior @ c.T)
   rng = np.random.default_rng(seed)
@@ -171,11 +190,18 @@ def conditional(members: int, seed: int) -> None:
   total = np.trace(cov)
 
   def show(title, x, plan):
-    steps = (np.diff(x.reshape(len(x), POINTS, FRAMES), axis=2) ** 2).mean((0, 1)) / exact
+    steps = (np.diff(x.reshape(len(x), POINTS, FRAMES), axis=2) ** 2).mean(
+      (0, 1)
+    ) / exact
     off = np.linalg.norm(x.mean(0) - mean) / np.sqrt(total)
-    parts = [steps[which].mean() if which.any() else np.nan for which in (~plan.seams, plan.seams)]
+    parts = [
+      steps[which].mean() if which.any() else np.nan
+      for which in (~plan.seams, plan.seams)
+    ]
     wide = np.sqrt(x.var(0, ddof=1).sum() / total)
-    print(f"{title:<40}{parts[0]:>8.2f}{parts[1]:>8.2f}{off:>8.3f}{wide:>8.3f}", flush=True)
+    print(
+      f"{title:<40}{parts[0]:>8.2f}{parts[1]:>8.2f}{off:>8.3f}{wide:>8.3f}", flush=True
+    )
 
   between = np.kron(np.eye(POINTS), np.diff(np.eye(FRAMES), axis=0))
   moves = np.diag(between @ cov @ between.T) + (between @ mean) ** 2
@@ -189,11 +215,17 @@ def conditional(members: int, seed: int) -> None:
     Stitching(4, 2, FRAMES),
   )
   keys = jax.random.split(jax.random.key(seed), members)
-  usual = [(sizes, 32, 10.0) for sizes in ((1, 0), (4, 0), (4, 2), (8, 4), (8, 6), (16, 0))]
+  usual = [
+    (sizes, 32, 10.0) for sizes in ((1, 0), (4, 0), (4, 2), (8, 4), (8, 6), (16, 0))
+  ]
   for sizes, steps, high in (*usual, ((8, 4), 128, 10.0), ((8, 4), 32, 3.0)):
     plan = Stitching(*sizes, FRAMES)
     x = draw(plan, y.reshape(-1, FRAMES), keys, steps, high)
-    show(f"F {sizes[0]}, O {sizes[1]}, {steps} steps from σ {high:g}", x.reshape(members, -1), plan)
+    show(
+      f"F {sizes[0]}, O {sizes[1]}, {steps} steps from σ {high:g}",
+      x.reshape(members, -1),
+      plan,
+    )
 
 
 def main() -> None:

@@ -45,7 +45,9 @@ def clouds(n, d):
 
   if d != 24:
     rng, scale = np.random.default_rng(0), 1 / (1 + np.arange(d) / 16)
-    x, y = (rng.normal(size=(n, d)) * scale * s + m for s, m in ((1.0, 0.2), (1.2, 0.0)))
+    x, y = (
+      rng.normal(size=(n, d)) * scale * s + m for s, m in ((1.0, 0.2), (1.2, 0.0))
+    )
     return x.astype(np.float32), y.astype(np.float32)
   from downscaling.debias.entropic import soft_min
   from downscaling.equations import ks, rollouts
@@ -53,7 +55,8 @@ def clouds(n, d):
   ids = np.arange(-(-n // 4))
   with jax.enable_x64(True):
     lflr, hfhr = (
-      np.asarray(rollouts.rollout(s, ids, snapshots=4)) for s in (ks.Coarse(), ks.Fine())
+      np.asarray(rollouts.rollout(s, ids, snapshots=4))
+      for s in (ks.Coarse(), ks.Fine())
     )
   x, y = (u.reshape(-1, 24)[:n].astype(np.float32) for u in (lflr, hfhr[..., ::8]))
   return x - soft_min.centre(y), y - soft_min.centre(y)
@@ -83,7 +86,12 @@ def ours(path):
     from downscaling.debias.entropic import sinkhorn
 
     done = sinkhorn.fit(
-      x, y, epsilon=epsilon / mean_cost(x, y), threshold=THRESHOLD, max_iterations=MOST, path=path
+      x,
+      y,
+      epsilon=epsilon / mean_cost(x, y),
+      threshold=THRESHOLD,
+      max_iterations=MOST,
+      path=path,
     )
     return done.f, done.g, done.history["iteration"][-1]
 
@@ -129,7 +137,11 @@ def pot(method):
     a, b = np.full(n, 1 / n), np.full(m, 1 / m)
     options = {"stopThr": THRESHOLD / math.sqrt(n), "numItermax": MOST, "log": True}
     _, log = ot.sinkhorn(a, b, cost, epsilon, method=method, **options)
-    f, g = (log["log_u"], log["log_v"]) if "log_u" in log else (np.log(log["u"]), np.log(log["v"]))
+    f, g = (
+      (log["log_u"], log["log_v"])
+      if "log_u" in log
+      else (np.log(log["u"]), np.log(log["v"]))
+    )
     return epsilon * f, epsilon * g, log["niter"]
 
   return solve
@@ -173,7 +185,16 @@ def worker(solver, n, d, share, once_only):
 
 
 def measure(solver, n, d, share, limit, once):
-  argv = [sys.executable, __file__, "--worker", solver, str(n), str(d), str(share), str(int(once))]
+  argv = [
+    sys.executable,
+    __file__,
+    "--worker",
+    solver,
+    str(n),
+    str(d),
+    str(share),
+    str(int(once)),
+  ]
   try:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=limit)
   except subprocess.TimeoutExpired:
@@ -185,7 +206,9 @@ def measure(solver, n, d, share, limit, once):
 
 def table(n, d, args):
   print(f"\nn = {n}, d = {d}, ε {args.epsilon:g} of the mean cost")
-  print(f"{'':<12}{'seconds':>9}{'against':>9}{'iterations':>12}{'error':>10}{'memory MB':>11}")
+  print(
+    f"{'':<12}{'seconds':>9}{'against':>9}{'iterations':>12}{'error':>10}{'memory MB':>11}"
+  )
   runs = {solver: [] for solver in args.solvers.split(",")}
   for _ in range(args.rounds):
     for solver, rows in runs.items():
@@ -199,7 +222,11 @@ def table(n, d, args):
     if not good:
       print(
         f"{solver:<12}"
-        + (f"  failed: {rows[0]['failed']}" if rows[0] else f"  more than {args.limit:g} s")
+        + (
+          f"  failed: {rows[0]['failed']}"
+          if rows[0]
+          else f"  more than {args.limit:g} s"
+        )
       )
       continue
     row = min(good, key=lambda r: r["seconds"])
@@ -223,20 +250,28 @@ def memory_table():
   from downscaling.runtime import mesh as meshes
 
   mesh = meshes.make(1)
-  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=meshes.rows(mesh))
-  print(f"{'d':>6}{'n':>9}{'clouds MB':>11}{'fused MB':>10}{'ring MB':>9}{'a plan, MB':>13}")
+  shape = lambda *sizes: jax.ShapeDtypeStruct(
+    sizes, jnp.float32, sharding=meshes.rows(mesh)
+  )
+  print(
+    f"{'d':>6}{'n':>9}{'clouds MB':>11}{'fused MB':>10}{'ring MB':>9}{'a plan, MB':>13}"
+  )
   for d in (24, 256, 1024):
     for n in (2**12, 2**16, 2**18, 2**20):
       found = []
       for path in ("fused", "ring"):
-        chunk = sinkhorn_steps.make_chunk(iterations=10, momentum=1.5, path=path, mesh=mesh)
+        chunk = sinkhorn_steps.make_chunk(
+          iterations=10, momentum=1.5, path=path, mesh=mesh
+        )
         arguments = (
           shape(n, d),
           shape(n, d),
           *(shape(n),) * 4,
           jax.ShapeDtypeStruct((), jnp.float32),
         )
-        found.append(chunk.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 1e6)
+        found.append(
+          chunk.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 1e6
+        )
       print(
         f"{d:>6}{n:>9}{8e-6 * n * d:>11.0f}{found[0]:>10.0f}{found[1]:>9.0f}{4e-6 * n * n:>13.0f}",
         flush=True,

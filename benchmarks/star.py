@@ -87,7 +87,9 @@ def count_stars(
   snapshot = np.round((structure.time - c.data.burn_in) / c.data.spacing).astype(int)
   with progress.Progress(f"star {level}", sets, "sets") as bar:
     for turn in range(sets):
-      x = simulated(c, structure.blocks, FIRST + turn * 1_000_000, ctx.mesh)[number, snapshot]
+      x = simulated(c, structure.blocks, FIRST + turn * 1_000_000, ctx.mesh)[
+        number, snapshot
+      ]
       if level == "coarse":
         x = np.asarray(op.apply(x[..., None]))[..., 0]
       even = np.ones((1, len(x)), np.float32)
@@ -116,7 +118,9 @@ def main():
   args = parser.parse_args()
   config = experiment.load(args.config)
   ctx = jobs.Workdir(config, args.workdir.absolute(), meshes.make(), supervision.Stop())
-  lines = [f"{args.sets} independent true sets, how many lie inside the floor (95 % expected)"]
+  lines = [
+    f"{args.sets} independent true sets, how many lie inside the floor (95 % expected)"
+  ]
   for level in ("coarse", "fine"):
     structure, inside, floor = count_stars(ctx, level, args.sets)
     lines.append(f"{level}: {len(structure)} fields of {structure.blocks} trajectories")

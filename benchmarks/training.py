@@ -46,9 +46,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 def pieces(space, net):
   """Denoiser, optimiser, noise levels."""
   spectrum = np.ones((*space, 1), np.float32)
-  rate = train_state.learning_rate(peak=1e-3, end=1e-6, warmup_steps=2, total_steps=1000)
+  rate = train_state.learning_rate(
+    peak=1e-3, end=1e-6, warmup_steps=2, total_steps=1000
+  )
   draw = lambda key, batch: jnp.exp(-1.2 + 1.6 * jax.random.normal(key, (batch,)))
-  return denoiser.Denoiser(unet.UNet(**net), spectrum), train_state.optimizer(rate, 1.0), draw, rate
+  return (
+    denoiser.Denoiser(unet.UNet(**net), spectrum),
+    train_state.optimizer(rate, 1.0),
+    draw,
+    rate,
+  )
 
 
 def ours(space, batch, net):
@@ -61,12 +68,15 @@ def ours(space, batch, net):
   step = train_step.make_train_step(
     d, tx, draw, (0.999,), mesh, specs.params, rate=rate, log_every=50
   )
-  example = jax.ShapeDtypeStruct((batch, *space, 1), jnp.float32, sharding=meshes.rows(mesh))
+  example = jax.ShapeDtypeStruct(
+    (batch, *space, 1), jnp.float32, sharding=meshes.rows(mesh)
+  )
   began = time.perf_counter()
   program, flops = train_loop.compiled(step, target, {"x": example})
   seconds = time.perf_counter() - began
   x = jax.device_put(
-    np.random.default_rng(0).normal(size=example.shape).astype(np.float32), meshes.rows(mesh)
+    np.random.default_rng(0).normal(size=example.shape).astype(np.float32),
+    meshes.rows(mesh),
   )
   return program, start(*keys), {"x": x}, seconds, flops
 
@@ -125,14 +135,14 @@ def activations(space, batch, net):
     jax.ShapeDtypeStruct((batch,), jnp.float32),
   )
   params = jax.eval_shape(d.init, jax.random.key(0), x, s)["params"]
-  loss = lambda p, x, s, n: jax.vjp(lambda p: train_step.denoising_error(d, p, x, s, n).mean(), p)[
-    1
-  ]
+  loss = lambda p, x, s, n: jax.vjp(
+    lambda p: train_step.denoising_error(d, p, x, s, n).mean(), p
+  )[1]
   kept = jax.tree.leaves(jax.eval_shape(loss, params, x, s, x))
   own = {p.shape for p in jax.tree.leaves(params)}
-  return sum(k.size * k.dtype.itemsize for k in kept if k.shape not in own), train_state.count(
-    params
-  )
+  return sum(
+    k.size * k.dtype.itemsize for k in kept if k.shape not in own
+  ), train_state.count(params)
 
 
 class Silent:
@@ -147,7 +157,9 @@ class Silent:
 def fit_seconds(folder, program, state, batches, mesh, first, count):
   """Seconds a step of `fit`, without evaluation and saving: those are asked for, not overhead."""
   total = first + count
-  plan = train_loop.Plan(total_steps=total + 10**9, log_every=50, eval_every=0, save_every=0)
+  plan = train_loop.Plan(
+    total_steps=total + 10**9, log_every=50, eval_every=0, save_every=0
+  )
   writer = metric_writer.MetricWriter(folder)
   watch = train_loop.Watch(writer, Silent(), folder, batches.batch, 1.0, None)
   polls = iter([*[False] * (count - 1), True])
@@ -183,7 +195,9 @@ def input_source(workdir):
     f"--config={ROOT}/configs/ks.py:smoke",
   ]
   subprocess.run([*command, f"--workdir={workdir}"], check=True, capture_output=True)
-  return simulated.source(simulated.make("ks", "hfhr", f"{workdir}/data", (192,)), "train")
+  return simulated.source(
+    simulated.make("ks", "hfhr", f"{workdir}/data", (192,)), "train"
+  )
 
 
 def main(argv):
@@ -207,7 +221,9 @@ def main(argv):
       f"  (a) ours {1e3 * us:.0f} ms, plain flax + optax with lax.conv {1e3 * them:.0f} ms: "
       f"{them / us:.2f} ×"
     )
-    print(f"      {flops / us / 1e9:.0f} GFLOP/s; a matrix product here: {matmul_rate() / 1e9:.0f}")
+    print(
+      f"      {flops / us / 1e9:.0f} GFLOP/s; a matrix product here: {matmul_rate() / 1e9:.0f}"
+    )
     print(f"  (d) compiled in {compile_seconds:.1f} s")
     memory = program_cost.memory(program)
     peak, hand = memory["arguments"] + memory["temporaries"], 4 * 4 * parameters + kept
@@ -232,7 +248,9 @@ def around(program, state, x, batch):
     pairs, count = [], 50
     for _ in range(ROUNDS.value):
       copy = lambda: jax.tree.map(lambda v: v.copy(), state)
-      loop = fit_seconds(folder / "fit", program, copy(), batches, mesh, int(state.step), count)
+      loop = fit_seconds(
+        folder / "fit", program, copy(), batches, mesh, int(state.step), count
+      )
       bare, _ = timed(program, copy(), x, count)
       pairs.append((loop, bare))
     ratios = [loop / bare for loop, bare in pairs]

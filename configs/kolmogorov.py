@@ -20,7 +20,9 @@ import ml_collections
 # Resampling is off: with .125 ensembles of `cpu` become too narrow.
 FLOW = dict(
   data=dict(name="kolmogorov", burn_in=40.0),
-  debias=dict(maps=("entropic", "gaussian", "equivariant"), epsilon=3e-4, recipe="GMQGMMGMG"),
+  debias=dict(
+    maps=("entropic", "gaussian", "equivariant"), epsilon=3e-4, recipe="GMQGMMGMG"
+  ),
   model=dict(preconditioning="adaptive", static=("forcing",)),
   sampling=dict(resample=dict(strength=0.0), levels=dict(name="edm")),
   evaluate=dict(draws=100),

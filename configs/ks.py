@@ -36,7 +36,9 @@ SMOKE = dict(
     hfhr=dict(train=128, calibration=64, test=64, reference=32, floor=32),
     lflr=dict(train=128, calibration=32, test=64),
   ),
-  debias=dict(points=256, epsilon=0.01, max_iterations=100, minibatch=dict(batch=32), held_out=64),
+  debias=dict(
+    points=256, epsilon=0.01, max_iterations=100, minibatch=dict(batch=32), held_out=64
+  ),
   model=dict(channels=(8, 16), strides=(2, 4), embedding=32),
   optimizer=dict(warmup_steps=2),
   train=dict(batch=16, total_steps=20, ema_decay=0.9),

@@ -61,7 +61,11 @@ def _inner(name: str, kind: type[settings.Settings]):
 def _block(name: str, kind: type[settings.Settings]) -> list[str]:
   """The section of one block."""
   lines = [f"\n## {name}\n", (kind.__doc__ or "").strip().splitlines()[0], ""]
-  rows = [(field, field.metadata["rule"]) for field in dataclasses.fields(kind) if _rule(field)]
+  rows = [
+    (field, field.metadata["rule"])
+    for field in dataclasses.fields(kind)
+    if _rule(field)
+  ]
   if not rows:
     return lines[:2]
   lines += ["| key | default | accepts | meaning |", "|---|---|---|---|"]

@@ -29,7 +29,9 @@ def on_config(config):
   """Adds the generated pages to the navigation."""
   for section in config.nav:
     if "Reference" in section:
-      section["Reference"] += [{f"downscaling.{name}": page} for name, page in rooms().items()]
+      section["Reference"] += [
+        {f"downscaling.{name}": page} for name, page in rooms().items()
+      ]
     if "Project" in section:
       section["Project"] = [page for page in guests().values() if page != "index.md"]
   return config
@@ -69,7 +71,10 @@ def reference(name: str) -> str:
   if name == "*":
     title, paths = "downscaling", sorted(ROOT.glob("downscaling/*.py"))
   else:
-    title, paths = f"downscaling.{name}", sorted(ROOT.glob(f"downscaling/{name}/**/*.py"))
+    title, paths = (
+      f"downscaling.{name}",
+      sorted(ROOT.glob(f"downscaling/{name}/**/*.py")),
+    )
   modules = [path for path in paths if documented(path)]
   names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
   blocks = [f"::: {module.removesuffix('.__init__')}" for module in names]
@@ -104,4 +109,6 @@ def rewritten(text: str, source: str, page: str) -> str:
     return f"{image}[{words}]({path}{mark}{anchor})"
 
   parts = FENCE.split(text)
-  return "".join(part if i % 2 else LINK.sub(replace, part) for i, part in enumerate(parts))
+  return "".join(
+    part if i % 2 else LINK.sub(replace, part) for i, part in enumerate(parts)
+  )

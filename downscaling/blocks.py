@@ -38,7 +38,9 @@ def local_folder(value: Any) -> str:
 
 def file_name(value: Any) -> str:
   """Part of the name of a folder."""
-  if not isinstance(value, str) or not re.fullmatch(r"[\w.+=-]*", value) or ".." in value:
+  if (
+    not isinstance(value, str) or not re.fullmatch(r"[\w.+=-]*", value) or ".." in value
+  ):
     raise ValueError
   return value
 
@@ -60,7 +62,9 @@ def recipe(value: Any) -> str | tuple:
   return tuple(tuple(step) for step in value)
 
 
-FOLDER = 'a folder of this machine\'s file system, without "scheme://"; "" for the default'
+FOLDER = (
+  'a folder of this machine\'s file system, without "scheme://"; "" for the default'
+)
 LABEL = "letters, digits and any of . _ + = -, without .. in it"
 
 
@@ -68,7 +72,9 @@ LABEL = "letters, digits and any of . _ + = -, without .. in it"
 class Mesh(Settings, key="mesh"):
   """Devices: batches are split over data × fsdp, the state of a training run over fsdp."""
 
-  data: int = count(-1, "devices along data; -1 takes all that are left", least=-1, free=True)
+  data: int = count(
+    -1, "devices along data; -1 takes all that are left", least=-1, free=True
+  )
   fsdp: int = count(1, "devices that share the state of training", free=True)
 
 
@@ -76,7 +82,9 @@ class Mesh(Settings, key="mesh"):
 class Supervision(Settings, key="supervision"):
   """When a process counts as hung."""
 
-  silence: float = number(1800.0, "seconds without a finished unit of work", least=0, free=True)
+  silence: float = number(
+    1800.0, "seconds without a finished unit of work", least=0, free=True
+  )
 
 
 @block
@@ -86,7 +94,9 @@ class Grid(Settings, key="grid"):
   points: int = count(192, "fine points along each axis", least=2)
   length: float = number(64.0, "length of the Kuramoto-Sivashinsky box", above=0)
   factor: int = count(8, "fine points a coarse point, one whole number for all axes")
-  operator: str = choice("strided", ("strided", "block_mean"), "how C′ makes a coarse value")
+  operator: str = choice(
+    "strided", ("strided", "block_mean"), "how C′ makes a coarse value"
+  )
   frames: int = count(1, "consecutive snapshots that the prior knows together")
 
 
@@ -96,7 +106,9 @@ class FineSplits(Settings, key="data.hfhr"):
 
   train: int = count(12288, "trajectories that train the prior and the maps")
   calibration: int = count(2048, "trajectories that tune numbers")
-  test: int = count(2048, "trajectories whose fields are drawn again from their coarse values")
+  test: int = count(
+    2048, "trajectories whose fields are drawn again from their coarse values"
+  )
   reference: int = count(4096, "trajectories that results are compared with")
   floor: int = count(4096, "trajectories that say what other true data would have")
 
@@ -155,12 +167,16 @@ class Debias(Settings, key="debias"):
     least=1e-6,
     below=0.3,
   )
-  threshold: float = number(1e-3, "error of the marginals at which Sinkhorn stops", above=0)
+  threshold: float = number(
+    1e-3, "error of the marginals at which Sinkhorn stops", above=0
+  )
   max_iterations: int = count(2000, "Sinkhorn iterations at most")
   check_every: int = count(10, "iterations between two looks at the marginals")
   path: str = choice("auto", ("auto", "dense", "fused", "ring", "pallas"),
                      "how costs are computed; results agree to rounding", free=True)  # fmt: skip
-  save_seconds: float = number(30.0, "seconds between two checkpoints", least=0, free=True)
+  save_seconds: float = number(
+    30.0, "seconds between two checkpoints", least=0, free=True
+  )
   recipe: str | tuple = text("GMQM", "steps of the equivariant map, a letter each",
                              words="letters out of G, M, N, Q, T", read=recipe)  # fmt: skip
   select: bool = flag(True, "take only steps that improve rows outside the fit")
@@ -192,7 +208,9 @@ class Schedule(Settings, key="schedule"):
 class Noise(Settings, key="noise"):
   """Noise levels that the prior is trained on."""
 
-  kind: str = choice("log_normal", ("log_normal", "log_uniform", "uniform_time"), "their law")
+  kind: str = choice(
+    "log_normal", ("log_normal", "log_uniform", "uniform_time"), "their law"
+  )
   mean: float = number(-1.2, "of log_normal: mean of ln σ")
   std: float = number(1.6, "of log_normal: standard deviation of ln σ", above=0)
 
@@ -207,9 +225,15 @@ class Model(Settings, key="model"):
   stem: int = count(1, "patch of the first layer; 1 keeps the full grid")
   heads: int = count(0, "attention heads at the coarsest level; 0 for none", least=0)
   embedding: int = count(128, "width of the noise embedding", least=2)
-  convolution: str = choice("auto", ("auto", "im2col", "lax"), "how convolutions are computed")
-  dtype: str = choice("float32", ("bfloat16", "float32"), "precision of the network's arithmetic")
-  preconditioning: str = choice("wiener", ("adaptive", "edm", "wiener"), "of the denoiser")
+  convolution: str = choice(
+    "auto", ("auto", "edges", "im2col", "lax"), "how convolutions are computed"
+  )
+  dtype: str = choice(
+    "float32", ("bfloat16", "float32"), "precision of the network's arithmetic"
+  )
+  preconditioning: str = choice(
+    "wiener", ("adaptive", "edm", "wiener"), "of the denoiser"
+  )
   static: tuple = names((), "fields of the equation that the network sees beside x")
 
 
@@ -233,7 +257,9 @@ class Train(Settings, key="train"):
                              least=0, below=1)  # fmt: skip
   dir: str = text("", "where the prior lies, WORKDIR/train by default", words=FOLDER,
                   read=local_folder, free=True, example="/data/ks")  # fmt: skip
-  augment: bool = flag(False, "move every field by a random symmetry, anew in each step")
+  augment: bool = flag(
+    False, "move every field by a random symmetry, anew in each step"
+  )
 
 
 @block
@@ -241,8 +267,12 @@ class Plan(Settings, key="plan"):
   """How often things happen in training, in steps."""
 
   log_every: int = count(100, "steps between two log lines", free=True)
-  eval_every: int = count(2000, "steps between two evaluations; 0: at the end", least=0, free=True)
-  save_every: int = count(1000, "steps between two checkpoints; 0: at the end", least=0, free=True)
+  eval_every: int = count(
+    2000, "steps between two evaluations; 0: at the end", least=0, free=True
+  )
+  save_every: int = count(
+    1000, "steps between two checkpoints; 0: at the end", least=0, free=True
+  )
   save_minutes: float = number(10.0, "minutes between two checkpoints; 0: never by the clock",
                                least=0, free=True)  # fmt: skip
 
@@ -252,7 +282,9 @@ class Keep(Settings, key="keep"):
   """Checkpoints that stay."""
 
   last: int = count(3, "newest checkpoints that stay", free=True)
-  every: int = count(0, "keep each checkpoint whose step it divides; 0: none", least=0, free=True)
+  every: int = count(
+    0, "keep each checkpoint whose step it divides; 0: none", least=0, free=True
+  )
   best: int = count(0, "keep as many by the metric; 0: none", least=0, free=True)
   metric: str = text("validation/error", "metric of the best", words="the name of a metric",
                      free=True)  # fmt: skip
@@ -263,7 +295,9 @@ class Memory(Settings, key="memory"):
   """Less memory for more time."""
 
   microbatches: int = count(1, "parts in which a device's rows are computed", free=True)
-  remat: int = count(0, "finest levels whose activations are computed twice", least=0, free=True)
+  remat: int = count(
+    0, "finest levels whose activations are computed twice", least=0, free=True
+  )
 
 
 @block
@@ -297,9 +331,13 @@ class Guidance(Settings, key="sampling.guidance"):
   name: str = choice("measured", ("measured", "moment", "none", "paper", "scaled", "wiener"),
                      "the method; paper is Eq. 7 of Wan et al.")  # fmt: skip
   alpha: float = number(3.0, "strength of paper and scaled", least=0)
-  normalise: str = choice("none", ("divide", "multiply", "none"), "of paper: scale of the strength")
+  normalise: str = choice(
+    "none", ("divide", "multiply", "none"), "of paper: scale of the strength"
+  )
   final: str = choice("gain", ("gain", "overwrite"), "how paper and scaled end")
-  variance: str = choice("measured", ("gaussian", "measured"), "of the gain: the prior's error")
+  variance: str = choice(
+    "measured", ("gaussian", "measured"), "of the gain: the prior's error"
+  )
 
 
 @block
@@ -307,7 +345,9 @@ class Resample(Settings, key="sampling.resample"):
   """Resampling among a condition's members in a unit."""
 
   strength: float = number(0.125, "strength of the selection; 0: none", least=0)
-  dead_zone: float = number(3.0, "misfit below which nothing is selected, in units of d′", least=1)
+  dead_zone: float = number(
+    3.0, "misfit below which nothing is selected, in units of d′", least=1
+  )
   below: float = number(100.0, "noise level below which members are weighed", above=0)
 
 
@@ -329,7 +369,9 @@ class Solver(Settings, key="sampling.solver"):
 class Levels(Settings, key="sampling.levels"):
   """Noise levels of conditional draws."""
 
-  name: str = choice("guided", ("edm", "exponential", "guided"), "how levels are spaced")
+  name: str = choice(
+    "guided", ("edm", "exponential", "guided"), "how levels are spaced"
+  )
   steps: int = count(24, "sampling steps")
   sigma_max: float = number(3.0, "first noise level", above=0)
   sigma_min: float = number(3e-3, "last noise level", above=0)

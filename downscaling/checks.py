@@ -78,7 +78,10 @@ def _series(experiment: Experiment) -> None:
   """Trajectories hold the windows and series that are asked for."""
   e, snapshots = experiment, experiment.data.snapshots
   whole = time_series.plan(e)
-  for key, frames in (("grid.frames", whole.frames), ("sampling.series.frames", whole.series)):
+  for key, frames in (
+    ("grid.frames", whole.frames),
+    ("sampling.series.frames", whole.series),
+  ):
     if frames > snapshots:
       raise ValueError(
         f"config.{key}={frames}, but a trajectory has config.data.snapshots={snapshots}: windows "
@@ -174,7 +177,10 @@ def _programs(experiment: Experiment) -> None:
   rows, length = 2 * e.sampling.unit[1], e.sampling.series.frames
   keys = jax.ShapeDtypeStruct((rows,), key.dtype)
   time = () if length == 1 else (length,)
-  y = jax.ShapeDtypeStruct((rows, *time, *worlds.operator(e).coarse, 1), jnp.float32)
+  y = jax.ShapeDtypeStruct(
+    (rows, *time, *worlds.operator(e).coarse, 1),
+    jnp.float32,
+  )
   draw = samples.sampler(e, stats, network, prior.stand_in_table(e))
   jax.eval_shape(draw, keys, None, variables["params"])
   jax.eval_shape(draw, keys, y, variables["params"])

@@ -26,7 +26,9 @@ def folder() -> pathlib.Path:
 
 def names() -> list[str]:
   """The names of the built-in configs, in alphabetical order."""
-  return sorted(path.stem for path in folder().glob("*.py") if not path.stem.startswith("_"))
+  return sorted(
+    path.stem for path in folder().glob("*.py") if not path.stem.startswith("_")
+  )
 
 
 def resolve(text: str) -> str:
@@ -44,9 +46,13 @@ def resolve(text: str) -> str:
   if config in names():
     return f"{folder() / config}.py{colon}{variant}"
   known = ", ".join(names())
-  advice = f"Use a built-in config ({known}), e.g. --config=ks:quick, or the path of a file"
+  advice = (
+    f"Use a built-in config ({known}), e.g. --config=ks:quick, or the path of a file"
+  )
   if re.fullmatch(r"\w*", config):
-    raise FileNotFoundError(f"--config={text}: there is no built-in config {config!r}. {advice}.")
+    raise FileNotFoundError(
+      f"--config={text}: there is no built-in config {config!r}. {advice}."
+    )
   raise FileNotFoundError(
     f"--config={text}: there is no such file in {pathlib.Path.cwd()}. {advice}, e.g. "
     "--config=configs/ks.py:quick."
@@ -74,9 +80,14 @@ def read(path: str, variant: str | None) -> Mapping[str, Any]:
   return found.to_dict() if hasattr(found, "to_dict") else found
 
 
-def merged(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def merged(
+  given: Mapping[str, Any],
+  overrides: Mapping[str, Any],
+) -> dict[str, Any]:
   """A nested dict with some values set by their full keys."""
-  found = {key: merged(v, {}) if isinstance(v, Mapping) else v for key, v in given.items()}
+  found = {
+    key: merged(v, {}) if isinstance(v, Mapping) else v for key, v in given.items()
+  }
   for key, value in overrides.items():
     *path, last = key.split(".")
     inner = found
@@ -88,7 +99,9 @@ def merged(given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
   return found
 
 
-def from_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+def from_arguments(
+  arguments: Sequence[str],
+) -> tuple[list[str], dict[str, Any], list[str]]:
   """Splits --config and --config.key off a command line.
 
   Returns: (values of --config, {key: value}, the other arguments).

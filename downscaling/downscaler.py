@@ -74,7 +74,9 @@ class Downscaler:
     e = _experiment(path, found)
     name = e.debias.map if map is None else map
     trained = e.folder(path, "train")
-    marker = _finished(found["train"] or _marker(path, "train", trained), trained, "train")
+    marker = _finished(
+      found["train"] or _marker(path, "train", trained), trained, "train"
+    )
     fitted = path / "debias" / name
     _finished(found["debias"], path / "debias", "debias")
     if not (fitted / "map.json").exists():
@@ -84,7 +86,9 @@ class Downscaler:
     network, space = prior.network(e, stats), worlds.space(e)
     wide = len(stats.mean) * e.grid.frames
     made_by = marker["config_hash"]
-    loaded = train_loop.load_prior(trained, made_by, network, space, wide, meshes.make(1))
+    loaded = train_loop.load_prior(
+      trained, made_by, network, space, wide, meshes.make(1)
+    )
     table = error_table.load(trained, made_by) if samples.needs_table(e) else None
     return cls(
       experiment=e,
@@ -104,7 +108,9 @@ class Downscaler:
     """
     target = pathlib.Path(folder).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-      raise FileExistsError(f"{target} is not empty: nothing was written. Use another folder.")
+      raise FileExistsError(
+        f"{target} is not empty: nothing was written. Use another folder."
+      )
     e, source = self.experiment, self.folder
     partial = target.with_name(files.temporary_name(target.name))
     try:
@@ -114,7 +120,9 @@ class Downscaler:
       shutil.copyfile(data / "statistics.npz", partial / "data" / "statistics.npz")
       shutil.copytree(trained / "prior", partial / "train" / "prior")
       if self.table is not None:
-        shutil.copyfile(trained / error_table.FILE, partial / "train" / error_table.FILE)
+        shutil.copyfile(
+          trained / error_table.FILE, partial / "train" / error_table.FILE
+        )
       for fitted in (source / "debias").glob("*/map.json"):
         shutil.copytree(
           fitted.parent,
@@ -214,10 +222,18 @@ class Downscaler:
     if unit is None:
       conditions = min(len(given.rows), self.experiment.sampling.unit[0])
       unit = (conditions, self.experiment.sampling.unit[1])
-    fields = self._drawn(given.rows, members, int(key), unit, self._relative(noise))
+    fields = self._drawn(
+      given.rows,
+      members,
+      int(key),
+      unit,
+      self._relative(noise),
+    )
     return given.fine(fields)
 
-  def _drawn(self, y: np.ndarray, members: int, seed: int, unit, noise: float) -> np.ndarray:
+  def _drawn(
+    self, y: np.ndarray, members: int, seed: int, unit, noise: float
+  ) -> np.ndarray:
     """[K, M, (L,) *space, C] of conditions [K, (L,) *coarse, C]."""
     device, axes = jax.local_devices()[0], len(self.fine)
     weights = self.params
@@ -235,9 +251,19 @@ class Downscaler:
       unit=unit,
       frames=self.experiment.sampling.series.frames,
     )
-    program = ensemble.compiled(self._sampler(unit), seed, layout, weights, [device])[0]
+    program = ensemble.compiled(
+      self._sampler(unit),
+      seed,
+      layout,
+      weights,
+      [device],
+    )[0]
     there = jax.device_put(weights, device)
-    found = np.full((len(y), members, *layout.made), np.nan, np.float32)
+    found = np.full(
+      (len(y), members, *layout.made),
+      np.nan,
+      np.float32,
+    )
     for each in layout.units():
       block = ensemble.block(layout, each, np.arange(len(y)), y)
       drawn = program(*jax.device_put(block, device), there)["sample"]
@@ -249,14 +275,18 @@ class Downscaler:
   @functools.cache  # noqa: B019 - as long as the downscaler lives
   def _sampler(self, unit: tuple[int, int]) -> Callable:
     e = self.experiment.changed(**{"sampling.unit": unit})
-    return samples.sampler(e, self.statistics, prior.network(e, self.statistics), self.table)
+    return samples.sampler(
+      e, self.statistics, prior.network(e, self.statistics), self.table
+    )
 
   def _relative(self, noise: float | None) -> float:
     """Observation noise in standard deviations of the data."""
     if noise is None:
       return self.noise
     if not (math.isfinite(noise) and noise >= 0):
-      raise ValueError(f"noise={noise}: need a finite number of at least 0, in the units of y.")
+      raise ValueError(
+        f"noise={noise}: need a finite number of at least 0, in the units of y."
+      )
     return float(noise / np.mean(self.statistics.std))
 
 
@@ -279,7 +309,9 @@ class _Coarse:
       )
     if not np.isfinite(values).all():
       count = int((~np.isfinite(values)).sum())
-      raise ValueError(f"{count} of {values.size} coarse values are not finite: mend or drop them.")
+      raise ValueError(
+        f"{count} of {values.size} coarse values are not finite: mend or drop them."
+      )
     self.lead = values.shape[: values.ndim - len(need)]
     self.rows = values.reshape(-1, *need)
     self.time = frames > 1
@@ -290,7 +322,9 @@ class _Coarse:
     if not self.labelled:
       return values
     values = values[..., 0] if self.bare else values
-    return self.given.copy(data=values).assign_attrs(history=_history(self.given, history))
+    return self.given.copy(data=values).assign_attrs(
+      history=_history(self.given, history)
+    )
 
   def fine(self, fields: np.ndarray):
     """Fine fields [K, M, ...] with the leading axes and labels of those that came."""
@@ -305,11 +339,15 @@ class _Coarse:
     lead = dims[: len(self.lead)]
     names = [*lead, "member", *dims[len(self.lead) :]]
     coords = {k: v for k, v in self.given.coords.items() if not {*v.dims} & {*space}}
-    for name, (points, about) in zip(space, self.of.domain.coords().values(), strict=True):
+    for name, (points, about) in zip(
+      space, self.of.domain.coords().values(), strict=True
+    ):
       coords[name] = (name, points, about)
     made = xarray.DataArray(values, dims=names, coords=coords, name=self.given.name)
     told = f"drawn by {self.of!r}"
-    return made.assign_attrs(dict(self.given.attrs) | {"history": _history(self.given, told)})
+    return made.assign_attrs(
+      dict(self.given.attrs) | {"history": _history(self.given, told)}
+    )
 
 
 def _history(given, told: str) -> str:
@@ -320,7 +358,9 @@ def _history(given, told: str) -> str:
 # ---------------------------------------------------------------- what a folder says
 
 
-def _marker(path: pathlib.Path, stage: str, folder: pathlib.Path | None = None) -> dict | None:
+def _marker(
+  path: pathlib.Path, stage: str, folder: pathlib.Path | None = None
+) -> dict | None:
   """The marker of a stage; None if there is none."""
   file = (folder or path / stage) / stage_folder.MARKER
   return files.read_json(file) if file.exists() else None

@@ -20,7 +20,17 @@ EQUATIONS = {"ks": ks, "kolmogorov": kolmogorov}
 DEPENDS = {
   "data": ("seed", "grid", "fine", "coarse", "data"),
   "debias": ("seed", "grid", "fine", "coarse", "data", "debias"),
-  "train": ("seed", "grid", "fine", "data", "noise", "schedule", "model", "optimizer", "train"),
+  "train": (
+    "seed",
+    "grid",
+    "fine",
+    "data",
+    "noise",
+    "schedule",
+    "model",
+    "optimizer",
+    "train",
+  ),
 }
 DEPENDS["samples"] = (
   *DEPENDS["debias"],
@@ -117,13 +127,16 @@ class Experiment(Settings):
     """
     every = self.differences(results_only=True)
     found = {key: every[key] for key in DEPENDS[stage] if key in every}
-    if stage == "train":  # the prior sees the fine training split alone, and serves every C′
+    # The prior sees the fine training split alone, and serves every C′.
+    if stage == "train":
       found["data"] = _only_training(found.get("data", {}))
       found["grid"] = _without(found.get("grid", {}), "factor", "operator")
-    if stage in ("data", "debias"):  # the snapshots are the same whatever the prior makes of them
+    # The snapshots are the same whatever the prior makes of them.
+    if stage in ("data", "debias"):
       found["grid"] = _without(found.get("grid", {}), "frames")
     length = self.sampling.series.frames
-    if stage == "debias" and length > 1:  # which rows are held out depends on the series
+    # Which rows are held out depends on the series.
+    if stage == "debias" and length > 1:
       found["stretches"] = length
     if "sampling" in DEPENDS[stage] and self.spreads_conditions:
       found["order"] = "spread over trajectories"
@@ -172,7 +185,10 @@ def first_schema(stage: str, found: Mapping[str, Any]) -> dict[str, Any]:
   found: the marker's blocks. Raises ValueError for keys that no longer exist.
   """
   identity = of_blocks(found).identity(stage)
-  told = {"generator": found.get("generator"), "order": found.get("sampling", {}).get("order")}
+  told = {
+    "generator": found.get("generator"),
+    "order": found.get("sampling", {}).get("order"),
+  }
   for key, value in told.items():
     identity.pop(key, None)
     if value is not None:
@@ -201,9 +217,15 @@ def of_blocks(found: Mapping[str, Any]) -> Experiment:
 # ---------------------------------------------------------------- keywords of solvers
 
 
-def keywords(solver: type, given: Mapping[str, Any], name: str) -> dict[str, Any]:
+def keywords(
+  solver: type,
+  given: Mapping[str, Any],
+  name: str,
+) -> dict[str, Any]:
   """Keywords of an equation's solver, checked by their types; its own limits are the solver's."""
-  fields = {f.name: f for f in dataclasses.fields(solver) if f.name not in ("points", "length")}
+  fields = {
+    f.name: f for f in dataclasses.fields(solver) if f.name not in ("points", "length")
+  }
   for key in given:
     if key not in fields:
       raise ValueError(settings.unknown(name, key, fields))

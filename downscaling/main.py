@@ -38,7 +38,9 @@ flags.DEFINE_string(
   "A built-in config, e.g. ks:quick, or a file, e.g. configs/ks.py:quick, which is Python and is "
   "executed. Every key can be overridden: --config.train.batch=64.",
 )
-flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or continued if it is there.")
+flags.DEFINE_string(
+  "workdir", None, "Folder of the run; it is made, or continued if it is there."
+)
 flags.DEFINE_bool(
   "dry_run", False, "Print the plan (devices, shapes, memory, disk, steps) and stop."
 )
@@ -57,7 +59,9 @@ flags.DEFINE_enum(
   "tracker", trackers.KINDS[0], trackers.KINDS,
   "Tell the numbers of training to Weights & Biases or MLflow as well; their variables say where.",
 )  # fmt: skip
-flags.DEFINE_bool("repair", False, "verify: mend what can be mended; nothing is deleted.")
+flags.DEFINE_bool(
+  "repair", False, "verify: mend what can be mended; nothing is deleted."
+)
 flags.DEFINE_bool("traceback", False, "On an error, show where it was raised.")
 
 # Errors that a user can mend. Any other is a defect of ours and keeps its traceback.
@@ -90,7 +94,9 @@ def run() -> None:
   parser = functools.partial(parse, overrides=overrides)
   try:
     with supervision.Stop() as stop:
-      app.run(functools.partial(main, stop=stop, overrides=overrides), flags_parser=parser)
+      app.run(
+        functools.partial(main, stop=stop, overrides=overrides), flags_parser=parser
+      )
   except SystemExit as end:
     if end.code and "--traceback" not in sys.argv:
       sys.stdout.flush()
@@ -147,7 +153,9 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
     return inspect(argv)
   for name in ("config", "workdir") if len(argv) == 2 and job != "doctor" else ():
     if getattr(FLAGS, name) in (None, ""):  # an unset shell variable gives ""
-      fail(f"{job} needs --{name}. E.g. downscaling {job} --config=ks --workdir=runs/ks")
+      fail(
+        f"{job} needs --{name}. E.g. downscaling {job} --config=ks --workdir=runs/ks"
+      )
   if FLAGS.workdir:
     local(FLAGS.workdir)  # before anything starts
   if FLAGS.devices is not None:
@@ -182,7 +190,9 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
     sys.exit(supervision.STOPPED)
   except Exception as error:
     stop.failed(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    short = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    short = isinstance(
+      error, jax.errors.JaxRuntimeError
+    ) and "RESOURCE_EXHAUSTED" in str(error)
     if short and not FLAGS.traceback:
       fail(f"{job}: {str(error).splitlines()[0]} {LESS_MEMORY}")
     if FLAGS.traceback or not isinstance(error, EXPECTED):
@@ -242,7 +252,9 @@ def read_experiment(overrides: dict):
     if FLAGS.traceback:
       raise
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    fail(f"--config={FLAGS.config}: {type(error).__name__}: {lines[-1] if lines else ''}")
+    fail(
+      f"--config={FLAGS.config}: {type(error).__name__}: {lines[-1] if lines else ''}"
+    )
   try:
     return Experiment.of(config_files.merged(given, overrides))
   except ValueError as error:
@@ -254,7 +266,9 @@ def read_experiment(overrides: dict):
 def plan_for(devices: str) -> None:
   """Sets up jax, not imported yet, for --devices; ends the program if that makes no sense."""
   if not FLAGS.dry_run:
-    fail(f"--devices={devices} is for a plan: add --dry_run. A job takes the devices it finds.")
+    fail(
+      f"--devices={devices} is for a plan: add --dry_run. A job takes the devices it finds."
+    )
   if not re.fullmatch(r"[1-9]\d*|\w+:\d+(x\d+)*", devices):
     fail(
       f"--devices={devices}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU, "
@@ -311,8 +325,14 @@ def facts(experiment) -> dict[str, str]:
   config = "none"
   if experiment is not None:
     config = stage_folder.config_hash(experiment.differences())
-  versions = {f"{name} version": version for name, version in provenance.versions().items()}
-  about = {"config hash": config, "workdir": str(FLAGS.workdir), "code": provenance.commit()}
+  versions = {
+    f"{name} version": version for name, version in provenance.versions().items()
+  }
+  about = {
+    "config hash": config,
+    "workdir": str(FLAGS.workdir),
+    "code": provenance.commit(),
+  }
   return about | versions | compiler_settings()
 
 

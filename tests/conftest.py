@@ -24,7 +24,8 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
-  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "downscaling-jax-cache")
+  "JAX_COMPILATION_CACHE_DIR",
+  str(pathlib.Path(tempfile.gettempdir()) / "downscaling-jax-cache"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
@@ -44,7 +45,12 @@ def x64():
 ROOT = pathlib.Path(__file__).parents[1]
 # Small units, so that there is something left to do when a job is stopped after its first; and
 # every loss logged.
-SMALL = {"data.shard": 16, "sampling.unit": (2, 2), "plan.save_every": 4, "plan.log_every": 1}
+SMALL = {
+  "data.shard": 16,
+  "sampling.unit": (2, 2),
+  "plan.save_every": 4,
+  "plan.log_every": 1,
+}
 
 
 def pytest_xdist_make_scheduler(config, log):
@@ -57,7 +63,9 @@ def pytest_xdist_make_scheduler(config, log):
   class Scheduling(LoadFileScheduling):
     def _split_scope(self, nodeid):
       file = super()._split_scope(nodeid)
-      return "finished" if re.search(r"\bfinished[,)]", (ROOT / file).read_text()) else file
+      return (
+        "finished" if re.search(r"\bfinished[,)]", (ROOT / file).read_text()) else file
+      )
 
   return Scheduling(config, log)
 
@@ -74,7 +82,16 @@ def command():
       for k, v in ((SMALL if small else {}) | overrides).items()
     ]
     config = f"--config={ROOT / 'configs' / config}"
-    return [sys.executable, "-m", "downscaling", job, config, f"--workdir={workdir}", *keys, *flags]
+    return [
+      sys.executable,
+      "-m",
+      "downscaling",
+      job,
+      config,
+      f"--workdir={workdir}",
+      *keys,
+      *flags,
+    ]
 
   return command
 

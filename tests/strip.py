@@ -29,12 +29,17 @@ def strip(y, points):
   """The domain of coordinates y [n] and so many points of x."""
   x = domains.Axis("x", np.arange(points) * LENGTH / points, "km", periodic=True)
   along_x = grid_symmetry.shift(axis=1, rank=2)
-  return domains.Domain((domains.Axis("y", y, "km"), x), CHANNELS, symmetries=(along_x,))
+  return domains.Domain(
+    (domains.Axis("y", y, "km"), x), CHANNELS, symmetries=(along_x,)
+  )
 
 
 def law():
   """Standard deviation of every wave, [WAVES + 1, WAVES]; none is constant along x."""
-  ky, kx = np.arange(WAVES + 1)[:, None] / 2 / WIDTH, np.arange(1, WAVES + 1)[None] / LENGTH
+  ky, kx = (
+    np.arange(WAVES + 1)[:, None] / 2 / WIDTH,
+    np.arange(1, WAVES + 1)[None] / LENGTH,
+  )
   return 0.5 * np.exp(-6 * np.hypot(ky, kx))
 
 

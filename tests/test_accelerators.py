@@ -17,7 +17,8 @@ from downscaling.runtime import mesh as meshes
 from downscaling.runtime import target_devices
 
 INSTALLED = {
-  "v5e:2x2": "TPU_LIBRARY_PATH" in os.environ or importlib.util.find_spec("libtpu") is not None,
+  "v5e:2x2": "TPU_LIBRARY_PATH" in os.environ
+  or importlib.util.find_spec("libtpu") is not None,
   "h200:2x2": importlib.util.find_spec("jax_cuda12_plugin") is not None,
 }
 
@@ -29,7 +30,8 @@ def needs(name):
 
 
 EACH = pytest.mark.parametrize(
-  "name", [pytest.param(name, marks=[pytest.mark.slow, needs(name)]) for name in INSTALLED]
+  "name",
+  [pytest.param(name, marks=[pytest.mark.slow, needs(name)]) for name in INSTALLED],
 )
 
 
@@ -39,7 +41,9 @@ def smoke(equation):
 
 @pytest.mark.parametrize("devices", ["abc", "0", "v5e:x2", "h200:"])
 def test_devices_that_are_none(command, execute, tmp_path, devices):
-  done = execute(command("train", tmp_path / "none", "--dry_run", f"--devices={devices}"))
+  done = execute(
+    command("train", tmp_path / "none", "--dry_run", f"--devices={devices}")
+  )
   assert (done.returncode, done.stderr.count("\n")) == (1, 1)
   assert (
     f"--devices={devices}: need a number of virtual CPU devices, as 256, a slice of Cloud TPU"
@@ -48,7 +52,8 @@ def test_devices_that_are_none(command, execute, tmp_path, devices):
 
 
 @pytest.mark.parametrize(
-  ("name", "package"), [("v5e:2x2", r"libtpu==[\d.]+\*"), ("h200:2x2", r"jax\[cuda12\]==[\d.]+")]
+  ("name", "package"),
+  [("v5e:2x2", r"libtpu==[\d.]+\*"), ("h200:2x2", r"jax\[cuda12\]==[\d.]+")],
 )
 def test_without_the_compiler(name, package):
   if INSTALLED[name]:
@@ -67,14 +72,20 @@ def test_float64_beside_a_tpu_is_the_hosts_cpu():
   assert meshes.platform(meshes.exact(pod)) == "cpu"
   assert worlds.simulating(smoke("ks"), "hfhr", pod).devices.flat[0].platform == "cpu"
   here = meshes.make(4)
-  assert meshes.exact(here) == worlds.simulating(smoke("ks"), "lflr", here) == meshes.local(here)
+  assert (
+    meshes.exact(here)
+    == worlds.simulating(smoke("ks"), "lflr", here)
+    == meshes.local(here)
+  )
   with meshes.float64():
     assert jnp.ones(1).dtype == np.float64
 
 
 @EACH
 @pytest.mark.parametrize("equation", ["ks", "kolmogorov"])
-def test_every_program_of_a_pipeline_compiles(command, execute, tmp_path, name, equation):
+def test_every_program_of_a_pipeline_compiles(
+  command, execute, tmp_path, name, equation
+):
   """Sinkhorn by every path, training step, sampler: the dry run compiles what it describes."""
   for path in ("dense", "fused", "ring", "pallas"):
     job = "pipeline" if path == "dense" else "debias"
@@ -120,7 +131,9 @@ def test_a_plan_too_large_for_the_chip(command, execute, tmp_path):
     "data.hfhr.train": 2**15,
     "data.lflr.train": 2**15,
   }
-  done = execute(command("debias", tmp_path / "none", "--dry_run", "--devices=v5e:2x2", **sizes))
+  done = execute(
+    command("debias", tmp_path / "none", "--dry_run", "--devices=v5e:2x2", **sizes)
+  )
   assert (done.returncode, done.stderr.count("\n")) == (1, 1)
   assert "exceeds available HBM" in done.stderr
   assert "A device needs less with a larger --config.memory.microbatches" in done.stderr

@@ -31,7 +31,8 @@ def test_moves_are_the_group_of_the_fine_grid(room):
 def test_the_forcing_is_what_pushes_and_no_symmetry_moves_it():
   solver = kolmogorov.Fine(points=32, dt=0.02)
   forcing = solver.static()["forcing"]
-  pushed = np.asarray(solver.step(np.zeros((32, 32), np.float32)))  # from rest, nothing else acts
+  # From rest, nothing else acts.
+  pushed = np.asarray(solver.step(np.zeros((32, 32), np.float32)))
   np.testing.assert_allclose(
     pushed / pushed.std(), forcing, atol=1e-5
   )  # float32 FFTs; −1 would be the wrong phase
@@ -42,7 +43,9 @@ def test_the_forcing_is_what_pushes_and_no_symmetry_moves_it():
 def test_a_static_field_by_an_unknown_name_is_refused_and_none_is_the_prior_of_before():
   c, stats = (
     smoke("kolmogorov"),
-    statistics.Statistics(*np.ones((2, 1), np.float32), np.ones((64, 64, 1), np.float32)),
+    statistics.Statistics(
+      *np.ones((2, 1), np.float32), np.ones((64, 64, 1), np.float32)
+    ),
   )
   assert prior.network(c, stats).static.shape == (64, 64, 1)
   without = c.changed(**{"model.static": ()})
@@ -51,7 +54,8 @@ def test_a_static_field_by_an_unknown_name_is_refused_and_none_is_the_prior_of_b
   assert without.identity("train") != c.identity("train")
   c = c.changed(**{"model.static": ("orography",)})
   with pytest.raises(
-    ValueError, match=r"config.model.static='orography' is unknown; use one of \['forcing'\]"
+    ValueError,
+    match=r"config.model.static='orography' is unknown; use one of \['forcing'\]",
   ):
     prior.network(c, stats)
 
@@ -62,7 +66,9 @@ def test_fields_are_moved_before_they_are_normalised():
   rng = np.random.default_rng(1)
   u = rng.normal(0.3, 2.0, (192, 1)).astype(np.float32)
   stats = statistics.Statistics(
-    np.full(1, 0.3, np.float32), np.full(1, 2.0, np.float32), np.ones((192, 1), np.float32)
+    np.full(1, 0.3, np.float32),
+    np.full(1, 2.0, np.float32),
+    np.ones((192, 1), np.float32),
   )
   count, move = prior.augmentation(c, stats)
   assert count == 384
@@ -83,6 +89,7 @@ def test_augmented_priors_are_other_priors_and_plain_ones_stay_what_they_were():
 def test_two_worlds_forced_by_different_waves_are_refused():
   c = smoke("kolmogorov", **{"fine.wave": 4, "coarse.wave": 2})
   with pytest.raises(
-    ValueError, match=r"config.fine.wave=4 and config.coarse.wave=2: .* Set both to the same wave"
+    ValueError,
+    match=r"config.fine.wave=4 and config.coarse.wave=2: .* Set both to the same wave",
   ):
     checks.check(c, meshes.make(1))

@@ -26,7 +26,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def tree(*folders):
   """{file: SHA-256}; an absent folder has none."""
-  files = (p for folder in folders for p in sorted(pathlib.Path(folder).rglob("*")) if p.is_file())
+  files = (
+    p
+    for folder in folders
+    for p in sorted(pathlib.Path(folder).rglob("*"))
+    if p.is_file()
+  )
   return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -74,7 +79,10 @@ def attempt(config):
     folder = pathlib.Path(workdir)
 
     def whole():
-      do(job, jobs.Workdir(config(**overrides), folder, meshes.make(), supervision.Stop()))
+      do(
+        job,
+        jobs.Workdir(config(**overrides), folder, meshes.make(), supervision.Stop()),
+      )
 
     with pytest.raises(program.EXPECTED) as caught:
       whole()
@@ -113,7 +121,10 @@ SMOKE = "--config=configs/ks.py:smoke"
     ((SMOKE, "--config.zzz=3"), ("no key 'zzz'", "Its keys: experiment, label, seed")),
     (
       (SMOKE, "--config.train.batch=many"),
-      ("config.train.batch=many: need a whole number, at least 1", "--config.train.batch=128"),
+      (
+        "config.train.batch=many: need a whole number, at least 1",
+        "--config.train.batch=128",
+      ),
     ),
     (
       ("--config=configs/ks.py:fulll",),
@@ -142,14 +153,18 @@ def test_a_config_that_raises_or_is_none(execute, tmp_path):
     ("x = 100", "get_config"),
   ):
     (tmp_path / "mine.py").write_text(text)
-    assert needed in says(execute, "train", "--config=mine.py", "--workdir=run", cwd=tmp_path)
+    assert needed in says(
+      execute, "train", "--config=mine.py", "--workdir=run", cwd=tmp_path
+    )
   assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["mine.py"]
 
 
 def test_which_job_and_where(execute, tmp_path):
   """An empty --workdir, as an unset shell variable gives, once meant the current directory."""
   names = "generate, debias, train, sample, evaluate, pipeline"
-  said = says(execute, "trian", f"--config={ROOT}/configs/ks.py", "--workdir=run", cwd=tmp_path)
+  said = says(
+    execute, "trian", f"--config={ROOT}/configs/ks.py", "--workdir=run", cwd=tmp_path
+  )
   assert "trian came, need one job" in said
   assert names in said
   for flag in ((), ("--workdir=",)):
@@ -159,14 +174,21 @@ def test_which_job_and_where(execute, tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["doctor"], ["pipeline", "--config=ks:smoke"], ["verify"]])
-@pytest.mark.parametrize("folder", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run"])
+@pytest.mark.parametrize(
+  "words", [["doctor"], ["pipeline", "--config=ks:smoke"], ["verify"]]
+)
+@pytest.mark.parametrize(
+  "folder", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run"]
+)
 def test_an_object_store_is_no_work_folder(execute, tmp_path, words, folder):
   """It would become a local folder of that name, and every host's own."""
   argv = [sys.executable, "-m", "downscaling", *words, f"--workdir={folder}"]
   done = execute(argv, cwd=tmp_path)
   assert done.returncode == 1
-  assert f"--workdir={folder}: a work folder lies on a disk that all hosts see" in done.stderr
+  assert (
+    f"--workdir={folder}: a work folder lies on a disk that all hosts see"
+    in done.stderr
+  )
   assert not [*tmp_path.iterdir()]
 
 
@@ -201,15 +223,25 @@ def test_help_is_no_error(execute):
   [
     (
       {"grid.factor": 7},
-      ("factor 7 does not divide the grid of 192 points", "[2, 3, 4, 6, 8,", "config.grid.factor"),
+      (
+        "factor 7 does not divide the grid of 192 points",
+        "[2, 3, 4, 6, 8,",
+        "config.grid.factor",
+      ),
     ),
-    ({"grid.operator": "mean"}, ("config.grid.operator=mean: need one of strided, block_mean",)),
+    (
+      {"grid.operator": "mean"},
+      ("config.grid.operator=mean: need one of strided, block_mean",),
+    ),
     (
       {"coarse.cells": 100},
       ("100 cells cannot be strided to 24 points", "--config.coarse.cells=96"),
     ),
     ({"coarse.scheme": "upwind"}, ("config.coarse.scheme='upwind'", "godunov")),
-    ({"train.batch": 18}, ("a batch of 18 over 4 devices", "--config.train.batch=16 or 20")),
+    (
+      {"train.batch": 18},
+      ("a batch of 18 over 4 devices", "--config.train.batch=16 or 20"),
+    ),
     (
       {"train.ema_decay": 2.0},
       ("config.train.ema_decay=2", "at least 0 and below 1", "ema_decay=(0.999,)"),
@@ -217,19 +249,41 @@ def test_help_is_no_error(execute):
     ({"data.burn_in": 25.03}, ("25.03", "dt")),
     (
       {"sampling.unit": (4,)},
-      ("config.sampling.unit=(4,)", "conditions × members", "need 2 whole numbers", "(64,8)"),
+      (
+        "config.sampling.unit=(4,)",
+        "conditions × members",
+        "need 2 whole numbers",
+        "(64,8)",
+      ),
     ),
     (
       {"debias.points": 513},
-      ("config.debias.points asks for 513", "512 can be had", "config.data.hfhr.train=129"),
+      (
+        "config.debias.points asks for 513",
+        "512 can be had",
+        "config.data.hfhr.train=129",
+      ),
     ),
-    ({"debias.held_out": 257}, ("config.debias.held_out asks for 257 lflr test", "256 can be had")),
-    ({"evaluate.reference": 300}, ("config.evaluate.reference asks for 300", "128 can be had")),
-    ({"sampling.conditions": 65}, ("config.sampling.conditions=65", "config.debias.held_out=64")),
+    (
+      {"debias.held_out": 257},
+      ("config.debias.held_out asks for 257 lflr test", "256 can be had"),
+    ),
+    (
+      {"evaluate.reference": 300},
+      ("config.evaluate.reference asks for 300", "128 can be had"),
+    ),
+    (
+      {"sampling.conditions": 65},
+      ("config.sampling.conditions=65", "config.debias.held_out=64"),
+    ),
     ({"train.batch": 1024}, ("config.train.batch asks for 1024", "512 can be had")),
     (
       {"debias.epsilon": 0.0},
-      ("config.debias.epsilon=0: need", "at least 1e-06 and below 0.3", "epsilon=0.0005"),
+      (
+        "config.debias.epsilon=0: need",
+        "at least 1e-06 and below 0.3",
+        "epsilon=0.0005",
+      ),
     ),
     (
       {"debias.recipe": "GX"},
@@ -245,18 +299,39 @@ def test_help_is_no_error(execute):
     ),
     (
       {"debias.maps": ("optimal",)},
-      ("config.debias.maps=('optimal',): need different names out of entropic, equivariant",),
+      (
+        "config.debias.maps=('optimal',): need different names out of entropic, equivariant",
+      ),
     ),
-    ({"debias.minibatch.batch": 0}, ("config.debias.minibatch.batch=0: need", "at least 1")),
     (
-      {"debias.maps": ("minibatch",), "debias.map": "minibatch", "debias.minibatch.batch": 129},
+      {"debias.minibatch.batch": 0},
+      ("config.debias.minibatch.batch=0: need", "at least 1"),
+    ),
+    (
+      {
+        "debias.maps": ("minibatch",),
+        "debias.map": "minibatch",
+        "debias.minibatch.batch": 129,
+      },
       ("config.debias.minibatch.batch=129", "batch must lie in 1 … 128"),
     ),
     ({"debias.epsilon": -1.0}, ("config.debias.epsilon=-1: need",)),
-    ({"debias.epsilon": float("nan")}, ("config.debias.epsilon=nan: need a finite number",)),
-    ({"sampling.guidance.name": "papper"}, ("guidance.name=papper", "paper, scaled, wiener")),
-    ({"sampling.solver.name": "euler"}, ("config.sampling.solver.name=euler", "euler_maruyama")),
-    ({"sampling.levels.name": "edn"}, ("config.sampling.levels.name=edn", "exponential")),
+    (
+      {"debias.epsilon": float("nan")},
+      ("config.debias.epsilon=nan: need a finite number",),
+    ),
+    (
+      {"sampling.guidance.name": "papper"},
+      ("guidance.name=papper", "paper, scaled, wiener"),
+    ),
+    (
+      {"sampling.solver.name": "euler"},
+      ("config.sampling.solver.name=euler", "euler_maruyama"),
+    ),
+    (
+      {"sampling.levels.name": "edn"},
+      ("config.sampling.levels.name=edn", "exponential"),
+    ),
     ({"schedule.name": "vp"}, ("config.schedule.name=vp", "vp_linear")),
     ({"noise.kind": "normal"}, ("config.noise.kind=normal", "log_normal")),
     (
@@ -264,9 +339,15 @@ def test_help_is_no_error(execute):
       ("192 points cannot be coarsened 14 times", "config.model.strides"),
     ),
     ({"model.convolution": "fft"}, ("config.model.convolution=fft", "im2col")),
-    ({"optimizer.warmup_steps": 20}, ("config.optimizer.warmup_steps=20", "total_steps=20")),
+    (
+      {"optimizer.warmup_steps": 20},
+      ("config.optimizer.warmup_steps=20", "total_steps=20"),
+    ),
     ({"data.name": "era5"}, ("config.data.name=era5: need one of kolmogorov, ks",)),
-    ({"data.snapshots": 0}, ("config.data.snapshots=0: need a whole number, at least 1",)),
+    (
+      {"data.snapshots": 0},
+      ("config.data.snapshots=0: need a whole number, at least 1",),
+    ),
     (
       {"mesh.data": 5},
       ("config.mesh.data=5 × fsdp=1, but 4 devices", "host_platform_device_count=5"),
@@ -311,7 +392,9 @@ def test_a_config_file_with_a_misspelt_key_and_one_without_blocks(execute, tmp_p
   assert not (tmp_path / "run").exists()
 
 
-def test_a_refused_value_leaves_no_trace_in_the_way_of_the_right_one(execute, command, tmp_path):
+def test_a_refused_value_leaves_no_trace_in_the_way_of_the_right_one(
+  execute, command, tmp_path
+):
   """As a process: the message, exit code 1, and no folder that later calls the mended config
   'another'.
   """
@@ -358,7 +441,9 @@ def test_someone_elses_folder_is_kept(execute, command, attempt, finished, tmp_p
       assert "will not write there" in attempt(
         job, tmp_path, **{"data.dir": str(finished[0] / "data")}
       )
-  assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {"years of work"}
+  assert {p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {
+    "years of work"
+  }
   assert len(tree(tmp_path)) == 5
 
 
@@ -405,14 +490,20 @@ def without_digests(stage):
 
 
 def truncate(folder, size=64):
-  files = [p for p in pathlib.Path(folder).rglob("*") if p.is_file() and p.stat().st_size > size]
+  files = [
+    p
+    for p in pathlib.Path(folder).rglob("*")
+    if p.is_file() and p.stat().st_size > size
+  ]
   assert files, folder
   for path in files:
     with open(path, "rb+") as file:
       file.truncate(size)
 
 
-def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(fitted, finished, attempt, config):
+def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(
+  fitted, finished, attempt, config
+):
   workdir, data = fitted
   truncate(workdir / "train" / "prior" / "0" / "state" / "ocdbt.process_0" / "d")
   assert "bytes, " in attempt("sample", workdir, **data)  # than were written
@@ -430,9 +521,9 @@ def test_a_damaged_prior_is_named_and_made_anew_once_moved_away(fitted, finished
   )  # from its checkpoint of the last step: no step is taken again
   for name in ("_METADATA", "manifest.ocdbt"):
     assert (workdir / "train" / "prior" / "0" / "state" / name).exists()
-  assert metric_writer.read_scalars(workdir / "train", "loss") == metric_writer.read_scalars(
-    finished[0] / "train", "loss"
-  )
+  assert metric_writer.read_scalars(
+    workdir / "train", "loss"
+  ) == metric_writer.read_scalars(finished[0] / "train", "loss")
 
 
 def test_checkpoints_all_damaged(finished, attempt, tmp_path):
@@ -455,7 +546,9 @@ def test_damaged_debiased_fields(fitted, attempt, damage):
   if damage == "truncated":
     truncate(store / "equivariant" / "c")
   else:
-    (store / "equivariant" / "c" if damage == "chunks missing" else store).rename(workdir / "aside")
+    (store / "equivariant" / "c" if damage == "chunks missing" else store).rename(
+      workdir / "aside"
+    )
   said = attempt("sample", workdir, **data)
   if damage == "missing":
     assert "run `downscaling debias` first" in said
@@ -485,7 +578,10 @@ def test_damaged_samples_do_not_reach_the_report(finished, attempt, tmp_path):
   workdir = tmp_path / "run"
   for stage in ("debias", "train", "samples"):
     shutil.copytree(finished[0] / stage, workdir / stage)
-  data, store = {"data.dir": str(finished[0] / "data")}, workdir / "samples" / "raw+diffusion.zarr"
+  data, store = (
+    {"data.dir": str(finished[0] / "data")},
+    workdir / "samples" / "raw+diffusion.zarr",
+  )
   truncate(store / "sample" / "c")
   said = attempt("evaluate", workdir, **data)
   assert f"{store}: sample/c/0/0/0 has 64 bytes, " in said
@@ -502,7 +598,9 @@ def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, 
   few = data | {"sampling.conditions": 4, "sampling.unconditional.fields": 4}
 
   def run(job, **overrides):
-    return do(job, jobs.Workdir(config(**overrides), workdir, meshes.make(), supervision.Stop()))
+    return do(
+      job, jobs.Workdir(config(**overrides), workdir, meshes.make(), supervision.Stop())
+    )
 
   assert run("sample", **few).startswith("wrote")
   assert run("evaluate", **few).startswith("wrote")
@@ -519,7 +617,8 @@ def test_an_ensemble_grows_with_its_report_and_does_not_shrink(fitted, attempt, 
   assert metrics["samples"]["equivariant+diffusion"]["n"] == 6  # conditions
   said = attempt("sample", workdir, **few)
   assert (
-    "holds 6 conditions, 4 were asked for: an ensemble grows, but nothing is taken from it" in said
+    "holds 6 conditions, 4 were asked for: an ensemble grows, but nothing is taken from it"
+    in said
   )
   assert run("sample", **more).startswith("sample is done already")
 
@@ -539,18 +638,22 @@ def poisoned(finished, tmp_path_factory):
       folder = made[which, split] = tmp_path_factory.mktemp("poisoned") / "data"
       shutil.copytree(finished[0] / "data", folder)
       without_digests(folder)
-      builder = simulated.make("ks", which, folder, (192,) if which == "hfhr" else (24,))
+      builder = simulated.make(
+        "ks", which, folder, (192,) if which == "hfhr" else (24,)
+      )
       features = builder.info.features
       for path in builder.data_path.glob(f"ks-{split}.array_record-*"):
         reader = array_record_module.ArrayRecordReader(str(path))
-        examples = [features.deserialize_example_np(record) for record in reader.read_all()]
+        examples = [
+          features.deserialize_example_np(record) for record in reader.read_all()
+        ]
         reader.close()
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         for example in examples:
           if example["time"] == 62.5:  # 25 + 3 × 12.5
-            example["u"] = np.where(np.arange(len(example["u"])) == 3, np.nan, example["u"][:, 0])[
-              :, None
-            ]
+            example["u"] = np.where(
+              np.arange(len(example["u"])) == 3, np.nan, example["u"][:, 0]
+            )[:, None]
             example["u"] = example["u"].astype(np.float32)
           writer.write(features.serialize_example(example))
         writer.close()
@@ -569,7 +672,9 @@ def poisoned(finished, tmp_path_factory):
     ("debias", "hfhr", "train"),
   ],
 )
-def test_nan_is_named_and_nothing_is_made_of_it(poisoned, attempt, tmp_path, job, which, split):
+def test_nan_is_named_and_nothing_is_made_of_it(
+  poisoned, attempt, tmp_path, job, which, split
+):
   folder = poisoned(which, split)
   before = tree(folder)
   said = attempt(job, tmp_path / "run", **{"data.dir": str(folder)})
@@ -596,7 +701,8 @@ def test_a_learning_rate_that_explodes(execute, command, finished, tmp_path):
   said = one_line(execute(argv))
   assert "loss or gradient norm not finite at step 3, in the window (2, 4]" in said
   assert (
-    "checkpoint is step 2 and stays. Lower --config.optimizer.peak in another --workdir" in said
+    "checkpoint is step 2 and stays. Lower --config.optimizer.peak in another --workdir"
+    in said
   )
   checkpoints = tmp_path / "run" / "train" / "checkpoints"
   assert [p.name for p in checkpoints.iterdir() if p.name.isdigit()] == ["2"]

@@ -23,7 +23,8 @@ def test_accelerator_measures_every_row(execute, tmp_path):
     "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
   }  # the sampler is compiled for each
   done = execute(
-    [sys.executable, str(script), "--size=small", "--seconds=0.2", f"--out={tmp_path}"], env=two
+    [sys.executable, str(script), "--size=small", "--seconds=0.2", f"--out={tmp_path}"],
+    env=two,
   )
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "accelerator.json").read_text())
@@ -43,7 +44,9 @@ def test_accelerator_measures_every_row(execute, tmp_path):
 
 def test_accelerator_says_what_it_has_no_time_for(execute, tmp_path):
   script = ROOT / "benchmarks" / "accelerator.py"
-  done = execute([sys.executable, str(script), "--size=small", "--limit=0", f"--out={tmp_path}"])
+  done = execute(
+    [sys.executable, str(script), "--size=small", "--limit=0", f"--out={tmp_path}"]
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout.count("skipped: 0 s have passed") == 7
 

@@ -15,7 +15,9 @@ def test_names_are_those_of_the_folder():
 
 
 @pytest.mark.parametrize("variant", ["", ":quick", ":no-such-variant"])
-def test_a_name_is_a_built_in_config_wherever_one_stands(tmp_path, monkeypatch, variant):
+def test_a_name_is_a_built_in_config_wherever_one_stands(
+  tmp_path, monkeypatch, variant
+):
   monkeypatch.chdir(tmp_path)
   assert config_files.resolve(f"ks{variant}") == f"{CONFIGS / 'ks.py'}{variant}"
 
@@ -40,7 +42,9 @@ def test_a_path_stays_a_path(tmp_path, monkeypatch, variant):
     (".", ("--config=.:", "no such file in")),
   ],
 )
-def test_what_is_not_there_is_told_with_the_names_that_are(tmp_path, monkeypatch, text, needed):
+def test_what_is_not_there_is_told_with_the_names_that_are(
+  tmp_path, monkeypatch, text, needed
+):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(FileNotFoundError) as raised:
     config_files.resolve(text)
@@ -62,6 +66,12 @@ def test_config_and_its_keys_are_split_off_a_command_line():
 
 def test_values_are_literals_or_text():
   """A number that is not finite stays text, so that an error can quote it."""
-  for text, value in (("3", 3), ("(1,2)", (1, 2)), ("ks", "ks"), ("True", True), ("", "")):
+  for text, value in (
+    ("3", 3),
+    ("(1,2)", (1, 2)),
+    ("ks", "ks"),
+    ("True", True),
+    ("", ""),
+  ):
     assert config_files.literal(text) == value
   assert config_files.literal("1e999") == "1e999"

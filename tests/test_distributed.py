@@ -47,7 +47,10 @@ def rehearse(count, devices, argv, code=0, **env):
 
 def numbers(pids):
   """{process: pid} of a rehearsal."""
-  return {int(i): int(pid) for i, pid in (line.split() for line in pids.read_text().splitlines())}
+  return {
+    int(i): int(pid)
+    for i, pid in (line.split() for line in pids.read_text().splitlines())
+  }
 
 
 def wait_for(true, process, seconds=200):
@@ -93,7 +96,9 @@ class Memory(list):
 
 
 def _digest(rows):
-  return [hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()[:16] for row in rows]
+  return [
+    hashlib.sha256(np.ascontiguousarray(row).tobytes()).hexdigest()[:16] for row in rows
+  ]
 
 
 def test_fifty_batches_are_the_same_on_any_topology():
@@ -160,23 +165,34 @@ def test_processes_that_differ_are_told_so(command, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_sample_and_evaluate_as_one_does(finished, command, data, tmp_path):
+def test_two_processes_sample_and_evaluate_as_one_does(
+  finished, command, data, tmp_path
+):
   """The end of a pipeline on 2 × 2 devices against 1 × 4: samples bit for bit; one report, written
   by process 0 while the other waits."""
   for stage in ("debias", "train"):
     shutil.copytree(finished[0] / stage, tmp_path / stage)
   said = rehearse(2, 2, command("pipeline", tmp_path, **data))
   assert "[0] train: train is done already" in said
-  assert f"[0] downscaling pipeline: report: {tmp_path / 'report' / 'report.html'}" in said
+  assert (
+    f"[0] downscaling pipeline: report: {tmp_path / 'report' / 'report.html'}" in said
+  )
   assert said.count("Fine samples") == 1
   assert "[1] downscaling" not in said
-  for name in ("equivariant+diffusion", "raw+diffusion", "true+diffusion", "unconditional"):
+  for name in (
+    "equivariant+diffusion",
+    "raw+diffusion",
+    "true+diffusion",
+    "unconditional",
+  ):
     one, two = (
-      ensemble.read(workdir / "samples" / f"{name}.zarr") for workdir in (finished[0], tmp_path)
+      ensemble.read(workdir / "samples" / f"{name}.zarr")
+      for workdir in (finished[0], tmp_path)
     )
     np.testing.assert_array_equal(two["sample"], one["sample"])
   reports = [
-    files.read_json(workdir / "report" / "metrics.json") for workdir in (finished[0], tmp_path)
+    files.read_json(workdir / "report" / "metrics.json")
+    for workdir in (finished[0], tmp_path)
   ]
   assert reports[0]["config_hash"] == reports[1]["config_hash"]
   assert reports[0]["debias"] == reports[1]["debias"]
@@ -191,7 +207,9 @@ def test_a_pipeline_in_two_processes(command, tmp_path):
   assert "evaluate: evaluate is done already" in again
 
 
-@pytest.mark.parametrize("path", ["fused", pytest.param("ring", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+  "path", ["fused", pytest.param("ring", marks=pytest.mark.slow)]
+)
 def test_two_processes_debias_as_one_does(command, data, tmp_path, path):
   """1 process × 4 devices against 2 × 2: the same program on the same shards, so maps and rows
   agree to rounding.
@@ -206,7 +224,10 @@ def test_two_processes_debias_as_one_does(command, data, tmp_path, path):
     np.abs(maps[0].g - maps[1].g).max() < 1e-5 * mean_cost
   )  # reductions over gloo add in another order
   np.testing.assert_array_equal(maps[0].target, maps[1].target)
-  rows = [files.read_json(folder / "diagnostics.json")["held_out"]["rows"] for folder in (one, two)]
+  rows = [
+    files.read_json(folder / "diagnostics.json")["held_out"]["rows"]
+    for folder in (one, two)
+  ]
   assert rows[0] == rows[1] > 0
   # each process adds up half of the rows: the same float64 sums in another order
   held = [
@@ -217,7 +238,9 @@ def test_two_processes_debias_as_one_does(command, data, tmp_path, path):
 
 
 @pytest.mark.slow
-def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(command, data, tmp_path):
+def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(
+  command, data, tmp_path
+):
   """Two processes; kill -9 to one at six random moments and SIGTERM to the other at two: bit for
   bit, same topology.
   """
@@ -233,7 +256,9 @@ def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(command, dat
   for kill in range(8):
     process = start(2, 2, command("debias", tmp_path / "cut", **keys), pids, GRACE="0")
     checkpoints = tmp_path / "cut" / "debias" / "entropic" / "checkpoints"
-    before = max([int(p.name) for p in checkpoints.glob("[0-9]*") if p.name.isdigit()], default=0)
+    before = max(
+      [int(p.name) for p in checkpoints.glob("[0-9]*") if p.name.isdigit()], default=0
+    )
     going = lambda b=before, c=checkpoints: any(
       int(p.name) > b for p in c.glob("[0-9]*") if p.name.isdigit()
     )
@@ -242,7 +267,9 @@ def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(command, dat
     time.sleep(dice.uniform(0, 0.1))
     if process.poll() is None:
       with contextlib.suppress(ProcessLookupError):
-        os.kill(numbers(pids)[kill % 2], signal.SIGTERM if kill in (2, 5) else signal.SIGKILL)
+        os.kill(
+          numbers(pids)[kill % 2], signal.SIGTERM if kill in (2, 5) else signal.SIGKILL
+        )
     process.communicate(timeout=120)
   rehearse(2, 2, command("debias", tmp_path / "cut", **keys))
   maps = [
@@ -259,7 +286,12 @@ def test_debias_killed_and_told_to_stop_ends_at_the_same_potentials(command, dat
 
 # ---------------------------------------------------------------- SIGTERM to one of two
 
-LONG = {"train.total_steps": 4000, "plan.log_every": 1, "plan.eval_every": 0, "plan.save_every": 0}
+LONG = {
+  "train.total_steps": 4000,
+  "plan.log_every": 1,
+  "plan.eval_every": 0,
+  "plan.save_every": 0,
+}
 
 
 def stop_one(process, pids, which):
@@ -287,7 +319,9 @@ def test_sigterm_to_one_of_two_while_training(command, data, tmp_path, phase):
     wait_for(lambda: logged(workdir) >= (2 if phase == "evaluation" else 3), process)
   said = stop_one(process, pids, 1)
   saved = sorted(
-    int(p.name) for p in (workdir / "train" / "checkpoints").glob("[0-9]*") if p.name.isdigit()
+    int(p.name)
+    for p in (workdir / "train" / "checkpoints").glob("[0-9]*")
+    if p.name.isdigit()
   )
   if phase == "compilation":
     # It fell within compilation on both, or on one just before: then it was kept for the first
@@ -322,7 +356,11 @@ def test_sigterm_to_one_of_two_while_generating(command, finished, tmp_path):
 def test_elastic(command, data, tmp_path):
   """2 × 2 -> 1 × 1 -> 1 × 4 with fsdp 4: every step once, and the losses of an undisturbed run to
   1e-3, as the rounding of 300 steps has grown by then."""
-  keys = data | LONG | {"train.total_steps": 300, "model.channels": (8, 32), "train.batch": 64}
+  keys = (
+    data
+    | LONG
+    | {"train.total_steps": 300, "model.channels": (8, 32), "train.batch": 64}
+  )
   pids, workdir = tmp_path / "pids", tmp_path / "run"
   for count, devices in ((2, 2), (1, 1)):
     before = logged(workdir)
@@ -369,7 +407,9 @@ def test_forty_steps_are_forty_steps_however_often_it_is_killed(
       continue
     before, deadline = logged(workdir), time.monotonic() + 120
     # One life in four ends before its first step: in its imports, compiling, restoring.
-    while dice.random() > 0.01 / 4 and logged(workdir) <= before and process.poll() is None:
+    while (
+      dice.random() > 0.01 / 4 and logged(workdir) <= before and process.poll() is None
+    ):
       assert time.monotonic() < deadline
       time.sleep(0.02)
     time.sleep(dice.uniform(0, 0.15))
@@ -383,7 +423,9 @@ def test_forty_steps_are_forty_steps_however_often_it_is_killed(
   assert process.returncode == 0, said
   assert kills >= 20, f"only {kills} kills: it was done too soon"
   ends = [tmp_path / name / "train" for name in ("straight", "cut")]
-  assert (ends[0] / "metrics.csv").read_bytes() == (ends[1] / "metrics.csv").read_bytes()
+  assert (ends[0] / "metrics.csv").read_bytes() == (
+    ends[1] / "metrics.csv"
+  ).read_bytes()
   states = [_manifest(end / "checkpoints" / "40") for end in ends]
   assert states[0] == states[1]
 
@@ -397,7 +439,9 @@ def _manifest(folder):
     jax.devices()[0]
   )  # not the devices that saved it, which are not here
   kept = ocp.StandardCheckpointer().metadata(folder / "state").item_metadata
-  target = jax.tree.map(lambda k: jax.ShapeDtypeStruct(k.shape, k.dtype, sharding=here), kept.tree)
+  target = jax.tree.map(
+    lambda k: jax.ShapeDtypeStruct(k.shape, k.dtype, sharding=here), kept.tree
+  )
   tree = ocp.StandardCheckpointer().restore(folder / "state", target)
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   words = lambda x: (

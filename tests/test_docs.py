@@ -43,7 +43,9 @@ def test_links_lead_somewhere(page):
 def anchors(page):
   """Of every heading, as GitHub and MkDocs make them."""
   found = set()
-  for heading in re.findall(r"^#+\s+(.*)$", FENCE.sub("", page.read_text()), re.MULTILINE):
+  for heading in re.findall(
+    r"^#+\s+(.*)$", FENCE.sub("", page.read_text()), re.MULTILINE
+  ):
     plain = re.sub(r"[^\w\s-]", "", heading.lower(), flags=re.UNICODE)
     found |= {re.sub(r"\s+", "-", plain.strip()), re.sub(r"\s", "-", plain.strip())}
   return found
@@ -70,7 +72,10 @@ def known(dotted):
     source = module.with_suffix(".py") if module.with_suffix(".py").exists() else module
     source = source / "__init__.py" if source.is_dir() else source
     if source.exists():
-      return end == len(parts) or re.search(rf"\b{parts[end]}\b", source.read_text()) is not None
+      return (
+        end == len(parts)
+        or re.search(rf"\b{parts[end]}\b", source.read_text()) is not None
+      )
   return False
 
 
@@ -88,7 +93,9 @@ def test_readme_is_for_a_newcomer():
 
 def test_the_page_of_keys_is_that_of_the_rules():
   """Written anew by `python docs/config_page.py`."""
-  spec = importlib.util.spec_from_file_location("config_page", ROOT / "docs" / "config_page.py")
+  spec = importlib.util.spec_from_file_location(
+    "config_page", ROOT / "docs" / "config_page.py"
+  )
   module = importlib.util.module_from_spec(spec)
   sys.modules["config_page"] = module
   spec.loader.exec_module(module)

@@ -44,7 +44,9 @@ def test_members_are_those_of_the_job_bit_for_bit(workdir, fitted):
     conditions = stored["condition_field"].values[..., None]
     drawn = fitted.sample(conditions, members=2, key=seed, unit=unit)
     np.testing.assert_array_equal(drawn[..., 0], stored["sample"].values)
-  with xarray.open_zarr(workdir / "debias" / "held_out.zarr", consolidated=False) as rows:
+  with xarray.open_zarr(
+    workdir / "debias" / "held_out.zarr", consolidated=False
+  ) as rows:
     mapped = fitted.debias(rows["lflr"].values[..., None])
     np.testing.assert_array_equal(mapped[..., 0], rows["equivariant"].values)
 
@@ -53,9 +55,15 @@ def test_members_do_not_depend_on_how_many_there_are(fitted):
   y = np.random.default_rng(0).normal(size=(3, 24, 1)).astype(np.float32)
   many = fitted.sample(y, members=5, unit=(2, 2), noise=0)
   assert many.shape == (3, 5, 192, 1)
-  np.testing.assert_array_equal(fitted.sample(y[:2], members=3, unit=(2, 2), noise=0), many[:2, :3])
-  np.testing.assert_allclose(many[:, :, ::8], np.broadcast_to(y[:, None], (3, 5, 24, 1)), atol=1e-4)
-  assert np.abs(fitted.sample(y, members=5, key=1, unit=(2, 2), noise=0) - many).max() > 0.01
+  np.testing.assert_array_equal(
+    fitted.sample(y[:2], members=3, unit=(2, 2), noise=0), many[:2, :3]
+  )
+  np.testing.assert_allclose(
+    many[:, :, ::8], np.broadcast_to(y[:, None], (3, 5, 24, 1)), atol=1e-4
+  )
+  assert (
+    np.abs(fitted.sample(y, members=5, key=1, unit=(2, 2), noise=0) - many).max() > 0.01
+  )
 
 
 def test_leading_axes_stay(fitted):
@@ -88,7 +96,9 @@ def test_labels_in_and_out(fitted):
   assert drawn.attrs["units"] == "m"
   np.testing.assert_array_equal(drawn["time"], [10, 20, 30])
   np.testing.assert_allclose(drawn["lon"], np.arange(192) / 3)  # a box of length 64
-  np.testing.assert_array_equal(drawn.values, fitted.sample(mapped.values[..., None], 2)[..., 0])
+  np.testing.assert_array_equal(
+    drawn.values, fitted.sample(mapped.values[..., None], 2)[..., 0]
+  )
   channels = labelled.expand_dims("channel", axis=-1)
   assert fitted.sample(channels, members=2).dims == ("time", "member", "lon", "channel")
 
@@ -117,7 +127,9 @@ def test_another_map_by_its_name(workdir, fitted):
   other = downscaling.Downscaler.load(workdir, map="entropic")
   y = np.random.default_rng(4).normal(size=(2, 24, 1)).astype(np.float32)
   assert np.abs(other.debias(y) - fitted.debias(y)).max() > 1e-4
-  with pytest.raises(FileNotFoundError, match=r"has no map 'optimal': it has \['entropic'"):
+  with pytest.raises(
+    FileNotFoundError, match=r"has no map 'optimal': it has \['entropic'"
+  ):
     downscaling.Downscaler.load(workdir, map="optimal")
 
 
@@ -126,7 +138,10 @@ def test_what_it_refuses(fitted):
   for wrong, words in (
     (y[..., 0], r"coarse fields of shape \(2, 24\): need \[..., 24, 1\]"),
     (y[:, :12], r"coarse fields of shape \(2, 12, 1\)"),
-    (np.where(np.arange(24)[:, None] == 3, np.nan, y), "2 of 48 coarse values are not finite"),
+    (
+      np.where(np.arange(24)[:, None] == 3, np.nan, y),
+      "2 of 48 coarse values are not finite",
+    ),
   ):
     for method in (fitted.debias, fitted.sample):
       with pytest.raises(ValueError, match=words):
@@ -158,12 +173,16 @@ def test_folders_that_are_none(workdir, tmp_path):
 def test_pretrained_needs_no_config_file():
   """Fields that no fit has seen become an ensemble on them, in four statements."""
   with jax.enable_x64(True):
-    y = rollouts.rollout(ks.Coarse(), np.arange(2_000_000_000, 2_000_000_002))[:, 0, :, None]
+    y = rollouts.rollout(ks.Coarse(), np.arange(2_000_000_000, 2_000_000_002))[
+      :, 0, :, None
+    ]
   d = downscaling.Downscaler.load(KS)
   debiased = d.debias(np.float32(y))
   members = d.sample(debiased, members=2, unit=(2, 2), noise=0)
   assert members.shape == (2, 2, 192, 1)
-  np.testing.assert_allclose(members[:, :, ::8], debiased[:, None].repeat(2, 1), atol=1e-4)
+  np.testing.assert_allclose(
+    members[:, :, ::8], debiased[:, None].repeat(2, 1), atol=1e-4
+  )
   assert 0.5 < members.std() / d.statistics.std[0] < 1.5
 
 

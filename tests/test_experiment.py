@@ -45,11 +45,14 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize(
-  ("key", "value"), [(key, value) for key, values in NONSENSE.items() for value in values]
+  ("key", "value"),
+  [(key, value) for key, values in NONSENSE.items() for value in values],
 )
 def test_nonsense_is_refused_by_name(key, value):
   """As typed on the command line: the key, what came, the range, and what to type."""
-  with pytest.raises(ValueError, match=rf"^config\.{key}=.*: need .*--config\.{key}=") as caught:
+  with pytest.raises(
+    ValueError, match=rf"^config\.{key}=.*: need .*--config\.{key}="
+  ) as caught:
     experiment.load("ks:smoke", **{key: value})
   assert "\n" not in str(caught.value)
 
@@ -71,13 +74,28 @@ def test_several_decays_by_the_command_line():
     (0.5, (0.5,)),
     ("0.5", (0.5,)),
   ):
-    assert experiment.load("ks:smoke", **{"train.ema_decay": given}).train.ema_decay == decays
+    assert (
+      experiment.load("ks:smoke", **{"train.ema_decay": given}).train.ema_decay
+      == decays
+    )
 
 
 def test_every_key_can_be_overridden(execute, tmp_path):
   """As a process: a tuple, a key that the config file leaves out, a keyword of a solver."""
-  keys = ("model.channels=(4,8)", "keep.every=3", "coarse.integrator=euler", "train.augment=True")
-  command = [sys.executable, "-m", "downscaling", "train", "--config=ks:smoke", "--dry_run"]
+  keys = (
+    "model.channels=(4,8)",
+    "keep.every=3",
+    "coarse.integrator=euler",
+    "train.augment=True",
+  )
+  command = [
+    sys.executable,
+    "-m",
+    "downscaling",
+    "train",
+    "--config=ks:smoke",
+    "--dry_run",
+  ]
   flags = [f"--config.{key}" for key in keys]
   done = execute([*command, f"--workdir={tmp_path / 'run'}", *flags])
   assert done.returncode == 0, done.stderr
@@ -103,7 +121,9 @@ def test_a_config_may_be_empty_or_a_config_dict():
   assert Experiment.of(given.to_dict()).differences() == {"train": {"batch": 64}}
 
 
-@pytest.mark.parametrize("config", ["ks:full", "ks:series", "kolmogorov:8x", "kolmogorov:smoke"])
+@pytest.mark.parametrize(
+  "config", ["ks:full", "ks:series", "kolmogorov:8x", "kolmogorov:smoke"]
+)
 def test_differences_and_everything_make_the_same_experiment(config):
   """They come back from JSON, as markers hold them."""
   made = experiment.load(config)

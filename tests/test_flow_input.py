@@ -21,7 +21,10 @@ from downscaling.runtime import supervision
   [
     (
       {"fine.dt": 0.05},
-      ("config.fine.dt=0.05 is not stable on 64² points", "Set --config.fine.dt=0.02, or less"),
+      (
+        "config.fine.dt=0.05 is not stable on 64² points",
+        "Set --config.fine.dt=0.02, or less",
+      ),
     ),
     (
       {"coarse.dt": 0.05},
@@ -29,9 +32,15 @@ from downscaling.runtime import supervision
     ),
     (
       {"grid.factor": 3},
-      ("factor 3 does not divide the grid of 64 points", "[2, 4, 8, 16, 32] (config.grid.factor)"),
+      (
+        "factor 3 does not divide the grid of 64 points",
+        "[2, 4, 8, 16, 32] (config.grid.factor)",
+      ),
     ),
-    ({"grid.factor": 1}, ("32² cells cannot give 64² points", "--config.coarse.cells=64")),
+    (
+      {"grid.factor": 1},
+      ("32² cells cannot give 64² points", "--config.coarse.cells=64"),
+    ),
     (
       {"grid.points": 96, "grid.factor": 8, "fine.dt": 0.01},
       (
@@ -42,14 +51,25 @@ from downscaling.runtime import supervision
     ),
     (
       {"coarse.cells": 36},
-      ("A grid of 36 points does not keep the symmetry", "e.g. 40 (config.coarse.cells)"),
+      (
+        "A grid of 36 points does not keep the symmetry",
+        "e.g. 40 (config.coarse.cells)",
+      ),
     ),
   ],
 )
-def test_refused_before_anything_is_written(execute, command, tmp_path, overrides, needed):
+def test_refused_before_anything_is_written(
+  execute, command, tmp_path, overrides, needed
+):
   """As processes: one line, exit code 1, no folder."""
   done = execute(
-    command("generate", tmp_path / "run", config="kolmogorov.py:smoke", small=False, **overrides)
+    command(
+      "generate",
+      tmp_path / "run",
+      config="kolmogorov.py:smoke",
+      small=False,
+      **overrides,
+    )
   )
   assert done.returncode == 1, (done.stdout, done.stderr)
   (said,) = done.stderr.splitlines()
@@ -96,10 +116,15 @@ def test_a_blow_up_leaves_the_shards_before_it_whole(config, monkeypatch, tmp_pa
   """The last shard of four blows up: the others are as a healthy run writes them, and it is not
   there.
   """
-  trajectories, mesh = {"data.lflr": {"train": 16, "calibration": 8, "test": 8}}, meshes.make()
+  trajectories, mesh = (
+    {"data.lflr": {"train": 16, "calibration": 8, "test": 8}},
+    meshes.make(),
+  )
   with jax.enable_x64(True):
     plan, healthy = (
-      worlds.generation(config(**trajectories), tmp_path / name, "lflr", meshes.rows(mesh))
+      worlds.generation(
+        config(**trajectories), tmp_path / name, "lflr", meshes.rows(mesh)
+      )
       for name in ("run", "healthy")
     )
     monkeypatch.setattr(kolmogorov, "FASTEST", 0.1)
@@ -109,14 +134,19 @@ def test_a_blow_up_leaves_the_shards_before_it_whole(config, monkeypatch, tmp_pa
     plan = dataclasses.replace(
       plan,
       check=wild.check,
-      rollout=lambda ids: (wild if np.asarray(ids)[0] == 1_500_000_000 else healthy).rollout(ids),
+      rollout=lambda ids: (
+        wild if np.asarray(ids)[0] == 1_500_000_000 else healthy
+      ).rollout(ids),
     )
     with pytest.raises(
-      FloatingPointError, match=r"trajectory 150000000\d .* at t = .*--config\.coarse\.dt"
+      FloatingPointError,
+      match=r"trajectory 150000000\d .* at t = .*--config\.coarse\.dt",
     ):
       generate.generate(plan, mesh, lambda: False)
     generate.generate(healthy, mesh, lambda: False)
   before = [path for *_, path in plan.shards()][:3]
-  assert {path.name for path in plan.builder.data_path.iterdir()} == {path.name for path in before}
+  assert {path.name for path in plan.builder.data_path.iterdir()} == {
+    path.name for path in before
+  }
   for path, same in zip(before, healthy.shards(), strict=False):
     assert path.read_bytes() == same[-1].read_bytes()

@@ -26,7 +26,9 @@ def small_disk(tmp_path):
     options = f"size={size}" if not mounted else f"remount,size={size}"
     try:
       subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder],
+        check=True,
+        capture_output=True,
       )
     except (OSError, subprocess.CalledProcessError) as error:
       pytest.skip(f"mounting a tmpfs needs root: {error}")
@@ -49,27 +51,31 @@ def test_a_disk_that_fills_while_training(small_disk, command, execute, finished
   there, not written.
   """
   workdir = small_disk(30_000_000)
-  kept = min((finished[0] / "train" / "checkpoints").iterdir(), key=lambda p: int(p.name))
+  kept = min(
+    (finished[0] / "train" / "checkpoints").iterdir(), key=lambda p: int(p.name)
+  )
   shutil.copytree(kept, workdir / "train" / "checkpoints" / kept.name)
   shutil.copy(finished[0] / "train" / "metrics.csv", workdir / "train")
   marker = files.read_json(finished[0] / "train" / stage_folder.MARKER)
-  files.write_json(workdir / "train" / stage_folder.MARKER, marker | {"complete": False})
+  files.write_json(
+    workdir / "train" / stage_folder.MARKER, marker | {"complete": False}
+  )
   small_disk(used(workdir) + 500_000)
   argv = command("train", workdir, **{"data.dir": finished[0] / "data"})
   said = one_line(execute(argv))
   assert "no space left" in said
   assert str(workdir) in said
   assert "Free some disk and run the same command" in said
-  assert [p.name for p in (workdir / "train" / "checkpoints").iterdir() if p.name.isdigit()] == [
-    kept.name
-  ]
+  assert [
+    p.name for p in (workdir / "train" / "checkpoints").iterdir() if p.name.isdigit()
+  ] == [kept.name]
   small_disk(30_000_000)
   done = execute(argv)
   assert done.returncode == 0, done.stderr
   assert f"train: going on from step {kept.name}" in done.stderr
-  assert metric_writer.read_scalars(workdir / "train", "loss") == metric_writer.read_scalars(
-    finished[0] / "train", "loss"
-  )
+  assert metric_writer.read_scalars(
+    workdir / "train", "loss"
+  ) == metric_writer.read_scalars(finished[0] / "train", "loss")
 
 
 @pytest.mark.slow
@@ -78,7 +84,9 @@ def test_a_disk_that_fills_while_training(small_disk, command, execute, finished
 )
 def test_a_disk_that_fills_elsewhere(small_disk, command, execute, finished, job, size):
   workdir = small_disk(size)
-  argv = command(job, workdir, **({} if job == "generate" else {"data.dir": finished[0] / "data"}))
+  argv = command(
+    job, workdir, **({} if job == "generate" else {"data.dir": finished[0] / "data"})
+  )
   done = execute(argv)
   assert done.returncode == 1, done.stderr
   assert "Traceback" not in done.stderr
@@ -93,7 +101,9 @@ def test_a_disk_that_fills_while_sampling(small_disk, command, execute, finished
   shutil.copytree(finished[0] / "debias", workdir / "debias")
   small_disk(used(workdir) + 100_000)  # a set of samples takes about 100 kB
   argv = command(
-    "sample", workdir, **{f"{stage}.dir": finished[0] / stage for stage in ("data", "train")}
+    "sample",
+    workdir,
+    **{f"{stage}.dir": finished[0] / stage for stage in ("data", "train")},
   )
   said = one_line(execute(argv))
   assert "no space left" in said

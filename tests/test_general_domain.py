@@ -57,7 +57,12 @@ def run(tmp_path_factory, execute):
   """The work folder of a whole pipeline."""
   folder = tmp_path_factory.mktemp("strip")
   (folder / "config.py").write_text(CONFIG)
-  argv = [sys.executable, strip.__file__, "pipeline", f"--config={folder / 'config.py'}"]
+  argv = [
+    sys.executable,
+    strip.__file__,
+    "pipeline",
+    f"--config={folder / 'config.py'}",
+  ]
   done = execute([*argv, f"--workdir={folder / 'run'}"])
   assert done.returncode == 0, done.stderr
   return folder / "run"
@@ -71,7 +76,10 @@ def _known():
 def test_maps_carry_every_channel_and_what_they_have_in_common(run):
   with xarray.open_zarr(run / "debias/held_out.zarr", consolidated=False) as data:
     assert data["gaussian"].dims == ("row", "y", "x", "channel")
-    rows = {name: np.asarray(data[name], np.float64) for name in ("lflr", "gaussian", "entropic")}
+    rows = {
+      name: np.asarray(data[name], np.float64)
+      for name in ("lflr", "gaussian", "entropic")
+    }
   # 96 rows: a mean over the strip hardly varies, so these are good to a tenth.
   assert rows["lflr"][..., 0].mean() == pytest.approx(11, abs=0.1)
   for name in ("gaussian", "entropic"):
@@ -126,7 +134,12 @@ def test_the_library_draws_both_channels(run):
 
 
 def test_a_plan(run, execute):
-  argv = [sys.executable, strip.__file__, "pipeline", f"--config={run.parent / 'config.py'}"]
+  argv = [
+    sys.executable,
+    strip.__file__,
+    "pipeline",
+    f"--config={run.parent / 'config.py'}",
+  ]
   done = execute([*argv, f"--workdir={run.parent / 'planned'}", "--dry_run"])
   assert done.returncode == 0, done.stderr
   assert not (run.parent / "planned").exists()
@@ -134,7 +147,9 @@ def test_a_plan(run, execute):
 
 def test_steps_that_know_one_channel_say_so():
   rows = np.random.default_rng(0).standard_normal((8, 4, 6, 2))
-  with pytest.raises(ValueError, match=r"rows of 2 channels came.*Q: use the map 'gaussian'"):
+  with pytest.raises(
+    ValueError, match=r"rows of 2 channels came.*Q: use the map 'gaussian'"
+  ):
     recipes.fit(rows, rows, group=strip.Coarse().group(), recipe="GQ")
 
 
@@ -158,7 +173,9 @@ def test_a_gaussian_map_of_two_channels_is_the_optimal_one():
   optimal = back @ root(half @ b @ half) @ back
   want = (source - source.mean(0)) @ optimal + target.mean(0)
   # The map returns float32.
-  np.testing.assert_allclose(made(source.reshape(shape)).reshape(want.shape), want, atol=1e-4)
+  np.testing.assert_allclose(
+    made(source.reshape(shape)).reshape(want.shape), want, atol=1e-4
+  )
 
 
 def test_grids_come_from_the_domain(tmp_path):

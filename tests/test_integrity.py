@@ -54,9 +54,13 @@ def readers(experiment, path):
     return found
 
   def debias():
-    stores = [rows.mapped(work, name) for name in ("held_out", "in_sample", "calibration")]
+    stores = [
+      rows.mapped(work, name) for name in ("held_out", "in_sample", "calibration")
+    ]
     held = stores[0]["lflr"]
-    fitted = {name: maps.load(path / "debias" / name)(held) for name in experiment.debias.maps}
+    fitted = {
+      name: maps.load(path / "debias" / name)(held) for name in experiment.debias.maps
+    }
     return [stores, fitted, files.read_json(path / "debias" / "diagnostics.json")]
 
   def train():
@@ -97,7 +101,9 @@ def says_the_same(path, original):
     found = files.read_json(path)
   except ValueError:
     return False
-  return (json.loads(original) | {files.SEAL: ""}).items() <= (found | {files.SEAL: ""}).items()
+  return (json.loads(original) | {files.SEAL: ""}).items() <= (
+    found | {files.SEAL: ""}
+  ).items()
 
 
 def refuses(reader, whole, path):
@@ -111,7 +117,9 @@ def refuses(reader, whole, path):
 
 
 @pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
-def test_a_flipped_bit_is_never_read_as_another_number(copied, experiment, count, monkeypatch):
+def test_a_flipped_bit_is_never_read_as_another_number(
+  copied, experiment, count, monkeypatch
+):
   """`verify` names the file. Whoever reads it raises, or gets what was written.
 
   Numbers in formats without checksums of their own are guarded by the stage's digests.
@@ -120,7 +128,9 @@ def test_a_flipped_bit_is_never_read_as_another_number(copied, experiment, count
   whole = {stage: reader() for stage, reader in read.items()}
   every = [p for p in sorted(copied.rglob("*")) if p.is_file() and p.stat().st_size]
   # No numbers of a result.
-  every = [p for p in every if "attempts" not in p.parts and not p.name.startswith("events")]
+  every = [
+    p for p in every if "attempts" not in p.parts and not p.name.startswith("events")
+  ]
   raised = 0
   for path in dice.choices(every, k=count):
     original, times = path.read_bytes(), path.stat()
@@ -131,7 +141,8 @@ def test_a_flipped_bit_is_never_read_as_another_number(copied, experiment, count
       path.write_bytes(original)  # the flip is in the name of the seal
       os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
       continue
-    own = path.name.startswith(("_", ".")) or "checkpoints" in path.parts  # orbax's; it goes back
+    # orbax's; it goes back.
+    own = path.name.startswith(("_", ".")) or "checkpoints" in path.parts
     assert not well or own, path
     assert own or path.name in said, path
     if stage in read and path.name not in (products.MARKER, products.COPY):
@@ -158,13 +169,19 @@ def test_a_damaged_file_is_refused_and_made_again(copied, command, execute):
   before = bytes_of(copied)
   shard = next((copied / "data").rglob("*hfhr*/**/*train*00001*"))
   table = copied / "debias" / "gaussian" / "arrays.npz"
-  drawn = next((copied / "samples" / "true+diffusion.zarr" / "sample" / "c").rglob("0/0/0"))
+  drawn = next(
+    (copied / "samples" / "true+diffusion.zarr" / "sample" / "c").rglob("0/0/0")
+  )
   dice = random.Random(1)
-  for path, reads, makes in ((shard, "debias", "generate"), (table, "sample", "debias")):
+  for path, reads, makes in (
+    (shard, "debias", "generate"),
+    (table, "sample", "debias"),
+  ):
     flip(path, dice)
     if reads == "debias":
       shutil.rmtree(copied / "debias")
-    refused = execute(command(reads, copied, label="other"))  # samples that are not there yet
+    # Samples that are not there yet.
+    refused = execute(command(reads, copied, label="other"))
     assert refused.returncode == 1
     assert f"{path.name} is not what was written there" in refused.stderr
     assert f"`downscaling {makes}` makes it again" in refused.stderr
@@ -240,7 +257,9 @@ def test_a_folder_of_an_older_version_is_given_digests(copied):
 
 def test_verify_speaks_to_strangers(tmp_path, execute, finished):
   argv = ["downscaling", "verify"]
-  run = lambda *words: execute([str(pathlib.Path(os.sys.executable).parent / argv[0]), *words])
+  run = lambda *words: execute(
+    [str(pathlib.Path(os.sys.executable).parent / argv[0]), *words]
+  )
   nothing = run("verify", str(tmp_path))
   assert nothing.returncode == 1
   assert "holds no stage of a run" in nothing.stderr
@@ -256,7 +275,9 @@ def test_verify_speaks_to_strangers(tmp_path, execute, finished):
 
 
 @pytest.mark.slow
-def test_every_file_of_another_run_is_refused(copied, command, execute, experiment, tmp_path):
+def test_every_file_of_another_run_is_refused(
+  copied, command, execute, experiment, tmp_path
+):
   """The same config with another seed: same names, sizes and formats."""
   other = tmp_path / "other"
   assert execute(command("pipeline", other, seed=1)).returncode == 0
@@ -265,14 +286,20 @@ def test_every_file_of_another_run_is_refused(copied, command, execute, experime
   for theirs in sorted(other.rglob("*")):
     name = theirs.relative_to(other)
     ours = copied / name
-    if not theirs.is_file() or not ours.is_file() or theirs.read_bytes() == ours.read_bytes():
+    if (
+      not theirs.is_file()
+      or not ours.is_file()
+      or theirs.read_bytes() == ours.read_bytes()
+    ):
       continue
     if {"attempts", "report"} & {*name.parts}:
       continue
     swapped += 1
     held, times = ours.read_bytes(), ours.stat()
     shutil.copy2(theirs, ours)
-    assert not verify.verify(copied / name.parts[0])[1] or "checkpoints" in name.parts, name
+    assert (
+      not verify.verify(copied / name.parts[0])[1] or "checkpoints" in name.parts
+    ), name
     if "checkpoints" not in name.parts and name.name != products.COPY:
       stage = name.parts[0]
       work = Workdir(experiment, copied, meshes.make(), supervision.Stop())

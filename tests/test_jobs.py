@@ -32,7 +32,10 @@ def state(folder):
   """{file: (time of its last change, SHA-256)} of a tree."""
   files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file())
   return {
-    str(p.relative_to(folder)): (p.stat().st_mtime_ns, hashlib.sha256(p.read_bytes()).hexdigest())
+    str(p.relative_to(folder)): (
+      p.stat().st_mtime_ns,
+      hashlib.sha256(p.read_bytes()).hexdigest(),
+    )
     for p in files
   }
 
@@ -50,8 +53,12 @@ def test_every_stage_left_its_files(finished):
     assert ledger.account(workdir / stage).productive > 0
     assert {"python", "jax", "orbax-checkpoint"} <= {*marker["versions"]}
   # 128 + 64 + 64 + 32 + 32 and 128 + 32 + 64 trajectories in shards of 16
-  assert len(list((workdir / "data" / "ks" / "hfhr").rglob("*.array_record-*-of-*"))) == 20
-  assert len(list((workdir / "data" / "ks" / "lflr").rglob("*.array_record-*-of-*"))) == 14
+  assert (
+    len(list((workdir / "data" / "ks" / "hfhr").rglob("*.array_record-*-of-*"))) == 20
+  )
+  assert (
+    len(list((workdir / "data" / "ks" / "lflr").rglob("*.array_record-*-of-*"))) == 14
+  )
   for path in (
     *(
       "data/statistics.npz",
@@ -65,7 +72,12 @@ def test_every_stage_left_its_files(finished):
     ),
     "debias/diagnostics.json",
     *("debias/held_out.zarr/zarr.json", "debias/in_sample.zarr/zarr.json"),
-    *("train/prior/0", "train/denoising_error.npz", "train/checkpoints/20", "train/metrics.csv"),
+    *(
+      "train/prior/0",
+      "train/denoising_error.npz",
+      "train/checkpoints/20",
+      "train/metrics.csv",
+    ),
     *(f"samples/{name}.zarr/zarr.json" for name in SETS),
     *("report/metrics.json", "report/report.html"),
   ):
@@ -80,7 +92,8 @@ def test_every_stage_left_its_files(finished):
     "samples": 3 * 16 * 2 + 16,
   }
   assert all(
-    row["seconds"] > 0 and row["devices"][0].startswith("4 × cpu on ") for row in cost.values()
+    row["seconds"] > 0 and row["devices"][0].startswith("4 × cpu on ")
+    for row in cost.values()
   )
   assert 0 < cost["train"]["median"] < cost["train"]["seconds"]
   assert list((workdir / "train").glob("events.out.tfevents.*"))
@@ -96,18 +109,30 @@ def test_it_says_what_it_did_and_prints_the_table(finished):
     ("sample", "samples"),
   ):
     assert re.search(
-      rf"^{job}: wrote {re.escape(str(workdir / stage))}; next: downscaling \w+", done.stderr, re.M
+      rf"^{job}: wrote {re.escape(str(workdir / stage))}; next: downscaling \w+",
+      done.stderr,
+      re.M,
     )
-  assert f"downscaling pipeline: report: {workdir / 'report' / 'report.html'}" in done.stderr
+  assert (
+    f"downscaling pipeline: report: {workdir / 'report' / 'report.html'}" in done.stderr
+  )
   assert "Traceback" not in done.stderr
   rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
   names = {row[0].rstrip("†") for row in rows}
-  assert {"lflr", "equivariant", "entropic", "gaussian", *SETS, "equivariant+cubic"} <= names
+  assert {
+    "lflr",
+    "equivariant",
+    "entropic",
+    "gaussian",
+    *SETS,
+    "equivariant+cubic",
+  } <= names
   assert "the paper's OT" in done.stdout
   assert (
     done.stdout.count("true data, n=64") == 2
   )  # of both tables of coarse columns that have a floor
-  assert done.stdout.count("covRMSE") == 2  # one table of coarse fields, one of samples, each once
+  # One table of coarse fields, one of samples, each once.
+  assert done.stdout.count("covRMSE") == 2
 
 
 def test_metrics_follow_the_schema_and_the_samples_keep_their_constraint(finished):
@@ -115,19 +140,24 @@ def test_metrics_follow_the_schema_and_the_samples_keep_their_constraint(finishe
   scoring.check_schema(metrics)
   assert metrics["experiment"] == "ks-8x"
   maps = ("equivariant", "entropic", "gaussian")
-  assert {"lflr", *maps, *(f"{name} in-sample" for name in maps)} == {*metrics["debias"]}
+  assert {"lflr", *maps, *(f"{name} in-sample" for name in maps)} == {
+    *metrics["debias"]
+  }
   assert metrics["default"] == "equivariant"
   assert {*SETS, "equivariant+cubic"} == {*metrics["samples"]}
   # 64 rows of as many trajectories of the test split, one snapshot each
-  assert (metrics["debias"]["lflr"]["n"], metrics["debias"]["lflr"]["blocks"]) == (64, 64)
-  for name in SETS[
-    :3
-  ]:  # float32 fields of order one, 24 values a condition; a missing projection gives about 1
+  assert (metrics["debias"]["lflr"]["n"], metrics["debias"]["lflr"]["blocks"]) == (
+    64,
+    64,
+  )
+  for name in SETS[:3]:
+    # float32 fields of order one, 24 values a condition; a missing projection gives about 1.
     assert metrics["samples"][name]["constraint_rmse"] < 1e-5
   # Twenty steps teach the prior nothing, but debiasing has all it needs: 256 rows a side bring the
   # spectrum nearer.
   assert (
-    metrics["debias"]["equivariant"]["melr_weighted"] < metrics["debias"]["lflr"]["melr_weighted"]
+    metrics["debias"]["equivariant"]["melr_weighted"]
+    < metrics["debias"]["lflr"]["melr_weighted"]
   )
 
 
@@ -136,7 +166,9 @@ def test_samples_open_in_xarray_as_cf(finished):
   for name in SETS:
     with xarray.open_zarr(finished[0] / "samples" / f"{name}.zarr") as data:
       assert data["sample"].dims == ("condition", "member", "x")
-      assert data["sample"].shape == ((1, 16, 192) if name == "unconditional" else (16, 2, 192))
+      assert data["sample"].shape == (
+        (1, 16, 192) if name == "unconditional" else (16, 2, 192)
+      )
       assert data["sample"].dtype == np.float32
       assert np.isfinite(data["sample"].values).all()
       np.testing.assert_allclose(
@@ -172,7 +204,9 @@ def test_report_stands_alone(finished):
     assert name in text
 
 
-def test_a_second_run_finds_everything_done_and_changes_nothing(finished, command, execute):
+def test_a_second_run_finds_everything_done_and_changes_nothing(
+  finished, command, execute
+):
   workdir, first = finished
   before = state(workdir)
   again = execute(command("pipeline", workdir))
@@ -195,9 +229,13 @@ def test_one_set_alone_and_others_later(finished, command, execute, tmp_path):
   work = tmp_path / "run"
   for stage in ("data", "debias", "train"):
     shutil.copytree(finished[0] / stage, work / stage)
-  done = execute(command("pipeline", work, **{"sampling.sets": "('default+diffusion',)"}))
+  done = execute(
+    command("pipeline", work, **{"sampling.sets": "('default+diffusion',)"})
+  )
   assert done.returncode == 0, done.stderr
-  assert {p.name for p in (work / "samples").glob("*.zarr")} == {"equivariant+diffusion.zarr"}
+  assert {p.name for p in (work / "samples").glob("*.zarr")} == {
+    "equivariant+diffusion.zarr"
+  }
   metrics = files.read_json(work / "report" / "metrics.json")
   assert {*metrics["samples"]} == {"equivariant+diffusion", "equivariant+cubic"}
   alone = state(work / "samples" / "equivariant+diffusion.zarr")
@@ -212,7 +250,10 @@ def test_one_set_alone_and_others_later(finished, command, execute, tmp_path):
   assert {*SETS} < {*files.read_json(work / "report" / "metrics.json")["samples"]}
   done = execute(command("sample", work, **{"sampling.sets": "('ot',)"}))
   assert done.returncode == 1
-  assert "config.sampling.sets='ot' is unknown; use one of ['entropic+diffusion'" in done.stderr
+  assert (
+    "config.sampling.sets='ot' is unknown; use one of ['entropic+diffusion'"
+    in done.stderr
+  )
 
 
 def test_a_prior_without_its_error_table_gets_it_and_is_not_trained_again(
@@ -228,12 +269,17 @@ def test_a_prior_without_its_error_table_gets_it_and_is_not_trained_again(
   with np.load(table) as stored:
     before = {k: stored[k] for k in stored.files}
   table.unlink()
-  trained = state(workdir / "train" / "prior") | state(workdir / "train" / "checkpoints")
+  trained = state(workdir / "train" / "prior") | state(
+    workdir / "train" / "checkpoints"
+  )
   done = execute(command("train", workdir))
   assert done.returncode == 0, done.stderr
   assert f"wrote {table}" in done.stderr
   assert "train: " not in done.stderr.replace("downscaling train: ", "")
-  assert state(workdir / "train" / "prior") | state(workdir / "train" / "checkpoints") == trained
+  assert (
+    state(workdir / "train" / "prior") | state(workdir / "train" / "checkpoints")
+    == trained
+  )
   with np.load(table) as stored:
     for name, value in before.items():
       np.testing.assert_array_equal(stored[name], value)
@@ -254,7 +300,9 @@ def interrupt(argv, units, sent=signal.SIGTERM, limit=240):
       end = time.monotonic() + limit
       while not units() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
-      assert process.poll() is None, f"it ended before it could be stopped: {process.stderr.read()}"
+      assert process.poll() is None, (
+        f"it ended before it could be stopped: {process.stderr.read()}"
+      )
       process.send_signal(sent)
       _, said = process.communicate(timeout=60)  # one unit of work, on a busy machine
     finally:
@@ -297,7 +345,10 @@ def same_tree(a, b):
 
 def same_samples(a, b):
   for name in SETS:
-    with xarray.open_zarr(a / f"{name}.zarr") as one, xarray.open_zarr(b / f"{name}.zarr") as two:
+    with (
+      xarray.open_zarr(a / f"{name}.zarr") as one,
+      xarray.open_zarr(b / f"{name}.zarr") as two,
+    ):
       for variable in one.variables:
         np.testing.assert_array_equal(
           one[variable].values, two[variable].values, err_msg=f"{name}: {variable}"
@@ -319,7 +370,9 @@ def test_sigterm_in_the_middle_of_a_pipeline(finished, command, execute, tmp_pat
   argv = command(
     "pipeline", tmp_path, **{"data.dir": workdir / "data"}
   )  # where data lie is no part of what they are
-  stopped_politely(argv, "pipeline", lambda: list(tmp_path.glob("samples/*.units/c*-m*.json")))
+  stopped_politely(
+    argv, "pipeline", lambda: list(tmp_path.glob("samples/*.units/c*-m*.json"))
+  )
   drawn = {p: p.stat().st_mtime_ns for p in tmp_path.glob("samples/*.units/c*-m*.json")}
   assert 1 <= len(drawn) < 26
   assert not (tmp_path / "report").exists()
@@ -328,7 +381,9 @@ def test_sigterm_in_the_middle_of_a_pipeline(finished, command, execute, tmp_pat
     "finished units were drawn again"
   )
   same_samples(workdir / "samples", tmp_path / "samples")
-  one, two = (json.loads((w / "report" / "metrics.json").read_text()) for w in (workdir, tmp_path))
+  one, two = (
+    json.loads((w / "report" / "metrics.json").read_text()) for w in (workdir, tmp_path)
+  )
   for part in ("debias", "samples", "config_hash"):
     assert one[part] == two[part]
   assert "train: train is done already" in done.stderr
@@ -344,7 +399,9 @@ def test_sigterm_while_evaluating(finished, command, execute, tmp_path):
   assert "stopped while evaluating; run the same command to go on." in said
   assert not (tmp_path / "report" / "metrics.json").exists()
   goes_on(argv, execute)
-  one, two = (json.loads((w / "report" / "metrics.json").read_text()) for w in (workdir, tmp_path))
+  one, two = (
+    json.loads((w / "report" / "metrics.json").read_text()) for w in (workdir, tmp_path)
+  )
   for part in ("debias", "samples", "config_hash"):
     assert one[part] == two[part]
 
@@ -355,14 +412,17 @@ def test_kill_9_while_training(finished, command, execute, tmp_path):
   """
   workdir, _ = finished
   argv = command("train", tmp_path, **{"data.dir": workdir / "data"})
-  code, _ = interrupt(argv, lambda: list(tmp_path.glob("train/checkpoints/[0-9]")), signal.SIGKILL)
+  code, _ = interrupt(
+    argv, lambda: list(tmp_path.glob("train/checkpoints/[0-9]")), signal.SIGKILL
+  )
   assert code == -signal.SIGKILL
   assert not (tmp_path / "train" / "prior").exists()
   done = goes_on(argv, execute)
   assert "train: going on from step " in done.stderr
   same_tree(trained(workdir, workdir / "data"), trained(tmp_path, workdir / "data"))
   one, two = (
-    metric_writer.read_scalars(w / "train", "validation/error") for w in (workdir, tmp_path)
+    metric_writer.read_scalars(w / "train", "validation/error")
+    for w in (workdir, tmp_path)
   )
   assert one == two
 
@@ -371,7 +431,9 @@ def test_kill_9_while_training(finished, command, execute, tmp_path):
 def test_sigterm_while_training(finished, command, execute, tmp_path):
   workdir, _ = finished
   argv = command("train", tmp_path, **{"data.dir": workdir / "data"})
-  stopped_politely(argv, "train", lambda: list(tmp_path.glob("train/checkpoints/[0-9]")))
+  stopped_politely(
+    argv, "train", lambda: list(tmp_path.glob("train/checkpoints/[0-9]"))
+  )
   goes_on(argv, execute)
   same_tree(trained(workdir, workdir / "data"), trained(tmp_path, workdir / "data"))
 
@@ -400,7 +462,9 @@ def test_sigterm_while_generating(finished, command, execute, tmp_path):
         for w in (workdir, tmp_path)
       )
       same_tree(one, two)
-  one, two = (statistics.load(w / "data" / "statistics.npz") for w in (workdir, tmp_path))
+  one, two = (
+    statistics.load(w / "data" / "statistics.npz") for w in (workdir, tmp_path)
+  )
   same_tree([one.mean, one.std, one.spectrum], [two.mean, two.std, two.spectrum])
 
 
@@ -414,7 +478,9 @@ def test_sigterm_while_debiasing(finished, command, execute, tmp_path):
   assert not (tmp_path / "debias" / "diagnostics.json").exists()
   goes_on(argv, execute)
   for name in ("entropic", "equivariant"):
-    one, two = (folder / "debias" / name / "arrays.npz" for folder in (workdir, tmp_path))
+    one, two = (
+      folder / "debias" / name / "arrays.npz" for folder in (workdir, tmp_path)
+    )
     with np.load(one) as one, np.load(two) as two:
       same_tree(dict(one), dict(two))
   for name in ("held_out", "in_sample"):

@@ -40,7 +40,9 @@ def test_sixty_ends_of_a_pipeline(command, execute, tmp_path):
   run, codes, finished = tmp_path / "0", [], 0
   while ends:
     argv = command("pipeline", run)
-    life = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    life = subprocess.Popen(
+      argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
       said = life.communicate(timeout=dice.uniform(1, seconds / 2))[1]
     except subprocess.TimeoutExpired:
@@ -48,7 +50,9 @@ def test_sixty_ends_of_a_pipeline(command, execute, tmp_path):
       life.send_signal(how)
       said = life.communicate(timeout=120)[1]
       # 0: it was about to end; −how: before its handlers were there, when nothing is written yet.
-      allowed = {-signal.SIGKILL} if how == signal.SIGKILL else {supervision.STOPPED, -how}
+      allowed = (
+        {-signal.SIGKILL} if how == signal.SIGKILL else {supervision.STOPPED, -how}
+      )
       assert life.returncode in allowed | {0}, said
       codes.append(life.returncode)
     else:

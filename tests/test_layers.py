@@ -6,7 +6,15 @@ import subprocess
 import sys
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "downscaling"
-BELOW_ALL = ("fields", "runtime", "equations", "datasets", "debias", "diffusion", "sampling")
+BELOW_ALL = (
+  "fields",
+  "runtime",
+  "equations",
+  "datasets",
+  "debias",
+  "diffusion",
+  "sampling",
+)
 BELOW = {
   "runtime": set(),
   "fields": {"runtime"},
@@ -38,12 +46,16 @@ def test_no_room_imports_from_upstairs():
     for path in (PACKAGE / room).rglob("*.py"):
       for name in _imports(path):
         parts = name.split(".")
-        if parts[0] == "downscaling" and len(parts) > 1 and parts[1] not in below | {room}:
+        if (
+          parts[0] == "downscaling"
+          and len(parts) > 1
+          and parts[1] not in below | {room}
+        ):
           wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
   assert not wrong
-  assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()} == set(
-    BELOW
-  )
+  assert {
+    p.name for p in PACKAGE.iterdir() if p.is_dir() and (p / "__init__.py").exists()
+  } == set(BELOW)
 
 
 def test_the_rooms_know_no_config():
@@ -59,7 +71,11 @@ def test_the_rooms_know_no_config():
     known |= "downscaling.experiment" in names
     if known:
       assert room in top or room in FACES, path
-      read = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if _by_name(node)]
+      read = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if _by_name(node)
+      ]
       assert not read, f"{path} reads keys by name: {read}"
 
 
@@ -70,7 +86,9 @@ HOLDERS = ("experiment", "e", "block", "self.experiment", "work.experiment")
 def _by_name(node) -> bool:
   """Is it experiment["..."], getattr(experiment, ...) or experiment.get("...")?"""
   if isinstance(node, ast.Subscript):
-    by_number = isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, int)
+    by_number = isinstance(node.slice, ast.Constant) and isinstance(
+      node.slice.value, int
+    )
     return ast.unparse(node.value) in HOLDERS and not by_number
   if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
     return ast.unparse(node.args[0]).split(".")[0] in ("experiment", "e")

@@ -80,7 +80,9 @@ def took_and_plan(folder, keys, names=tuple(jobs.JOBS)):
       command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=900
     )
     assert done.returncode == 0, done.stderr
-    said = dict(line.split() for line in done.stdout.splitlines() if line.count(" ") == 1)
+    said = dict(
+      line.split() for line in done.stdout.splitlines() if line.count(" ") == 1
+    )
     found[job] = float(said["took"]), float(said["plan"])
   return found
 
@@ -90,7 +92,11 @@ def took_and_plan(folder, keys, names=tuple(jobs.JOBS)):
 def test_a_plan_is_what_a_job_takes(tmp_path, keys):
   """Within a quarter, where libraries dominate and where arrays do."""
   found = took_and_plan(tmp_path, keys)
-  wrong = {job: said for job, said in found.items() if said[1] != pytest.approx(said[0], rel=0.25)}
+  wrong = {
+    job: said
+    for job, said in found.items()
+    if said[1] != pytest.approx(said[0], rel=0.25)
+  }
   assert not wrong, found
 
 
@@ -124,7 +130,8 @@ def test_rows_by_blocks_are_the_rows_at_once(work, monkeypatch, coarsen):
   whole = of.load()
   assert of.nbytes == whole["u"].nbytes
   assert of.shape == whole["u"].shape
-  monkeypatch.setattr(rows, "BLOCK_BYTES", 7 * 4 * 192)  # 7 rows: the last block is a short one
+  # 7 rows: the last block is a short one.
+  monkeypatch.setattr(rows, "BLOCK_BYTES", 7 * 4 * 192)
   again = of.load()
   for key in whole:
     np.testing.assert_array_equal(again[key], whole[key])
@@ -133,12 +140,16 @@ def test_rows_by_blocks_are_the_rows_at_once(work, monkeypatch, coarsen):
   np.testing.assert_array_equal(whole["u"], expected)
 
 
-def test_fine_fields_are_never_there_as_a_whole_while_they_are_coarsened(work, monkeypatch):
+def test_fine_fields_are_never_there_as_a_whole_while_they_are_coarsened(
+  work, monkeypatch
+):
   """512 fields of 768 bytes. Records of TFDS take several times their bytes while a block is read,
   and blocks of 8 kB are small beside that, so half of the whole is the bound.
   """
   numbers = rows.balanced(work.experiment, "hfhr", "train")
-  of, fine = (rows.of(work, "hfhr", "train", numbers, coarsen) for coarsen in (True, False))
+  of, fine = (
+    rows.of(work, "hfhr", "train", numbers, coarsen) for coarsen in (True, False)
+  )
   monkeypatch.setattr(rows, "BLOCK_BYTES", 8192)
   of.read()  # what libraries keep from a first call is no part of it
   tracemalloc.start()

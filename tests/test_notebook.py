@@ -11,10 +11,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def test_first_ensemble(tmp_path):
   """In order, in one fresh process, as a reader's kernel would."""
-  notebook = json.loads((ROOT / "docs" / "notebooks" / "first_ensemble.ipynb").read_text())
+  notebook = json.loads(
+    (ROOT / "docs" / "notebooks" / "first_ensemble.ipynb").read_text()
+  )
   cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
   picture = tmp_path / "members.png"
-  program = "\n\n".join([*cells, f"figure.savefig({str(picture)!r})", "print(members.shape)"])
+  program = "\n\n".join(
+    [*cells, f"figure.savefig({str(picture)!r})", "print(members.shape)"]
+  )
   environment = os.environ | {"MPLBACKEND": "Agg", "XLA_FLAGS": ""}
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-c", program],
@@ -23,4 +27,5 @@ def test_first_ensemble(tmp_path):
   assert done.returncode == 0, done.stderr
   assert "(4, 8, 192, 1)" in done.stdout
   assert picture.stat().st_size > 10_000
-  assert not any(cell.get("outputs") for cell in notebook["cells"])  # pictures are not committed
+  # Pictures are not committed.
+  assert not any(cell.get("outputs") for cell in notebook["cells"])

@@ -42,7 +42,8 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
   assert (
     len(
       re.findall(
-        r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 24.7 kB fields", text
+        r"memory a device: [^,]* temporary \(compiled\), [^,]* parameters, 24.7 kB fields",
+        text,
       )
     )
     == 1
@@ -52,7 +53,9 @@ def test_dry_run_says_sizes_and_writes_nothing(tmp_path):
 def test_dry_run_refuses_what_the_job_would_refuse(tmp_path):
   with pytest.raises(ValueError, match=r"Set --config.train.batch=4 or 8"):
     jobs.plan("train", _context(tmp_path, **{"train.batch": 6}))
-  with pytest.raises(ValueError, match=r"factor 7 does not divide the grid of 192 points"):
+  with pytest.raises(
+    ValueError, match=r"factor 7 does not divide the grid of 192 points"
+  ):
     jobs.plan("generate", _context(tmp_path, **{"grid.factor": 7}))
 
 
@@ -109,14 +112,20 @@ def test_the_step_on_256_squared_compiles_for_256_devices(command, execute, tmp_
   those of the net.
   """
   argv = command(
-    "train", tmp_path / "none", "--dry_run", "--devices=256", config="kolmogorov.py:8x", small=False
+    "train",
+    tmp_path / "none",
+    "--dry_run",
+    "--devices=256",
+    config="kolmogorov.py:8x",
+    small=False,
   )
   done = execute([*argv, "--config.mesh.fsdp=8"])
   assert done.returncode == 0, done.stderr
   text = done.stdout + done.stderr
   assert "mesh {'data': 32, 'fsdp': 8}" in text
   work, steps = (
-    float(re.search(p, text)[1]) for p in (r"([\d.]+) GFLOP a step", r"(\d+) steps of batch")
+    float(re.search(p, text)[1])
+    for p in (r"([\d.]+) GFLOP a step", r"(\d+) steps of batch")
   )
   low, high = map(float, re.search(r"([\d.]+) h to ([\d.]+) h on", text).groups())
   # on one H200, whose dense peak in bfloat16 is 989 TFLOP/s; two digits are printed
@@ -147,7 +156,11 @@ def test_prior_does_not_depend_on_the_coarse_world(tmp_path):
 
 
 def test_one_prior_serves_every_operator(tmp_path):
-  other = {"grid.factor": 4, "grid.operator": "block_mean", "train.dir": str(tmp_path / "prior")}
+  other = {
+    "grid.factor": 4,
+    "grid.operator": "block_mean",
+    "train.dir": str(tmp_path / "prior"),
+  }
   one, two = _context(tmp_path).experiment, _context(tmp_path, **other).experiment
   assert one.identity("train") == two.identity("train")
   assert one.identity("samples") != two.identity("samples")
@@ -157,7 +170,11 @@ def test_one_prior_serves_every_operator(tmp_path):
 
 def test_samples_do_not_depend_on_how_many_there_are(tmp_path):
   """So that an ensemble may grow, and its report with it."""
-  counts = {"sampling.members": 4, "sampling.conditions": 8, "sampling.unconditional.fields": 8}
+  counts = {
+    "sampling.members": 4,
+    "sampling.conditions": 8,
+    "sampling.unconditional.fields": 8,
+  }
   one, two = _context(tmp_path).experiment, _context(tmp_path, **counts).experiment
   for stage in ("samples", "report"):
     assert one.identity(stage) == two.identity(stage)

@@ -27,9 +27,14 @@ def config():
 
 def test_every_file_is_the_one_that_the_card_lists():
   listed = dict(
-    reversed(line.split("  ", 1)) for line in (KS / "SHA256SUMS").read_text().splitlines()
+    reversed(line.split("  ", 1))
+    for line in (KS / "SHA256SUMS").read_text().splitlines()
   )
-  there = {str(p.relative_to(KS)) for p in KS.rglob("*") if p.is_file() and p.name not in UNLISTED}
+  there = {
+    str(p.relative_to(KS))
+    for p in KS.rglob("*")
+    if p.is_file() and p.name not in UNLISTED
+  }
   assert {*listed} == there
   for name, digest in listed.items():
     assert hashlib.sha256((KS / name).read_bytes()).hexdigest() == digest, name
@@ -57,10 +62,14 @@ def test_the_prior_is_that_of_the_config(config):
 
 def test_the_map_is_that_of_the_config(config):
   marker = files.read_json(KS / "debias" / stage_folder.MARKER)
-  assert experiment.first_schema("debias", marker["config"]) == config.identity("debias")
+  assert experiment.first_schema("debias", marker["config"]) == config.identity(
+    "debias"
+  )
   made = maps.load(KS / "debias" / config.debias.map)
   y = np.sin(np.arange(24) * 2 * np.pi * 3 / 24)[None, :, None].astype(np.float32)
   mapped = made(y)
   assert mapped.shape == y.shape
   # It commutes with a shift by one point, to the rounding of float32 in a network of four layers.
-  np.testing.assert_allclose(made(np.roll(y, 1, axis=1)), np.roll(mapped, 1, axis=1), atol=1e-4)
+  np.testing.assert_allclose(
+    made(np.roll(y, 1, axis=1)), np.roll(mapped, 1, axis=1), atol=1e-4
+  )

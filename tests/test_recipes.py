@@ -24,7 +24,9 @@ def checkout(tmp_path):
   """A copy of the package and its configs."""
   root = tmp_path / "checkout"
   for folder in ("downscaling", "configs"):
-    shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+      ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
   return root
 
 
@@ -47,7 +49,9 @@ def run(checkout, *argv):
 
 
 def job(checkout, name, config, *flags):
-  return run(checkout, "-m", "downscaling", name, f"--config={config}", "--workdir=run", *flags)
+  return run(
+    checkout, "-m", "downscaling", name, f"--config={config}", "--workdir=run", *flags
+  )
 
 
 def test_an_equation(checkout):
@@ -75,7 +79,10 @@ def test_a_solver(checkout):
   change(checkout / second, anchor, branch + anchor)
   old = re.search(r"^SOLVERS = .*\n", (checkout / third).read_text(), re.MULTILINE)[0]
   change(checkout / third, old, choices)
-  flags = ("--config.sampling.solver.name=euler", "--config.sampling.resample.strength=0")
+  flags = (
+    "--config.sampling.solver.name=euler",
+    "--config.sampling.resample.strength=0",
+  )
   said = job(checkout, "sample", "ks:smoke", "--dry_run", *flags)
   assert "4 steps of euler" in said
 
@@ -86,7 +93,9 @@ def test_a_map(checkout, finished):
   maps = checkout / second
   maps.write_text(maps.read_text() + "\n\n" + names)
   change(
-    maps, "import bias_symmetry, map_files\n", "import bias_symmetry, map_files, quantile_map\n"
+    maps,
+    "import bias_symmetry, map_files\n",
+    "import bias_symmetry, map_files, quantile_map\n",
   )
   old = re.search(r"^MAPS = .*\n", (checkout / third).read_text(), re.MULTILINE)[0]
   change(checkout / third, old, known)

@@ -31,7 +31,9 @@ def test_what_a_process_gets(tmp_path):
   said = rehearse(2, 3, shell(code), XLA_FLAGS=flags, PIDFILE=str(tmp_path / "pids"))
   pids, lines = numbers(tmp_path / "pids"), said.splitlines()
   for i in (0, 1):
-    (out,) = (line for line in lines if line.startswith(f"[{i}] {i} of 2 at 127.0.0.1:"))
+    (out,) = (
+      line for line in lines if line.startswith(f"[{i}] {i} of 2 at 127.0.0.1:")
+    )
     assert "--xla_a=1" in out
     assert "--xla_b=2" in out
     assert "=7" not in out
@@ -43,7 +45,9 @@ def test_what_a_process_gets(tmp_path):
 
 
 def test_it_says_how_to_call_it():
-  assert "need a number of processes and a job" in rehearse("two", 1, shell("true"), code=1)
+  assert "need a number of processes and a job" in rehearse(
+    "two", 1, shell("true"), code=1
+  )
   assert "need a number of processes and a job" in rehearse(2, 1, [], code=1)
 
 
@@ -80,9 +84,13 @@ def test_an_error_is_not_tried_again(tmp_path):
   assert not any(alive(pid) for pid in numbers(pids).values())
 
 
-@pytest.mark.parametrize(("argv", "code"), [(["no-such-program"], 127), (["README.md"], 126)])
+@pytest.mark.parametrize(
+  ("argv", "code"), [(["no-such-program"], 127), (["README.md"], 126)]
+)
 def test_what_the_shell_cannot_start_is_not_tried_again(argv, code):
-  said = rehearse(2, 1, [argv[0] if code == 127 else f"./{argv[0]}"], code=code, RESTARTS="3")
+  said = rehearse(
+    2, 1, [argv[0] if code == 127 else f"./{argv[0]}"], code=code, RESTARTS="3"
+  )
   assert said.count("process(es) of") == 1
   assert "which starting again would not mend" in said
 
@@ -108,7 +116,9 @@ def test_an_error_counts_before_the_deaths_that_follow_it():
 @pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_waited_for(tmp_path, told):
   pids = tmp_path / "pids"
-  code = f"trap 'sleep 0.5; echo saved; exit 143' TERM; touch {tmp_path}/$JAX_PROCESS_ID; "
+  code = (
+    f"trap 'sleep 0.5; echo saved; exit 143' TERM; touch {tmp_path}/$JAX_PROCESS_ID; "
+  )
   code += "while :; do sleep 0.05; done"
   process = start(2, 1, shell(code), pids, RESTARTS="3")
   wait_for(lambda: all((tmp_path / i).exists() for i in "01"), process, 20)
@@ -123,9 +133,8 @@ def test_a_signal_is_passed_on_and_waited_for(tmp_path, told):
 
 def test_one_that_does_not_listen_is_killed(tmp_path):
   pids = tmp_path / "pids"
-  code = (
-    "[ $JAX_PROCESS_ID = 1 ] && { sleep 0.3; exit 75; }; trap '' TERM; while :; do sleep 0.1; done"
-  )
+  code = "[ $JAX_PROCESS_ID = 1 ] && { sleep 0.3; exit 75; }; "
+  code += "trap '' TERM; while :; do sleep 0.1; done"
   began = time.monotonic()
   process = start(2, 1, shell(code), pids, RESTARTS="1", GRACE="1")
   said, _ = process.communicate(timeout=30)

@@ -76,7 +76,10 @@ def parabola(best, runaway=math.inf):
     alpha = overrides["guidance.alpha"]
     if alpha >= runaway:
       return {"runaways": 3}
-    return {"member": 1 + math.log(alpha / best) ** 2, "crps": 1 + math.log(2 * alpha / best) ** 2}
+    return {
+      "member": 1 + math.log(alpha / best) ** 2,
+      "crps": 1 + math.log(2 * alpha / best) ** 2,
+    }
 
   return measure
 
@@ -99,7 +102,11 @@ def test_the_sweep_finds_the_best_strength(bench, best):
 def test_the_sweep_goes_on_while_the_largest_is_best(bench):
   rival = bench["rival"]
   one = rival.fit(rival.Variant("em", {"plain": {}}, ALPHAS), parabola(20))
-  assert [alpha for alpha in one.tried["plain"] if alpha in (8, 16, 32, 64)] == [8, 16, 32]
+  assert [alpha for alpha in one.tried["plain"] if alpha in (8, 16, 32, 64)] == [
+    8,
+    16,
+    32,
+  ]
   assert abs(math.log(one.by_error[1] / 20)) <= math.log(2) / 8
 
 
@@ -109,10 +116,14 @@ def test_the_sweep_chooses_among_settings_and_refines_the_best_alone(bench):
   def measure(overrides):
     found = parabola(4.0)(overrides)
     return (
-      found if overrides["solver.eta"] == 1 else {key: 2 * value for key, value in found.items()}
+      found
+      if overrides["solver.eta"] == 1
+      else {key: 2 * value for key, value in found.items()}
     )
 
-  variant = rival.Variant("sde", {"η1": {"solver.eta": 1}, "η10": {"solver.eta": 10}}, ALPHAS)
+  variant = rival.Variant(
+    "sde", {"η1": {"solver.eta": 1}, "η10": {"solver.eta": 10}}, ALPHAS
+  )
   one = rival.fit(variant, measure)
   assert one.by_error == ("η1", 4.0)
   assert len(one.tried["η1"]) == len(ALPHAS) + 4
@@ -159,7 +170,8 @@ def test_ratios_are_to_the_best_of_each_column_and_say_where_we_are_worse(bench)
     "default": ROW
     | {"member": 0.05, "crps": 0.01, "ms": 2.0, "wall": 1.0, "s/e": 0.8, "cov": 1.01},
     "eq7 best em 256": ROW | {"calls": 500.0, "ms": 80.0, "wall": 40.0},
-    "eq7 best sde 32": ROW | {"member": 0.1, "crps": 0.08, "wall": 2.0, "χ²": 0.4, "in50": 0.6},
+    "eq7 best sde 32": ROW
+    | {"member": 0.1, "crps": 0.08, "wall": 2.0, "χ²": 0.4, "in50": 0.6},
     "eq7 best sde 16": {"calls": 1.0, "ms": 1.0, "wall": 1.0, "runaways": 4},
   }
   found = rival.ratios(rows)
@@ -168,7 +180,9 @@ def test_ratios_are_to_the_best_of_each_column_and_say_where_we_are_worse(bench)
   assert found["eq7 best sde 32"]["worse"] == "cov, s/e"
   assert found["eq7 best sde 16"]["worse"] == "calls, ms"
   best = found["the best of each"]
-  assert (best["member"], best["crps"], best["calls"]) == pytest.approx((0.5, 0.25, 100))
+  assert (best["member"], best["crps"], best["calls"]) == pytest.approx(
+    (0.5, 0.25, 100)
+  )
   assert best["worse"] == "calls, ms, cov, s/e"
   lines = "\n".join(rival.aims(rows, found))
   assert "member RMSE, of the best: 0.500 (aim 0.250: missed)" in lines
@@ -182,7 +196,9 @@ def test_a_choice_by_crps_is_drawn_where_it_matters(bench):
   fits = {}
   for variant in rival.VARIANTS:
     (setting, *_) = variant.settings
-    tried = {setting: {3.0: {"member": 1.1, "crps": 0.9}, 4.0: {"member": 1.0, "crps": 1.0}}}
+    tried = {
+      setting: {3.0: {"member": 1.1, "crps": 0.9}, 4.0: {"member": 1.0, "crps": 1.0}}
+    }
     fits[variant.name] = rival.Fit(tried, (setting, 4.0), (setting, 3.0))
   # By one hundredth: nobody would choose otherwise for that.
   fits["sde 16"].tried[next(iter(fits["sde 16"].tried))][3.0]["crps"] = 0.99
@@ -205,9 +221,13 @@ def untrained(bench):
   made.stats = prior.unit_statistics(config)
   made.network = prior.network(config, made.stats)
   x = np.zeros((1, 192, 1), np.float32)
-  drawn = jax.jit(made.network.init)(jax.random.key(0), x, np.ones(1, np.float32))["params"]
+  drawn = jax.jit(made.network.init)(jax.random.key(0), x, np.ones(1, np.float32))[
+    "params"
+  ]
   rng = np.random.default_rng(1)
-  made.params = jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), drawn)
+  made.params = jax.tree.map(
+    lambda p: p + 0.1 * rng.standard_normal(p.shape, np.float32), drawn
+  )
   made.table = prior.stand_in_table(config)
   return made
 
@@ -240,7 +260,9 @@ def test_cases_take_turns_on_the_same_noise_and_share_a_program(bench, untrained
   assert found["α1"].fields.shape == (6, 2, 192)
   assert np.abs(found["α1"].fields - found["α4"].fields).max() > 1e-3
   # .5 over the share of one eighth is 4; in float32, through 3 steps.
-  np.testing.assert_allclose(found["library"].fields, found["α4"].fields, rtol=1e-4, atol=1e-4)
+  np.testing.assert_allclose(
+    found["library"].fields, found["α4"].fields, rtol=1e-4, atol=1e-4
+  )
   np.testing.assert_allclose(
     found["α1"].fields[:, :, ::8], at.y[:, None, :, 0].repeat(2, 1), atol=1e-5
   )
@@ -249,7 +271,10 @@ def test_cases_take_turns_on_the_same_noise_and_share_a_program(bench, untrained
   again = untrained.draw({"α1": cases["α1"]}, first, members=2)["α1"]
   np.testing.assert_allclose(again.fields, found["α1"].fields[:4], rtol=1e-4, atol=1e-4)
   other = first._replace(split="calibration")
-  assert np.abs(untrained.draw({"": cases["α1"]}, other, 2)[""].fields - again.fields).max() > 1e-3
+  assert (
+    np.abs(untrained.draw({"": cases["α1"]}, other, 2)[""].fields - again.fields).max()
+    > 1e-3
+  )
 
 
 def test_runaways_are_counted_and_have_no_scores(bench, untrained):
@@ -270,7 +295,9 @@ def test_cases_and_a_varied_key_on_the_smoke_prior(finished, execute, tmp_path):
   """The table, its ratios, a fitted spread, the picture."""
   workdir, _ = finished
   config = ROOT / "configs" / "ks.py"
-  argv = script(f"--workdir={workdir}", f"--config={config}:smoke", "--set", "data.shard=16")
+  argv = script(
+    f"--workdir={workdir}", f"--config={config}:smoke", "--set", "data.shard=16"
+  )
   cases = "eq7 α1 em 256,measured+r η5 8,default"
   more = ["--vary=solver.noise=1.0,1.1", "--spread", f"--out={tmp_path}"]
   done = execute([*argv, "--conditions=4", "--members=2", f"--cases={cases}", *more])
@@ -293,16 +320,24 @@ def test_cases_and_a_varied_key_on_the_smoke_prior(finished, execute, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_rival_without_a_data_set_and_on_read_only_folders(finished, execute, tmp_path):
+def test_the_rival_without_a_data_set_and_on_read_only_folders(
+  finished, execute, tmp_path
+):
   """What a published prior is judged by: train and data/statistics.npz alone give the table."""
   workdir, _ = finished
   bare = tmp_path / "bare"
   (bare / "data").mkdir(parents=True)
-  (bare / "data" / "statistics.npz").write_bytes((workdir / "data" / "statistics.npz").read_bytes())
+  (bare / "data" / "statistics.npz").write_bytes(
+    (workdir / "data" / "statistics.npz").read_bytes()
+  )
   os.symlink(workdir / "train", bare / "train")
   config = ROOT / "configs" / "ks.py"
   argv = script(
-    f"--workdir={bare}", f"--config={config}:smoke", "--set", "data.shard=16", f"--out={tmp_path}"
+    f"--workdir={bare}",
+    f"--config={config}:smoke",
+    "--set",
+    "data.shard=16",
+    f"--out={tmp_path}",
   )
   done = execute([*argv, "--conditions=4", "--members=2", "--sweep=4,2"])
   assert done.returncode == 0, done.stderr

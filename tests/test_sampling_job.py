@@ -35,11 +35,31 @@ main.run()
 """
 # What rests when the signal comes, where, and what is then said.
 PHASES = [
-  ("downscaling.diffusion.train_loop:load_prior", (1, 1), "stopped while restoring the prior"),
-  ("downscaling.diffusion.train_loop:load_prior", (2, 1), "stopped while nothing could be lost"),
-  ("downscaling.sampling.ensemble_store:create", (1, 1), "stopped while compiling the sampler"),
-  ("downscaling.sampling.ensemble:_compiled", (1, 2), "stopped while compiling the sampler"),
-  ("downscaling.sampling.ensemble:_compiled", (2, 1), "stopped while nothing could be lost"),
+  (
+    "downscaling.diffusion.train_loop:load_prior",
+    (1, 1),
+    "stopped while restoring the prior",
+  ),
+  (
+    "downscaling.diffusion.train_loop:load_prior",
+    (2, 1),
+    "stopped while nothing could be lost",
+  ),
+  (
+    "downscaling.sampling.ensemble_store:create",
+    (1, 1),
+    "stopped while compiling the sampler",
+  ),
+  (
+    "downscaling.sampling.ensemble:_compiled",
+    (1, 2),
+    "stopped while compiling the sampler",
+  ),
+  (
+    "downscaling.sampling.ensemble:_compiled",
+    (2, 1),
+    "stopped while nothing could be lost",
+  ),
   ("downscaling.sampling.ensemble_units:Writer.begin", (2, 2), "sample stopped after"),
   ("downscaling.sampling.ensemble_units:Writer.finish", (1, 4), "sample stopped after"),
   ("downscaling.sampling.ensemble:_conclude", (2, 1), "sample stopped after"),
@@ -95,7 +115,9 @@ def test_sigterm_in_each_phase_of_sampling(finished, argv, tmp_path):
     assert process.returncode == 143, said
     assert words in said
     after = markers(workdir)
-    assert {k: after.get(k) for k in before} == before, "a finished unit was drawn again"
+    assert {k: after.get(k) for k in before} == before, (
+      "a finished unit was drawn again"
+    )
     if not rests.endswith("_conclude"):  # of a set that may have been complete before
       assert (len(after) > len(before)) == words.startswith("sample stopped"), rests
   rehearse(1, 1, sample)
@@ -106,7 +128,9 @@ def test_sigterm_in_each_phase_of_sampling(finished, argv, tmp_path):
     "true+diffusion",
     "unconditional",
   ):  # drawn by 1 × 4
-    one, four = (xarray.open_zarr(w / "samples" / f"{name}.zarr") for w in (workdir, finished[0]))
+    one, four = (
+      xarray.open_zarr(w / "samples" / f"{name}.zarr") for w in (workdir, finished[0])
+    )
     np.testing.assert_array_equal(one["sample"], four["sample"])
 
 
@@ -117,7 +141,8 @@ def test_sampling_killed_and_moved(argv, tmp_path):
   device."""
   size = {"conditions": 64, "members": 96, "unit": (8, 8), "unconditional.fields": 64}
   rehearse(1, 1, argv(tmp_path / "straight", **size))
-  units = 3 * 96 + 1  # a unit takes about 20 ms here: a life of .3 s must not be the last
+  # A unit takes about 20 ms here: a life of .3 s must not be the last.
+  units = 3 * 96 + 1
   assert len(markers(tmp_path / "straight")) == units
   workdir, pids, dice = tmp_path / "cut", tmp_path / "pids", random.Random(0)
   sample = argv(workdir, **size)
@@ -131,11 +156,14 @@ def test_sampling_killed_and_moved(argv, tmp_path):
     time.sleep(dice.uniform(0, 0.3))
     with contextlib.suppress(ProcessLookupError):
       os.kill(
-        dice.choice([*numbers(pids).values()]), signal.SIGTERM if life in (1, 5) else signal.SIGKILL
+        dice.choice([*numbers(pids).values()]),
+        signal.SIGTERM if life in (1, 5) else signal.SIGKILL,
       )
     process.communicate(timeout=120)
     after = markers(workdir)
-    assert {k: after.get(k) for k in before} == before, "a finished unit was drawn again"
+    assert {k: after.get(k) for k in before} == before, (
+      "a finished unit was drawn again"
+    )
   assert (
     12 <= len(markers(workdir)) + 3 < units
   )  # three lives may have ended before their first unit

@@ -74,11 +74,14 @@ def test_first_conditions_are_of_many_trajectories():
   trajectory, turn = np.divmod(order[:96], 32)
   assert len(set(trajectory)) >= 60  # the widest gap, 34, may pass one over
   apart = [np.diff(np.sort(turn[trajectory == t])) for t in range(64)]
-  assert np.concatenate(apart).min() >= 13  # gaps are numbers of Fibonacci's: 13, 21, 34
+  # Gaps are numbers of Fibonacci's: 13, 21, 34.
+  assert np.concatenate(apart).min() >= 13
   assert c.identity("samples")["order"]
 
 
-@pytest.mark.parametrize("changes", [{"debias.held_out": 64, "data.lflr.test": 64}, TINY])
+@pytest.mark.parametrize(
+  "changes", [{"debias.held_out": 64, "data.lflr.test": 64}, TINY]
+)
 def test_where_conditions_keep_the_order_of_the_rows(changes):
   """One row a trajectory, and series, are spread out as they lie; identities of older work folders
   stay.
@@ -130,14 +133,26 @@ def _hash(c, stage):
     ),
     ({"sampling.series.frames": 5}, r"--config.sampling.series.frames=4 or 6\."),
     ({"sampling.series.frames": 3}, r"--config.sampling.series.frames=4 or more"),
-    ({"sampling.series.overlap": 4}, r"need 0 to 3.*--config.sampling.series.overlap=3"),
-    ({"sampling.conditions": 9}, r"asks for 54 hfhr test frames in series of 6: 48.*hfhr.test=9"),
+    (
+      {"sampling.series.overlap": 4},
+      r"need 0 to 3.*--config.sampling.series.overlap=3",
+    ),
+    (
+      {"sampling.conditions": 9},
+      r"asks for 54 hfhr test frames in series of 6: 48.*hfhr.test=9",
+    ),
     (
       {"sampling.conditions": 7},
       r"held_out=40 fields.*conditions=6 or fewer, or --config.debias.held_out=42",
     ),
-    ({"evaluate.reference": 49}, r"evaluate.reference asks for 49 hfhr reference snapshots"),
-    ({"train.batch": 52, "grid.frames": 6, "data.hfhr.train": 11}, r"has 11 windows of 6 frames"),
+    (
+      {"evaluate.reference": 49},
+      r"evaluate.reference asks for 49 hfhr reference snapshots",
+    ),
+    (
+      {"train.batch": 52, "grid.frames": 6, "data.hfhr.train": 11},
+      r"has 11 windows of 6 frames",
+    ),
   ],
 )
 def test_the_door(changes, words):
@@ -162,19 +177,29 @@ def test_what_attributes_say():
 # ---------------------------------------------------------------- the sampler
 
 
-@pytest.mark.parametrize(("name", "guidance"), [("ks", "measured"), ("kolmogorov", "moment")])
+@pytest.mark.parametrize(
+  ("name", "guidance"), [("ks", "measured"), ("kolmogorov", "moment")]
+)
 def test_series_of_both_equations_meet_their_conditions(name, guidance):
   """Lines and planes, an untrained network: frames are an axis, each on its own coarse field."""
-  small = {"sampling.levels.steps": 2, "sampling.guidance.name": guidance, "sampling.unit": (2, 2)}
-  in_time = {"grid.frames": 2, "sampling.series.frames": 4, "sampling.series.overlap": 1}
+  small = {
+    "sampling.levels.steps": 2,
+    "sampling.guidance.name": guidance,
+    "sampling.unit": (2, 2),
+  }
+  in_time = {
+    "grid.frames": 2,
+    "sampling.series.frames": 4,
+    "sampling.series.overlap": 1,
+  }
   c = experiment.load(f"{name}:smoke", **small | in_time)
   space, op = worlds.space(c), worlds.operator(c)
   ones = np.ones(1, np.float32)
   stats = statistics.Statistics(0 * ones, 2 * ones, np.ones((*space, 1), np.float32))
   network = prior.network(c, stats)
-  params = jax.jit(network.init)(jax.random.key(0), np.zeros((1, *space, 2), np.float32), ones)[
-    "params"
-  ]
+  params = jax.jit(network.init)(
+    jax.random.key(0), np.zeros((1, *space, 2), np.float32), ones
+  )["params"]
   y = jax.random.normal(jax.random.key(1), (2, 4, *op.coarse, 1))
   keys = jax.random.split(jax.random.key(2), 2)
   fields, misfit = jax.jit(samples.sampler(c, stats, network, prior.stand_in_table(c)))(
@@ -182,7 +207,8 @@ def test_series_of_both_equations_meet_their_conditions(name, guidance):
   )
   assert fields.shape == (2, 4, *space, 1)
   assert misfit.shape == (2,)
-  np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)  # float32, fields of size 2
+  # float32, fields of size 2.
+  np.testing.assert_allclose(op.apply(fields), y, atol=1e-4)
 
 
 # ---------------------------------------------------------------- the pipeline
@@ -221,14 +247,18 @@ def test_the_pipeline_end_to_end(run):
   # A field keeps its shape from one frame to the next, as frames of different trajectories do not.
   along, across = np.diff(true, axis=1), true[1:] - true[:-1]
   assert (along**2).mean() < 0.5 * (across**2).mean()
-  stored = ensemble.read(run.folder("samples") / "true+diffusion.zarr")["condition_field"]
+  stored = ensemble.read(run.folder("samples") / "true+diffusion.zarr")[
+    "condition_field"
+  ]
   np.testing.assert_array_equal(stored, true[:, :, ::16, 0])
   metrics = json.loads((run.folder("report") / "metrics.json").read_text())
   assert {"gaussian+diffusion", "gaussian+diffusion, members exchanged", "floor"} <= {
     *metrics["series"]
   }
-  assert metrics["series"]["floor"]["increment"] == pytest.approx(1, abs=0.5)  # 8 series of chaos
-  assert metrics["sizes"]["samples.gaussian+diffusion"] == [24, 2, 192]  # frames are rows
+  # 8 series of chaos.
+  assert metrics["series"]["floor"]["increment"] == pytest.approx(1, abs=0.5)
+  # Frames are rows.
+  assert metrics["sizes"]["samples.gaussian+diffusion"] == [24, 2, 192]
   assert (run.folder("report") / "hovmoeller_true_diffusion.png").exists()
 
 

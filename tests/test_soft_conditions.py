@@ -34,10 +34,17 @@ def setting(tmp_path, monkeypatch):
   config = _config(**{"sampling.conditions": 4})
   stats, network, params = _parts(config)
   rows = np.random.default_rng(0).normal(size=(16, 1, 24, 1)).astype(np.float32)
-  monkeypatch.setattr(fitted_noise, "stretches", lambda ctx, which, split, count: rows[:count])
+  monkeypatch.setattr(
+    fitted_noise, "stretches", lambda ctx, which, split, count: rows[:count]
+  )
   monkeypatch.setattr(fitted_noise.maps, "load", lambda folder: Shifted())
   ctx = jobs.Workdir(config, tmp_path, meshes.make(1), supervision.Stop())
-  return ctx, samples.sampler(config, stats, network, prior.stand_in_table(config)), params, stats
+  return (
+    ctx,
+    samples.sampler(config, stats, network, prior.stand_in_table(config)),
+    params,
+    stats,
+  )
 
 
 def test_a_fit_is_made_once_said_and_handed_on(setting, tmp_path, capsys, monkeypatch):
@@ -49,7 +56,8 @@ def test_a_fit_is_made_once_said_and_handed_on(setting, tmp_path, capsys, monkey
   )
   said = capsys.readouterr().err
   assert (
-    f"{SET}: observation noise {first[SET].std:g} of the data's standard deviation, χ²/d′" in said
+    f"{SET}: observation noise {first[SET].std:g} of the data's standard deviation, χ²/d′"
+    in said
   )
   record = files.read_json(tmp_path / fitted_noise.FILE)[SET]
   assert record["map"] == "equivariant"
@@ -59,14 +67,19 @@ def test_a_fit_is_made_once_said_and_handed_on(setting, tmp_path, capsys, monkey
   )  # the data's standard deviation is 2
   before = (tmp_path / fitted_noise.FILE).read_bytes()
   monkeypatch.setattr(fitted_noise, "_fit", lambda *_: pytest.fail("fitted again"))
-  assert fitted_noise.fits(ctx, tmp_path, "of the prior", sampler, params, stats) == first
+  assert (
+    fitted_noise.fits(ctx, tmp_path, "of the prior", sampler, params, stats) == first
+  )
   assert (tmp_path / fitted_noise.FILE).read_bytes() == before
   assert (
-    fitted_noise.attributes(first[SET], stats)["observation_noise_chi_squared"] == first[SET].chi2
+    fitted_noise.attributes(first[SET], stats)["observation_noise_chi_squared"]
+    == first[SET].chi2
   )
 
 
-def test_the_fit_sees_the_maps_fields_and_the_samplers_own_misfits(setting, monkeypatch):
+def test_the_fit_sees_the_maps_fields_and_the_samplers_own_misfits(
+  setting, monkeypatch
+):
   """χ² and corr of the first evaluation, s = 0, are those of the rows behind the map, drawn by keys
   of their own.
   """
@@ -75,21 +88,30 @@ def test_the_fit_sees_the_maps_fields_and_the_samplers_own_misfits(setting, monk
   found = fitted_noise._fit(ctx, "equivariant", sampler, params, 1)
   y = fitted_noise._conditions(ctx, "equivariant")
   assert y.mean() == pytest.approx(1, abs=0.5)
-  ids, members = (fitted_noise.FIRST_ID + np.arange(4)).repeat(4), np.tile(np.arange(4), 4)
-  keys = ensemble.keys(ctx.experiment.seed, ids.astype(np.uint32), members.astype(np.uint32))
+  ids, members = (
+    (fitted_noise.FIRST_ID + np.arange(4)).repeat(4),
+    np.tile(np.arange(4), 4),
+  )
+  keys = ensemble.keys(
+    ctx.experiment.seed, ids.astype(np.uint32), members.astype(np.uint32)
+  )
   _, misfit = jax.jit(sampler)(
     keys, y.repeat(4, 0), conditional_sampler.Soft(params, np.zeros((1, 1), np.float32))
   )
-  assert found.exact[0] == pytest.approx(float(misfit.mean()), rel=1e-3)  # other programs: float32
+  # Other programs: float32.
+  assert found.exact[0] == pytest.approx(float(misfit.mean()), rel=1e-3)
   assert found.exact[1] == pytest.approx(1, abs=1e-6)  # an exact constraint
 
 
 def test_what_the_sampler_is_handed(setting):
   _, _, params, _ = setting
-  fit = observation_noise.Fit(0.05, 1.0, 0.999, (9.0, 1.0), ((0.0, 9.0, 1.0), (0.05, 1.0, 0.999)))
+  fit = observation_noise.Fit(
+    0.05, 1.0, 0.999, (9.0, 1.0), ((0.0, 9.0, 1.0), (0.05, 1.0, 0.999))
+  )
   assert fitted_noise.weights(params, None, 1) is params
   exact = observation_noise.Fit(0.0, 1.0, 1.0, (1.0, 1.0), ((0.0, 1.0, 1.0),))
-  assert fitted_noise.weights(params, exact, 1) is params  # the very program of true conditions
+  # The very program of true conditions.
+  assert fitted_noise.weights(params, exact, 1) is params
   soft = fitted_noise.weights(params, fit, 2)
   assert soft.params is params
   np.testing.assert_allclose(soft.error, np.full((1, 1, 1), 0.0025))

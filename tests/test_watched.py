@@ -31,7 +31,9 @@ def test_fields_that_ran_away_are_counted_and_end_no_training(lost):
 
   def sampler(keys, y, params):
     noise = jax.vmap(lambda key: jax.random.normal(key, (64, 1)))(keys)
-    return jnp.where((jnp.arange(len(keys)) < lost)[:, None, None], jnp.nan, noise), None
+    return jnp.where(
+      (jnp.arange(len(keys)) < lost)[:, None, None], jnp.nan, noise
+    ), None
 
   truth = np.random.default_rng(0).normal(size=(64, 64, 1)).astype(np.float32)
   stats = statistics.Statistics(

@@ -29,8 +29,17 @@ def wheel(tmp_path_factory):
   for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, tree)
   for name in ("downscaling", "configs"):
-    shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-  build = [*PIP, "wheel", *OFFLINE, "--no-build-isolation", f"--wheel-dir={folder}", str(tree)]
+    shutil.copytree(
+      ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__")
+    )
+  build = [
+    *PIP,
+    "wheel",
+    *OFFLINE,
+    "--no-build-isolation",
+    f"--wheel-dir={folder}",
+    str(tree),
+  ]
   subprocess.run(build, check=True, timeout=300)
   (path,) = folder.glob("*.whl")
   return path
@@ -41,12 +50,21 @@ def away(wheel, tmp_path_factory):
   """away(*arguments of `downscaling`) -> CompletedProcess, in a folder without the checkout."""
   folder = tmp_path_factory.mktemp("away")
   venv = folder / "venv"
-  subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=120)
+  subprocess.run(
+    [sys.executable, "-m", "venv", "--without-pip", venv], check=True, timeout=120
+  )
   python = venv / "bin" / "python"
   # A path that a .pth file adds has its own .pth files ignored: the editable install is not seen.
   purelib = venv / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
   (purelib / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-  install = [*PIP, f"--python={python}", "install", *OFFLINE, "--ignore-installed", str(wheel)]
+  install = [
+    *PIP,
+    f"--python={python}",
+    "install",
+    *OFFLINE,
+    "--ignore-installed",
+    str(wheel),
+  ]
   subprocess.run(install, check=True, timeout=120)
   environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
@@ -68,7 +86,9 @@ def test_a_wheel_holds_what_users_need(wheel):
     names = set(archive.namelist())
     (metadata,) = (n for n in names if n.endswith(".dist-info/METADATA"))
     said = email.message_from_bytes(archive.read(metadata))
-  modules = (p.relative_to(ROOT).as_posix() for p in (ROOT / "downscaling").rglob("*.py"))
+  modules = (
+    p.relative_to(ROOT).as_posix() for p in (ROOT / "downscaling").rglob("*.py")
+  )
   configs = (f"downscaling/configs/{p.name}" for p in (ROOT / "configs").glob("*.py"))
   assert {*modules, *configs, "downscaling/py.typed"} <= names
   assert any(n.endswith("/licenses/LICENSE") for n in names)

@@ -8,7 +8,14 @@ from downscaling.debias import bias_symmetry, maps
 from downscaling.experiment import Experiment
 from downscaling.fields.quadratic import Quadratic
 
-SINKHORN = ("epsilon", "threshold", "max_iterations", "check_every", "path", "save_seconds")
+SINKHORN = (
+  "epsilon",
+  "threshold",
+  "max_iterations",
+  "check_every",
+  "path",
+  "save_seconds",
+)
 
 
 def quadratic(experiment: Experiment) -> Quadratic | None:

@@ -43,11 +43,10 @@ def network(
   stats: of single frames. convolution: in place of model.convolution.
   """
   model, memory = experiment.model, experiment.memory
-  looped = memory.microbatches > 1 and jax.default_backend() == "cpu"
   if convolution is None:
     convolution = model.convolution
-  if convolution == "auto" and looped:
-    convolution = "im2col"  # microbatches are a loop: see unet.convolve
+  if convolution == "auto" and jax.default_backend() == "cpu":
+    convolution = "edges"  # measured: see unet.convolve
   domain = worlds.domain(experiment)
   net = unet.UNet(
     channels=model.channels,
@@ -63,9 +62,15 @@ def network(
   )
   net.check(domain.shape)
   spectrum = stats.repeated(experiment.grid.frames).spectrum
-  known = {"edm": (None, False), "wiener": (spectrum, False), "adaptive": (spectrum, True)}
+  known = {
+    "edm": (None, False),
+    "wiener": (spectrum, False),
+    "adaptive": (spectrum, True),
+  }
   spectral = known[model.preconditioning]
-  return denoiser.Denoiser(net, *spectral, static=_static(experiment), basis=domain.basis())
+  return denoiser.Denoiser(
+    net, *spectral, static=_static(experiment), basis=domain.basis()
+  )
 
 
 def _static(experiment: Experiment) -> np.ndarray | None:
@@ -100,7 +105,9 @@ def schedule(experiment: Experiment) -> schedules.Schedule:
 def noise_levels(experiment: Experiment) -> Callable:
   """(key, B) -> [B] noise levels to train on."""
   return functools.partial(
-    schedules.training_sigmas, schedule=schedule(experiment), **experiment.noise.asdict()
+    schedules.training_sigmas,
+    schedule=schedule(experiment),
+    **experiment.noise.asdict(),
   )
 
 
@@ -135,11 +142,15 @@ def keep(experiment: Experiment) -> checkpoints.Keep:
   errors = ("error", *(f"error_at_sigma_{s:g}" for s in train_loop.SIGMAS))
   known = [*(f"validation/{name}" for name in errors), *WATCHED]
   if policy.best and policy.metric not in known:
-    raise ValueError(f"config.keep.metric={policy.metric!r} is unknown; use one of {known}.")
+    raise ValueError(
+      f"config.keep.metric={policy.metric!r} is unknown; use one of {known}."
+    )
   return policy
 
 
-def augmentation(experiment: Experiment, stats: statistics.Statistics) -> symmetry.Moves | None:
+def augmentation(
+  experiment: Experiment, stats: statistics.Statistics
+) -> symmetry.Moves | None:
   """The equation's symmetries on one normalised field [*space, C]; None without train.augment."""
   if not experiment.train.augment:
     return None
@@ -157,7 +168,11 @@ def augmentation(experiment: Experiment, stats: statistics.Statistics) -> symmet
 
 
 def update(
-  experiment: Experiment, stats: statistics.Statistics, network, mesh: jax.sharding.Mesh, specs
+  experiment: Experiment,
+  stats: statistics.Statistics,
+  network,
+  mesh: jax.sharding.Mesh,
+  specs,
 ) -> Callable:
   """The training step: (state, batch) -> (state, logs). stats: of single frames."""
   check_batch(experiment, mesh)
@@ -179,7 +194,9 @@ def check_batch(experiment: Experiment, mesh: jax.sharding.Mesh) -> None:
   """Raises ValueError unless a training batch divides over devices and microbatches."""
   microbatches = experiment.memory.microbatches
   what = "a batch" if microbatches == 1 else f"a batch in {microbatches} microbatches"
-  meshes.check_divides(experiment.train.batch, mesh.size * microbatches, what, "train.batch")
+  meshes.check_divides(
+    experiment.train.batch, mesh.size * microbatches, what, "train.batch"
+  )
 
 
 def initial_state(experiment: Experiment, network, channels: int) -> Callable:

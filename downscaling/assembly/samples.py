@@ -36,7 +36,9 @@ def sources(experiment: Experiment) -> dict[str, str | None]:
   asked = [default if s == "default+diffusion" else s for s in experiment.sampling.sets]
   for name in asked:
     if name not in known:
-      raise ValueError(f"config.sampling.sets={name!r} is unknown; use one of {sorted(known)}.")
+      raise ValueError(
+        f"config.sampling.sets={name!r} is unknown; use one of {sorted(known)}."
+      )
   return {name: source for name, source in known.items() if name in asked}
 
 
@@ -49,7 +51,9 @@ def observation_noise(experiment: Experiment) -> float | None:
 def needs_table(experiment: Experiment) -> bool:
   """Do conditional draws use the prior's measured error (diffusion/error_table.py)?"""
   block = experiment.sampling.guidance
-  return block.name == "measured" or (block.name != "wiener" and block.variance == "measured")
+  return block.name == "measured" or (
+    block.name != "wiener" and block.variance == "measured"
+  )
 
 
 def sampler(
@@ -94,9 +98,6 @@ def _folded(experiment: Experiment, stats, network, table=None, alpha=None) -> C
   block, op = experiment.sampling, worlds.operator(experiment)
   plan = time_series.plan(experiment)
   stats = stats.repeated(plan.series)
-  if experiment.model.convolution == "auto" and jax.default_backend() == "cpu":
-    # Solvers are loops: see unet.convolve.
-    network = network.clone(net=network.net.clone(convolution="im2col"))
   given = observation_noise(experiment) or 0.0  # "auto" comes with the conditions: Soft
   noise = tuple(float(given / s) for s in stats.std)
   measured = needs_table(experiment)
@@ -141,7 +142,9 @@ def _folded(experiment: Experiment, stats, network, table=None, alpha=None) -> C
   )
 
 
-def _measured_gain(prior_gain: gaussian_gain.Gain, table, plan) -> gaussian_gain.Gain | None:
+def _measured_gain(
+  prior_gain: gaussian_gain.Gain, table, plan
+) -> gaussian_gain.Gain | None:
   """The same with the measured error in place of the prior's variance; None without a table."""
   if table is None:
     return None
@@ -161,7 +164,9 @@ def _guidance(experiment: Experiment, alpha) -> dict:
   }
 
 
-def check_noise_levels(experiment: Experiment, table: error_table.ErrorTable | None) -> None:
+def check_noise_levels(
+  experiment: Experiment, table: error_table.ErrorTable | None
+) -> None:
   """Raises ValueError for levels that the prior was not trained on, or its error table lacks.
 
   table: of the guidance of conditional draws, if it has one.
@@ -221,9 +226,13 @@ def _solver(experiment: Experiment) -> Callable:
   """The solver, with those of its block's keys that it takes."""
   block = experiment.sampling.solver
   if block.name == "euler_maruyama":
-    return functools.partial(solvers.euler_maruyama, schedule=prior.schedule(experiment))
+    return functools.partial(
+      solvers.euler_maruyama, schedule=prior.schedule(experiment)
+    )
   if block.name == "heun":
     return functools.partial(solvers.heun, churn=block.churn, noise_factor=block.noise)
   if block.name == "dpm_solver_pp_2m":
     return solvers.dpm_solver_pp_2m
-  return functools.partial(solvers.dpm_solver_pp_2m_sde, eta=block.eta, noise_factor=block.noise)
+  return functools.partial(
+    solvers.dpm_solver_pp_2m_sde, eta=block.eta, noise_factor=block.noise
+  )

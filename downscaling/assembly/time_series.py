@@ -38,7 +38,9 @@ def comment(experiment: Experiment) -> str:
   """How members hang together in time."""
   whole = plan(experiment)
   if whole.frames > 1:
-    return CONTINUOUS.format(series=whole.series, frames=whole.frames, overlap=whole.overlap)
+    return CONTINUOUS.format(
+      series=whole.series, frames=whole.frames, overlap=whole.overlap
+    )
   return FRAME_BY_FRAME if whole.series > 1 else INDEPENDENT
 
 

@@ -34,7 +34,9 @@ def operator(experiment: Experiment) -> operators.Operator:
   return kind.on(space(experiment), experiment.grid.factor)
 
 
-def dataset(experiment: Experiment, workdir: pathlib.Path, which: str) -> simulated.FieldsBuilder:
+def dataset(
+  experiment: Experiment, workdir: pathlib.Path, which: str
+) -> simulated.FieldsBuilder:
   """The data set of "hfhr" or "lflr"."""
   grid = space(experiment) if which == "hfhr" else operator(experiment).coarse
   folder = experiment.folder(workdir, "data")
@@ -51,7 +53,9 @@ def fine_solver(experiment: Experiment) -> protocol.FineSolver:
 def coarse_solver(experiment: Experiment) -> protocol.CoarseSolver:
   """The solver of the biased world."""
   points = experiment.grid.points // operator(experiment).factors[0]
-  return experiment.physics.Coarse(points=points, **_box(experiment), **experiment.coarse)
+  return experiment.physics.Coarse(
+    points=points, **_box(experiment), **experiment.coarse
+  )
 
 
 def _box(experiment: Experiment) -> dict[str, float]:
@@ -70,7 +74,9 @@ def precision(experiment: Experiment, which: str) -> str:
   return equation(experiment, which).dtype
 
 
-def simulating(experiment: Experiment, which: str, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+def simulating(
+  experiment: Experiment, which: str, mesh: jax.sharding.Mesh
+) -> jax.sharding.Mesh:
   """This process's devices for that solver.
 
   They are those of the mesh, or the host's CPU for float64 beside a TPU.
@@ -121,7 +127,9 @@ def moves(experiment: Experiment) -> symmetry.Moves:
 
 def shifts_freely(experiment: Experiment) -> bool:
   """Are all shifts along the last axis among the symmetries, so that modes do not correlate?"""
-  along_last = grid_symmetry.shift(axis=domain(experiment).rank - 1, rank=domain(experiment).rank)
+  along_last = grid_symmetry.shift(
+    axis=domain(experiment).rank - 1, rank=domain(experiment).rank
+  )
   return along_last in domain(experiment).symmetries
 
 

@@ -46,17 +46,24 @@ def cubic(
     )
   closed = (True,) * len(operator.coarse) if periodic is None else periodic
   middle = isinstance(operator, BlockMean)
-  out = np.empty((len(y), *operator.fine, y.shape[-1]), y.dtype)
+  out = np.empty(
+    (len(y), *operator.fine, y.shape[-1]),
+    y.dtype,
+  )
   for first in range(0, len(y), block):
     part = np.asarray(y[first : first + block], np.float64)
-    for axis, (factor, wrap) in enumerate(zip(operator.factors, closed, strict=True), start=1):
+    for axis, (factor, wrap) in enumerate(
+      zip(operator.factors, closed, strict=True), start=1
+    ):
       offset = (factor - 1) / 2 if middle else 0.0
       part = _along(part, axis, factor, offset, wrap)
     out[first : first + block] = part
   return out
 
 
-def _along(y: np.ndarray, axis: int, factor: int, offset: float, periodic: bool) -> np.ndarray:
+def _along(
+  y: np.ndarray, axis: int, factor: int, offset: float, periodic: bool
+) -> np.ndarray:
   n = y.shape[axis]
   places = (np.arange(n * factor) - offset) / factor
   if not periodic:

@@ -49,7 +49,13 @@ class Plan:
       first = simulated.FIRST_TRAJECTORY[split]
       template = self.template(split)
       for i in range(number):
-        ids = np.arange(i * self.shard, min((i + 1) * self.shard, count)) + first
+        ids = (
+          np.arange(
+            i * self.shard,
+            min((i + 1) * self.shard, count),
+          )
+          + first
+        )
         path = pathlib.Path(template.sharded_filepath(shard_index=i, num_shards=number))
         out.append((split, i, ids, path))
     return out
@@ -101,22 +107,34 @@ def generate(
       shard = mine[turn] if turn < len(mine) else None
       if shard is not None:
         ids = shard[2]
-        padded = np.concatenate([ids, np.full(width - len(ids), ids[0])])
+        padded = np.concatenate(
+          [
+            ids,
+            np.full(width - len(ids), ids[0]),
+          ]
+        )
         computed = plan.rollout(jax.device_put(padded, meshes.rows(mesh)))
       if pending is not None:
-        with files.full_disk_in_words(plan.builder.data_dir, "its finished shards are whole"):
+        with files.full_disk_in_words(
+          plan.builder.data_dir, "its finished shards are whole"
+        ):
           fields = np.asarray(pending[1])
           with ledger.spend("saving"):
             _write(plan, pending[0], fields)
           ledger.saved()
-        bar.advance(sum(len(s[2]) for s in missing[(turn - 1) * len(there) : turn * len(there)]))
+        bar.advance(
+          sum(len(s[2]) for s in missing[(turn - 1) * len(there) : turn * len(there)])
+        )
       if turn and stop() and turn < rounds:
         raise supervision.Interrupted(
           f"{name} stopped with {bar.done} of {total} trajectories on disk"
         )
       pending = None if shard is None else (shard, computed)
   agree("written")
-  described = plan.builder.info.initialized and (plan.builder.data_path / "features.json").exists()
+  described = (
+    plan.builder.info.initialized
+    and (plan.builder.data_path / "features.json").exists()
+  )
   if process == 0 and (missing or not described):
     _finalise(plan, shards)
   agree("finalised")
@@ -131,7 +149,9 @@ def _write(plan: Plan, shard, fields: np.ndarray) -> None:
   plan.check(fields, ids, plan.times)
   with files.replacing(path) as temporary:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    for _, example in plan.builder._generate_examples(ids, plan.times, fields.astype(np.float32)):
+    for _, example in plan.builder._generate_examples(
+      ids, plan.times, fields.astype(np.float32)
+    ):
       writer.write(_serialize(plan.builder.info.features, example))
     writer.close()
 
@@ -151,7 +171,8 @@ def _records(path: pathlib.Path) -> int:
   try:
     reader = array_record_module.ArrayRecordReader(str(path))
     records = reader.num_records()
-    reader.close()  # this is where array_record says, without a word, that the file has no footer
+    # This is where array_record says, without a word, that the file has no footer.
+    reader.close()
   except RuntimeError:
     return 0
   return records
@@ -175,7 +196,10 @@ def _finalise(plan: Plan, shards) -> None:
     if lengths:
       splits.append(
         tfds.core.SplitInfo(
-          name=split, shard_lengths=lengths, num_bytes=size, filename_template=plan.template(split)
+          name=split,
+          shard_lengths=lengths,
+          num_bytes=size,
+          filename_template=plan.template(split),
         )
       )
   plan.builder.info.set_splits(tfds_splits.SplitDict(splits))

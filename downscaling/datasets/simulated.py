@@ -73,7 +73,9 @@ class FieldsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       description=f"{self.about} {config.description}".strip(),
       features=tfds.features.FeaturesDict(
         {
-          "u": tfds.features.Tensor(shape=(*config.space, config.channels), dtype=np.float32),
+          "u": tfds.features.Tensor(
+            shape=(*config.space, config.channels), dtype=np.float32
+          ),
           "trajectory": tfds.features.Scalar(dtype=np.int64),
           "time": tfds.features.Scalar(dtype=np.float32),
         }
@@ -105,8 +107,12 @@ class Ks(FieldsBuilder):
 
   about = "u_t + u u_x + u_xx + u_xxxx = 0 on a periodic line of length 64."
   BUILDER_CONFIGS: ClassVar = [
-    FieldsConfig(name="hfhr", description="High fidelity: pseudo-spectral.", space=(192,)),
-    FieldsConfig(name="lflr", description="Low fidelity, biased: finite-volume.", space=(24,)),
+    FieldsConfig(
+      name="hfhr", description="High fidelity: pseudo-spectral.", space=(192,)
+    ),
+    FieldsConfig(
+      name="lflr", description="Low fidelity, biased: finite-volume.", space=(24,)
+    ),
   ]
 
 
@@ -114,11 +120,15 @@ class Kolmogorov(FieldsBuilder):
   """Vorticity of the Kolmogorov flow; see equations/kolmogorov.py."""
 
   about = (
-    "Turbulence forced by sin 4y on the periodic plane [0, 2π)², vorticity, rows y and columns x."
+    "Turbulence forced by sin 4y on the periodic plane [0, 2π)²: vorticity (y, x)."
   )
   BUILDER_CONFIGS: ClassVar = [
-    FieldsConfig(name="hfhr", description="High fidelity: pseudo-spectral.", space=(256, 256)),
-    FieldsConfig(name="lflr", description="Low fidelity, biased: finite-volume.", space=(32, 32)),
+    FieldsConfig(
+      name="hfhr", description="High fidelity: pseudo-spectral.", space=(256, 256)
+    ),
+    FieldsConfig(
+      name="lflr", description="Low fidelity, biased: finite-volume.", space=(32, 32)
+    ),
   ]
 
 
@@ -126,7 +136,11 @@ BUILDERS = {"ks": Ks, "kolmogorov": Kolmogorov}
 
 
 def make(
-  name: str, which: str, data_dir: str | os.PathLike, space: tuple[int, ...], channels: int = 1
+  name: str,
+  which: str,
+  data_dir: str | os.PathLike,
+  space: tuple[int, ...],
+  channels: int = 1,
 ):
   """The builder of one data set, on the grid of this run.
 
@@ -144,7 +158,9 @@ def make(
     channels,
   ):  # another data set, under its own name
     name = f"{which}-{'x'.join(map(str, space))}"
-    config = dataclasses.replace(config, name=name, space=tuple(space), channels=channels)
+    config = dataclasses.replace(
+      config, name=name, space=tuple(space), channels=channels
+    )
   builder = cls(config=config, data_dir=str(pathlib.Path(data_dir).absolute()))
   return builder
 
@@ -152,7 +168,9 @@ def make(
 def _class_of(name: str) -> type[FieldsBuilder]:
   """A builder class for an equation that has none. TFDS names the data set after its class."""
   configs = [FieldsConfig(name=which, description=which) for which in ("hfhr", "lflr")]
-  made = type(name.capitalize(), (FieldsBuilder,), {"BUILDER_CONFIGS": configs, "about": name})
+  made = type(
+    name.capitalize(), (FieldsBuilder,), {"BUILDER_CONFIGS": configs, "about": name}
+  )
   BUILDERS[name] = made
   return made
 
@@ -246,7 +264,9 @@ def load(
     snapshots = _rows_a_trajectory(data)
     index = balanced(len(data) // snapshots, snapshots, count or len(data))
   rows = data.__getitems__(index.tolist())
-  out = {k: np.stack([np.asarray(r[k]) for r in rows]) for k in ("u", "trajectory", "time")}
+  out = {
+    k: np.stack([np.asarray(r[k]) for r in rows]) for k in ("u", "trajectory", "time")
+  }
   finite = np.isfinite(out["u"]).reshape(len(rows), -1).all(1)
   if not finite.all():
     bad = int(np.argmin(finite))
@@ -261,7 +281,8 @@ def load(
 def _rows_a_trajectory(data) -> int:
   """How many rows each trajectory of a source has: those before the first of another one."""
   first = int(data[0]["trajectory"])
-  low, high = 1, len(data)  # rows below `low` are of the first trajectory, row `high` is not
+  # Rows below `low` are of the first trajectory, row `high` is not.
+  low, high = 1, len(data)
   while low < high:
     middle = (low + high) // 2
     if int(data[middle]["trajectory"]) == first:

@@ -51,18 +51,27 @@ class Windows:
     rows = (trajectory * self.snapshots + start)[:, None] + np.arange(self.frames)
     examples = self.source.__getitems__(rows.reshape(-1).tolist())
     return [
-      self._folded(examples[i : i + self.frames]) for i in range(0, len(examples), self.frames)
+      self._folded(examples[i : i + self.frames])
+      for i in range(0, len(examples), self.frames)
     ]
 
   def _folded(self, frames: list[dict]) -> dict:
     times = [frame["time"] for frame in frames]
-    if len({int(frame["trajectory"]) for frame in frames}) > 1 or not (np.diff(times) > 0).all():
+    if (
+      len({int(frame["trajectory"]) for frame in frames}) > 1
+      or not (np.diff(times) > 0).all()
+    ):
       raise ValueError(
         f"a window of trajectory {frames[0]['trajectory']} from time {times[0]:g} runs into "
         f"another one or back in time: the data set does not have {self.snapshots} snapshots a "
         "trajectory in order of time. Generate it anew."
       )
-    return frames[0] | {"u": np.concatenate([frame["u"] for frame in frames], axis=-1)}
+    return frames[0] | {
+      "u": np.concatenate(
+        [frame["u"] for frame in frames],
+        axis=-1,
+      )
+    }
 
 
 def view(source, snapshots: int, frames: int):

@@ -36,7 +36,9 @@ class Batches:
   def indices(self, step: int, which: np.ndarray | None = None) -> np.ndarray:
     """Source indices of rows `which` of the batch of a step, [len(which)]; of all by default."""
     size = len(self.source)
-    position = step * self.batch + (np.arange(self.batch) if which is None else np.asarray(which))
+    position = step * self.batch + (
+      np.arange(self.batch) if which is None else np.asarray(which)
+    )
     epochs, place = np.divmod(position, size)
     out = np.empty_like(position)
     for epoch in np.unique(epochs):
@@ -89,4 +91,7 @@ def _order(size: int, seed: int, epoch: int) -> np.ndarray:
   A bit generator's raw words are the same in every version of numpy, which Generator.permutation
   does not promise.
   """
-  return np.argsort(np.random.Philox(key=[seed, epoch]).random_raw(size), kind="stable")
+  return np.argsort(
+    np.random.Philox(key=[seed, epoch]).random_raw(size),
+    kind="stable",
+  )

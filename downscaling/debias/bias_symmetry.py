@@ -21,9 +21,8 @@ AUTO, FULL, TRIVIAL = "auto", "full", "trivial"
 # Probability that a bias which respects the group is said to break it, at most: Bonferroni's bound
 # over all points and statistics. Measured in tests/debias/test_bias_symmetry.py.
 FALSE_ALARM = 1e-3
-UNITS = (
-  512  # independent units at most; more trajectories are merged, as no quantile changes beyond
-)
+# Independent units at most; more trajectories are merged, as no quantile changes beyond.
+UNITS = 512
 RUNS = 64  # units of rows that come without ids: so many runs of consecutive rows
 SOME = 4096  # rows that say where the middle of a law lies
 REACH = 2.0  # standard deviations beyond which a value counts as if it were there
@@ -31,13 +30,16 @@ ROUNDING = 1e-6  # standard errors below it are rounding: some equations keep a 
 TINY = 1e-20  # variance of a point that does not vary, in units of the field's
 SMALLEST = 1e-300  # probability that is told from 0
 STATISTICS = ("mean", "standard deviation", "skewness", "slope")
-SIGNED = np.array([True, False, True, False])  # which of them a change of sign turns round
+# Which of them a change of sign turns round.
+SIGNED = np.array([True, False, True, False])
 
 
 # ---------------------------------------------------------------- subgroups
 
 
-def subgroups(group: symmetry.Group, space: tuple[int, ...]) -> dict[str, symmetry.Group]:
+def subgroups(
+  group: symmetry.Group, space: tuple[int, ...]
+) -> dict[str, symmetry.Group]:
   """Subgroups by name, the largest first; a name is left out if a larger subgroup's elements are
   the same.
 
@@ -64,22 +66,33 @@ def subgroups(group: symmetry.Group, space: tuple[int, ...]) -> dict[str, symmet
   }
   found: dict[str, symmetry.Group] = {}
   seen = set()
-  for name, which in sorted(members.items(), key=lambda item: -item[1].sum()):
+  for name, which in sorted(
+    members.items(),
+    key=lambda item: -item[1].sum(),
+  ):
     if which.tobytes() not in seen:
       seen.add(which.tobytes())
       found[name] = symmetry.Group(group.index[which], group.sign[which])
   return found
 
 
-def _translations(index: np.ndarray, space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _translations(
+  index: np.ndarray, space: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
   """Which elements translate the grid, and which of all move along the last axis alone; [G] bool
   each.
   """
   sources = np.unravel_index(index, space)
   points = np.unravel_index(np.arange(index.shape[1]), space)
   steps = [(s - p) % n for s, p, n in zip(sources, points, space, strict=True)]
-  shift = np.all([(step == step[:, :1]).all(axis=1) for step in steps], axis=0)
-  along = np.all([(step == 0).all(axis=1) for step in steps[:-1]], axis=0) | (len(space) == 1)
+  shift = np.all(
+    [(step == step[:, :1]).all(axis=1) for step in steps],
+    axis=0,
+  )
+  along = np.all(
+    [(step == 0).all(axis=1) for step in steps[:-1]],
+    axis=0,
+  ) | (len(space) == 1)
   return shift, along
 
 
@@ -124,15 +137,27 @@ class Scale(NamedTuple):
     (a, s), (b, t) = (middle_and_width(rows) for rows in (one, other))
     wide = np.maximum(s, t)
     unit = float(np.sqrt((wide**2).mean()))
-    return cls((a + b) / 2, REACH * wide + np.abs(a - b) / 2, unit or 1.0)
+    return cls(
+      (a + b) / 2,
+      REACH * wide + np.abs(a - b) / 2,
+      unit or 1.0,
+    )
 
 
 def middle_and_width(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Median, and standard deviation of a normal law with the same central 90 %, by point of rows [S,
   ...].
   """
-  some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SOME)).astype(int)]
-  low, middle, high = np.quantile(np.asarray(some, np.float64), [0.05, 0.5, 0.95], axis=0)
+  some = rows[
+    np.linspace(
+      0,
+      len(rows) - 1,
+      min(len(rows), SOME),
+    ).astype(int)
+  ]
+  low, middle, high = np.quantile(
+    np.asarray(some, np.float64), [0.05, 0.5, 0.95], axis=0
+  )
   return middle, (high - low) / (2 * scipy.stats.norm.isf(0.05))
 
 
@@ -147,7 +172,11 @@ def units(count: int, ids: np.ndarray | None) -> np.ndarray:
   return found * min(UNITS, number) // number
 
 
-def profile(rows: np.ndarray, scale: Scale, ids: np.ndarray | None = None) -> Profile:
+def profile(
+  rows: np.ndarray,
+  scale: Scale,
+  ids: np.ndarray | None = None,
+) -> Profile:
   """Of rows [S, *space]; ids: trajectory of each row, [S], or None.
 
   Mean, log standard deviation, skewness, and half the log of the mean square slope (central
@@ -160,7 +189,11 @@ def profile(rows: np.ndarray, scale: Scale, ids: np.ndarray | None = None) -> Pr
     v = np.clip(block - scale.centre, -scale.reach, scale.reach) / scale.unit
     slopes = [np.roll(v, -1, axis) - np.roll(v, 1, axis) for axis in range(1, v.ndim)]
     squares = sum(slope**2 for slope in slopes)
-    np.add.at(sums, unit[place], np.stack([v, v**2, v**3, squares], axis=1))
+    np.add.at(
+      sums,
+      unit[place],
+      np.stack([v, v**2, v**3, squares], axis=1),
+    )
   sums = sums.reshape(number, 4, -1)
   count = np.bincount(unit)[:, None, None]
   total = sums.sum(axis=0)
@@ -174,7 +207,12 @@ def _statistics(means: np.ndarray) -> np.ndarray:
   variance = np.maximum(square - mean**2, TINY)
   third = cube - 3 * mean * square + 2 * mean**3
   return np.stack(
-    [mean, np.log(variance) / 2, third / variance**1.5, np.log(np.maximum(slope, TINY)) / 2],
+    [
+      mean,
+      np.log(variance) / 2,
+      third / variance**1.5,
+      np.log(np.maximum(slope, TINY)) / 2,
+    ],
     axis=-2,
   )
 
@@ -203,7 +241,11 @@ class Verdict:
 
 
 def judged(
-  raw: Profile, true: Profile, group: symmetry.Group, name: str = "", alpha: float = FALSE_ALARM
+  raw: Profile,
+  true: Profile,
+  group: symmetry.Group,
+  name: str = "",
+  alpha: float = FALSE_ALARM,
 ) -> Verdict:
   """Does the bias, raw less true, respect the group?
 
@@ -230,7 +272,13 @@ def judged(
   limit = float(scipy.stats.norm.isf(alpha / (2 * gap.size)))
   point = int(place[1]) if place[1] < len(pool.orbit) else None
   return Verdict(
-    name, len(group), float(deviate[place]), limit, STATISTICS[place[0]], point, float(gap[place])
+    name,
+    len(group),
+    float(deviate[place]),
+    limit,
+    STATISTICS[place[0]],
+    point,
+    float(gap[place]),
   )
 
 
@@ -241,7 +289,10 @@ def _varies(cloud: Profile) -> np.ndarray:
 
 def _with_average(values: np.ndarray) -> np.ndarray:
   """Values [..., n] and their mean, [..., n + 1], which shows a shift of all points best."""
-  return np.concatenate([values, values.mean(axis=-1, keepdims=True)], axis=-1)
+  return np.concatenate(
+    [values, values.mean(axis=-1, keepdims=True)],
+    axis=-1,
+  )
 
 
 def _broken(values: np.ndarray, pool: moments.Pool) -> np.ndarray:

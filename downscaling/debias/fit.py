@@ -76,13 +76,16 @@ def debias(
         "has."
       )
   for name, rows in clouds.items():
-    entropic_map.check_finite(rows, "held-out rows" if name == "held_out" else f"{name} rows")
+    entropic_map.check_finite(
+      rows, "held-out rows" if name == "held_out" else f"{name} rows"
+    )
   findings = health.of_rows(clouds, ("source", "target"), setting.outlier)
   health.refuse(findings)
   setting, said = _with_group(setting, source, target, space, trajectories)
   findings += said
   if meshes.is_main():
-    health.tell(findings, progress.say)  # before the fits: one of them may fail for what it says
+    # Before the fits: one of them may fail for what it says.
+    health.tell(findings, progress.say)
   of_rows = len(findings)
   fitted, facts = {}, {}
   for name in maps:
@@ -91,8 +94,14 @@ def debias(
   with setting.interruptible("mapping held-out rows"):
     if meshes.is_main():
       if in_sample is None:
-        in_sample = np.linspace(0, len(source) - 1, min(len(source), len(held_out))).astype(int)
-      stores = {"in_sample": source[in_sample], "held_out": held_out, "calibration": calibration}
+        in_sample = np.linspace(
+          0, len(source) - 1, min(len(source), len(held_out))
+        ).astype(int)
+      stores = {
+        "in_sample": source[in_sample],
+        "held_out": held_out,
+        "calibration": calibration,
+      }
       mapped = {}
       for name, rows in stores.items():
         if rows is not None:
@@ -100,7 +109,12 @@ def debias(
           mapped[name] = _mapped_rows(folder / f"{name}.zarr", fitted, rows, ids)
       inflated = health.inflating({"source": source, "target": target})
       for name in maps:
-        of_map = (mapped["held_out"][name], mapped["in_sample"][name], target, name == chosen)
+        of_map = (
+          mapped["held_out"][name],
+          mapped["in_sample"][name],
+          target,
+          name == chosen,
+        )
         findings += health.of_map(name, facts[name], *of_map, inflated)
       sizes = {"source": len(source), "target": len(target), "held_out": len(held_out)}
       report = {
@@ -129,17 +143,27 @@ def _with_group(setting: maps_room.Setting, source, target, space, trajectories)
   bias_symmetry.check_name(setting.subgroup, setting.group, space)
   verdicts = []
   if len(setting.group) > 1 and source.shape[-1] == 1:
-    verdicts = bias_symmetry.largest(source[..., 0], target[..., 0], setting.group, trajectories)
+    verdicts = bias_symmetry.largest(
+      source[..., 0], target[..., 0], setting.group, trajectories
+    )
   used = setting.subgroup
   if used == bias_symmetry.AUTO:
     used = setting.agree(verdicts[-1].name if verdicts else bias_symmetry.FULL)[0]
   points = int(np.prod(source.shape[1:]))
   findings = health.of_group(verdicts, used)
-  findings.append(health.of_size(min(len(source), len(target)), points, len(known[used])))
+  findings.append(
+    health.of_size(
+      min(len(source), len(target)),
+      points,
+      len(known[used]),
+    )
+  )
   return dataclasses.replace(setting, group=known[used], subgroup=used), findings
 
 
-def _fitted(name: str, folder: pathlib.Path, source, target, setting: maps_room.Setting):
+def _fitted(
+  name: str, folder: pathlib.Path, source, target, setting: maps_room.Setting
+):
   """(map, facts); a map that is there whole is not fitted again."""
   done = folder / "facts.json"
   parts = (done, folder / "map.json", folder / "arrays.npz")
@@ -171,14 +195,18 @@ def _mapped_rows(
   }
   about = {"long_name": "row of the fit"}
   data = xarray.Dataset(
-    {k: (dims, v) for k, v in fields.items()}, {} if ids is None else {"row": ("row", ids, about)}
+    {k: (dims, v) for k, v in fields.items()},
+    {} if ids is None else {"row": ("row", ids, about)},
   )
   for name in fields:
     data[name].attrs["long_name"] = (
       "biased coarse field" if name == "lflr" else f"debiased coarse field, map {name}"
     )
   chunks: dict[str, dict] = {
-    k: {"chunks": (min(1024, len(rows)), *v.shape[1:]), "compressors": stores.CHECKED}
+    k: {
+      "chunks": (min(1024, len(rows)), *v.shape[1:]),
+      "compressors": stores.CHECKED,
+    }
     for k, v in fields.items()
   }
   if ids is not None:
@@ -187,11 +215,15 @@ def _mapped_rows(
   return mapped
 
 
-def _measured(store: str, fitted: Mapping, rows: np.ndarray, mapped: Mapping, evaluators) -> dict:
+def _measured(
+  store: str, fitted: Mapping, rows: np.ndarray, mapped: Mapping, evaluators
+) -> dict:
   """The metrics of the mapped rows of one store."""
   report: dict = {"rows": len(rows)}
   for name, values in mapped.items():
-    report[name] = {key: dict(evaluate(rows, values)) for key, evaluate in evaluators.items()}
+    report[name] = {
+      key: dict(evaluate(rows, values)) for key, evaluate in evaluators.items()
+    }
     report[name]["rows_outside_the_fit"] = count = int(fitted[name].outside(rows).sum())
     if count > FEW * len(rows):
       progress.say(

@@ -16,7 +16,8 @@ from downscaling.debias.equivariant.equivariant_map import blocks
 
 Finding = dict
 STRAY = 30.0  # robust standard deviations of a value from which it is named
-ROWS_PER_POINT = 10.0  # rows, each with all its images under the group, for every point of the grid
+# Rows, each with all its images under the group, for every point of the grid.
+ROWS_PER_POINT = 10.0
 POOLED, PINNED = (
   (0.8, 1.25),
   0.2,
@@ -195,7 +196,10 @@ def of_group(verdicts: Sequence[bias_symmetry.Verdict], used: str) -> list[Findi
   else:
     say += f"; maps are fitted with the group {used!r}. --config.debias.group={first.name} would "
     say += "keep the symmetry."
-  return [finding(f"symmetry of the bias: {first.name}", first.worst, first.limit, say), *found]
+  return [
+    finding(f"symmetry of the bias: {first.name}", first.worst, first.limit, say),
+    *found,
+  ]
 
 
 # ---------------------------------------------------------------- after it
@@ -222,15 +226,23 @@ def of_map(
   if "epsilon" in facts:
     found.append(_shrinkage(name, in_sample, target, worst, inflated))
   if "effective_targets" in facts:
-    found.append(_effective(name, facts["effective_targets"]["0.5"], len(target), chosen))
+    found.append(
+      _effective(name, facts["effective_targets"]["0.5"], len(target), chosen)
+    )
   if facts.get("dropped"):
     found.append(_dropped(name, facts))
   return found
 
 
-def _amplitude(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) -> list[Finding]:
+def _amplitude(
+  name: str, mapped: np.ndarray, target: np.ndarray, worst: str
+) -> list[Finding]:
   ours, true = (
-    np.asarray(rows.reshape(len(rows), -1), np.float64).std(axis=0) for rows in (mapped, target)
+    np.asarray(
+      rows.reshape(len(rows), -1),
+      np.float64,
+    ).std(axis=0)
+    for rows in (mapped, target)
   )
   if not true.any():
     return []
@@ -245,7 +257,9 @@ def _amplitude(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) ->
       "of the fit."
     )
     level = worst if pooled < LOST else "warning"
-  found = [finding("amplitude ratio", pooled, low if pooled < 1 else high, say, level, name)]
+  found = [
+    finding("amplitude ratio", pooled, low if pooled < 1 else high, say, level, name)
+  ]
   alive = true > 0
   ratio = ours[alive] / true[alive]
   # Of a standard deviation; twice as wide, as rows of one trajectory are alike and tails are not
@@ -261,7 +275,10 @@ def _amplitude(name: str, mapped: np.ndarray, target: np.ndarray, worst: str) ->
       "Set --config.debias.group=auto, or look at that point's raw data."
     )
   limit = 1 + math.copysign(allowed, ratio[place] - 1)
-  return [*found, finding("amplitude ratio at a point", ratio[place], limit, say, "warning", name)]
+  return [
+    *found,
+    finding("amplitude ratio at a point", ratio[place], limit, say, "warning", name),
+  ]
 
 
 def _shrinkage(
@@ -315,7 +332,9 @@ def _dropped(name: str, facts: Mapping) -> Finding:
       "the truth. Is there a bias at all, and are there enough rows? --config.debias.select=False "
       "takes all steps."
     )
-  return finding("steps that were not taken", len(facts["dropped"]), len(kept), say, name=name)
+  return finding(
+    "steps that were not taken", len(facts["dropped"]), len(kept), say, name=name
+  )
 
 
 def tell(findings: Sequence[Finding], say: Callable[[str], None]) -> None:
@@ -326,4 +345,6 @@ def tell(findings: Sequence[Finding], say: Callable[[str], None]) -> None:
 
 
 def _places(numbers: np.ndarray) -> str:
-  return ", ".join(map(str, numbers[:SHOWN])) + (", ..." if len(numbers) > SHOWN else "")
+  return ", ".join(map(str, numbers[:SHOWN])) + (
+    ", ..." if len(numbers) > SHOWN else ""
+  )

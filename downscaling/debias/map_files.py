@@ -15,7 +15,10 @@ SCHEMA = 1
 
 
 def save(
-  folder: str | os.PathLike, kind: str, record: Mapping, arrays: Mapping[str, np.ndarray]
+  folder: str | os.PathLike,
+  kind: str,
+  record: Mapping,
+  arrays: Mapping[str, np.ndarray],
 ) -> None:
   """Writes the arrays and then, when they are durable, map.json."""
   folder = pathlib.Path(folder)
@@ -25,7 +28,9 @@ def save(
     name: {"shape": a.shape, "dtype": str(a.dtype), "sha256": _digest(a)}
     for name, a in arrays.items()
   }
-  files.write_json(folder / "map.json", {"schema": SCHEMA, "kind": kind, **record, "arrays": about})
+  files.write_json(
+    folder / "map.json", {"schema": SCHEMA, "kind": kind, **record, "arrays": about}
+  )
 
 
 def kind_of(folder: str | os.PathLike) -> str:
@@ -47,11 +52,19 @@ def load(folder: str | os.PathLike, kind: str) -> tuple[dict, dict[str, np.ndarr
       f"{folder}/map.json has schema and kind {found}, this version reads {(SCHEMA, kind)}."
     )
   try:
-    with open(folder / "arrays.npz", "rb") as file, np.load(file, allow_pickle=False) as stored:
+    with (
+      open(folder / "arrays.npz", "rb") as file,
+      np.load(file, allow_pickle=False) as stored,
+    ):
       arrays = {name: stored[name] for name in record["arrays"]}
       wrong = sorted(set(stored.files) ^ set(arrays))
-    wrong += [name for name, a in arrays.items() if _digest(a) != record["arrays"][name]["sha256"]]
-  except Exception as error:  # zipfile, zlib and numpy raise many kinds for a damaged file
+    wrong += [
+      name
+      for name, a in arrays.items()
+      if _digest(a) != record["arrays"][name]["sha256"]
+    ]
+  except Exception as error:
+    # Zipfile, zlib and numpy raise many kinds for a damaged file.
     wrong = [f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"]
   if wrong:
     raise damaged(folder, ", ".join(wrong))

@@ -61,7 +61,9 @@ class Chain:
   @classmethod
   def load(cls, folder: str | os.PathLike) -> "Chain":
     record, _ = map_files.load(folder, cls.kind)
-    return cls(tuple(load(pathlib.Path(folder) / str(i)) for i in range(int(record["length"]))))
+    return cls(
+      tuple(load(pathlib.Path(folder) / str(i)) for i in range(int(record["length"])))
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,12 +144,20 @@ class Setting:
   config_hash: str = ""
   mesh: jax.sharding.Mesh | None = None
   stop: Callable[[], bool] = lambda: False
-  interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
+  interruptible: Callable[[str], contextlib.AbstractContextManager] = (
+    contextlib.nullcontext
+  )
   agree: Callable[[Any], list] = lambda value: [value]
   weights: tuple[float, ...] = ()
 
 
-def fit(name: str, folder: pathlib.Path, source: np.ndarray, target: np.ndarray, setting: Setting):
+def fit(
+  name: str,
+  folder: pathlib.Path,
+  source: np.ndarray,
+  target: np.ndarray,
+  setting: Setting,
+):
   """Fits (or goes on fitting) a map by name.
 
   Args:
@@ -172,7 +182,10 @@ def _scale(target: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
   """What channels are divided by, [C] float32: a squared difference of 1 then counts its weight in
   standard deviations of the target.
   """
-  spread = target.std(axis=tuple(range(target.ndim - 1)), dtype=np.float64)
+  spread = target.std(
+    axis=tuple(range(target.ndim - 1)),
+    dtype=np.float64,
+  )
   if len(weights) != len(spread) or not (spread > 0).all():
     raise ValueError(
       f"{len(weights)} weights for {len(spread)} channels with standard deviations "
@@ -181,7 +194,9 @@ def _scale(target: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
   return np.asarray(spread / np.sqrt(weights), np.float32)
 
 
-def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | None = None):
+def _entropic(
+  folder, source, target, setting: Setting, group: symmetry.Group | None = None
+):
   x, y = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (source, target))
   saver = checkpoints_lib.Checkpoints(
     folder / "checkpoints", setting.config_hash, agree=setting.agree
@@ -197,7 +212,9 @@ def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | 
         "agree": setting.agree,
         "progress": advance,
       }
-      result = sinkhorn.fit(x, y, checkpoints=saver, group=group, **shared, **setting.sinkhorn)
+      result = sinkhorn.fit(
+        x, y, checkpoints=saver, group=group, **shared, **setting.sinkhorn
+      )
   finally:
     saver.close()
   if not result.converged and meshes.is_main():
@@ -207,7 +224,9 @@ def _entropic(folder, source, target, setting: Setting, group: symmetry.Group | 
       "epsilon."
     )
   reach = entropic_map.reach_of(x, y, group)
-  made = entropic_map.EntropicMap(y, result.g, result.epsilon, source.shape[1:], group, reach)
+  made = entropic_map.EntropicMap(
+    y, result.g, result.epsilon, source.shape[1:], group, reach
+  )
   return made, plan(
     result, made, source
   ) if meshes.is_main() else {}  # a pass over all pairs, for the file alone
@@ -232,7 +251,9 @@ def plan(
     "mean_cost": result.mean_cost,
     "transport_cost": duals + result.epsilon * entropy,
     "plan_entropy": entropy,
-    "effective_targets": {f"{q:g}": float(np.quantile(effective, q)) for q in QUANTILES},
+    "effective_targets": {
+      f"{q:g}": float(np.quantile(effective, q)) for q in QUANTILES
+    },
   }
 
 
@@ -246,7 +267,12 @@ def _rescaled(folder, source, target, setting: Setting):
   devices = setting.mesh.size if setting.mesh else 1
   kept = (len(source) - max(2, len(source) // SPARE)) // devices * devices
   made, facts = _entropic(folder, source[:kept], target, setting)
-  gains = recipes.fit(made(source[kept:]), target, group=setting.group, recipe="G")
+  gains = recipes.fit(
+    made(source[kept:]),
+    target,
+    group=setting.group,
+    recipe="G",
+  )
   return Chain((made, gains)), facts | {"spare_rows": len(source) - kept}
 
 
@@ -268,7 +294,9 @@ def _minibatch(folder, source, target, setting: Setting):
           steps=steps,
           checkpoints=saver,
           stop=setting.stop,
-          progress=lambda count, eps, error: bar.advance(count, error=error, epsilon=eps),
+          progress=lambda count, eps, error: bar.advance(
+            count, error=error, epsilon=eps
+          ),
         )
     finally:
       saver.close()
@@ -276,7 +304,9 @@ def _minibatch(folder, source, target, setting: Setting):
     made = entropic_map.EntropicMap(
       y, np.asarray(result.g), result.epsilon, source.shape[1:], reach=reach
     )
-    facts = {key: getattr(result, key) for key in ("epsilon", "mean_cost", "history", "rows")}
+    facts = {
+      key: getattr(result, key) for key in ("epsilon", "mean_cost", "history", "rows")
+    }
     made.save(folder)
     files.write_json(folder / "facts.json", facts)
   setting.agree("minibatch")
@@ -299,7 +329,11 @@ def _recipe(folder, source, target, setting: Setting, recipe: str | tuple):
       stop=setting.stop,
       **_shared(setting),
     )
-  return made, {"recipe": recipe, "steps": [step.kind for step in made.steps], "shrinkage": notes}
+  return made, {
+    "recipe": recipe,
+    "steps": [step.kind for step in made.steps],
+    "shrinkage": notes,
+  }
 
 
 def _shared(setting: Setting) -> dict[str, Any]:

@@ -60,7 +60,11 @@ class Denoiser(nn.Module):
     s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
     level = jnp.log(sigma) / 4
     inp = jax.lax.rsqrt(s**2 + 1)
-    net = self.net if self.static is None else lambda x, level: self.net(x, level, self.static)
+    net = (
+      self.net
+      if self.static is None
+      else lambda x, level: self.net(x, level, self.static)
+    )
     if self.spectrum is None:
       return inp**2 * x + s * inp * net(inp * x, level)
     basis = self.basis or Trigonometric(x.shape[1:-1])
@@ -70,9 +74,14 @@ class Denoiser(nn.Module):
     if self.gated:
       full = jnp.asarray(self.spectrum, x.dtype)[None]
       axes = tuple(range(1, x.ndim - 1))
-      power = jnp.mean(full / (full + s**2), axis=axes, keepdims=True)  # of the modes' √S/(S+σ²)·x
+      # Of the modes' √S/(S+σ²)·x.
+      power = jnp.mean(full / (full + s**2), axis=axes, keepdims=True)
       z = basis.fields(jnp.sqrt(half / power) / var * modes).astype(x.dtype)
-      a, b = jnp.split(net(jnp.concatenate([inp * x, z], axis=-1), level), 2, axis=-1)
+      a, b = jnp.split(
+        net(jnp.concatenate([inp * x, z], axis=-1), level),
+        2,
+        axis=-1,
+      )
       found = a + b * z
     else:
       found = net(inp * x, level)

@@ -53,7 +53,9 @@ def check_covers(table: ErrorTable, sigmas, key: str) -> None:
   """
   low, high = float(np.min(sigmas)), float(np.max(sigmas))
   first, last = float(table.sigmas[0]), float(table.sigmas[-1])
-  if first * (1 - schedules.ROUNDING) <= low and high <= last * (1 + schedules.ROUNDING):
+  if first * (1 - schedules.ROUNDING) <= low and high <= last * (
+    1 + schedules.ROUNDING
+  ):
     return
   raise ValueError(
     f"{key} asks for noise levels from {low:g} to {high:g}, the prior's error is tabulated from "
@@ -102,20 +104,41 @@ def tabulate(
   modes = basis or Trigonometric(x.shape[1:-1])
 
   def local(params, x, ids, key, sigma):
-    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:], x.dtype)
+    draw = lambda i: jax.random.normal(
+      jax.random.fold_in(key, i),
+      x.shape[1:],
+      x.dtype,
+    )
     noisy = x + sigma * jax.vmap(draw)(ids)
-    error = denoiser.apply({"params": params}, noisy, jnp.full(len(x), sigma)) - x
+    error = (
+      denoiser.apply(
+        {"params": params},
+        noisy,
+        jnp.full(len(x), sigma),
+      )
+      - x
+    )
     return jax.lax.psum(modes.power(error).sum(0), meshes.AXES)
 
   rows, one = meshes.ROWS, PartitionSpec()
   many = jax.shard_map(
-    local, mesh=mesh, in_specs=(one, rows, rows, one, one), out_specs=one, check_vma=False
+    local,
+    mesh=mesh,
+    in_specs=(one, rows, rows, one, one),
+    out_specs=one,
+    check_vma=False,
   )  # check_vma: what is replicated after the sum is known to us, not to the checker
   summed = jax.jit(many)
   mine, blocks = meshes.host_rows(mesh, chunk), []
   for first in range(0, count, chunk):
     ids = np.arange(first, first + chunk, dtype=np.uint32)[mine]
-    blocks.append(meshes.to_global(mesh, (np.asarray(x[ids], np.float32), ids), chunk))
+    blocks.append(
+      meshes.to_global(
+        mesh,
+        (np.asarray(x[ids], np.float32), ids),
+        chunk,
+      )
+    )
   errors = np.zeros((len(sigmas), *x.shape[1:]))
   with progress.Progress("error table", len(sigmas), "noise levels") as bar:
     for k, sigma in enumerate(sigmas):
@@ -126,7 +149,9 @@ def tabulate(
       key = jax.random.fold_in(random_keys.key(seed, "error table"), k)
       for block in blocks:
         errors[k] += (
-          np.asarray(jax.device_get(summed(params, *block, key, np.float32(sigma))), np.float64)
+          np.asarray(
+            jax.device_get(summed(params, *block, key, np.float32(sigma))), np.float64
+          )
           / count
         )
       bar.advance(1)
@@ -135,9 +160,13 @@ def tabulate(
       "the denoising error is not finite: the prior is damaged, or diverged in training."
     )
   errors = modes.symmetrised(errors)
-  largest = errors.max(axis=tuple(range(1, x.ndim - 1)), keepdims=True)
+  largest = errors.max(
+    axis=tuple(range(1, x.ndim - 1)),
+    keepdims=True,
+  )
   return ErrorTable(
-    np.asarray(sigmas, np.float32), np.maximum(errors, FLOOR * largest).astype(np.float32)
+    np.asarray(sigmas, np.float32),
+    np.maximum(errors, FLOOR * largest).astype(np.float32),
   )
 
 
@@ -167,9 +196,13 @@ def load(folder: str | os.PathLike, config_hash: str) -> ErrorTable:
       table = ErrorTable(*(stored[k] for k in ErrorTable._fields))
       made_by, digest = str(stored["config_hash"]), str(stored["sha256"])
   except Exception as error:  # zip, numpy and zlib each raise their own
-    raise ValueError(f"{path} is damaged ({error}): move it away and {again}.") from error
+    raise ValueError(
+      f"{path} is damaged ({error}): move it away and {again}."
+    ) from error
   if digest != _digest(table, made_by):
-    raise ValueError(f"{path} has changed since it was written: move it away and {again}.")
+    raise ValueError(
+      f"{path} has changed since it was written: move it away and {again}."
+    )
   if made_by != config_hash:
     raise ValueError(
       f"{path} belongs to a prior of config {made_by}, this one is {config_hash}: move it away and "

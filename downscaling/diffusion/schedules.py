@@ -60,7 +60,9 @@ class Schedule:
     """
     sigma = jnp.asarray(sigma)
     inside = (sigma >= 0) & (sigma <= self.sigma_max * (1 + ROUNDING))
-    return jnp.where(inside, self.curve_inverse(jnp.clip(sigma, 0.0, self.sigma_max)), jnp.nan)
+    return jnp.where(
+      inside, self.curve_inverse(jnp.clip(sigma, 0.0, self.sigma_max)), jnp.nan
+    )
 
   def check_levels(self, levels: np.ndarray, key: str = "noise levels") -> None:
     """Refuses noise levels that nothing was trained on, and that s(t) has no time for.
@@ -71,7 +73,9 @@ class Schedule:
     """
     levels = np.asarray(levels, np.float64)
     low, high = float(levels.min()), float(levels.max())
-    if self.sigma_min * (1 - ROUNDING) <= low and high <= self.sigma_max * (1 + ROUNDING):
+    if self.sigma_min * (1 - ROUNDING) <= low and high <= self.sigma_max * (
+      1 + ROUNDING
+    ):
       return
     raise ValueError(
       f"{key} from {low:g} to {high:g}, but the schedule {self.name} knows {self.sigma_min:g} to "
@@ -96,7 +100,10 @@ class Schedule:
 
 
 def vp_linear(
-  beta_min: float = 0.1, beta_max: float = 20.0, data_std: float = 1.0, sigma_min: float = 1e-3
+  beta_min: float = 0.1,
+  beta_max: float = 20.0,
+  data_std: float = 1.0,
+  sigma_min: float = 1e-3,
 ) -> Schedule:
   """Variance preserving with linear β: σ = σ_d √(exp(½(β_max − β_min)t² + β_min t) − 1); σ_max ≈
   152 by default.
@@ -138,14 +145,18 @@ def tangent(
   within ±π/2).
   """
   if not -math.pi / 2 < start < end < math.pi / 2:
-    raise ValueError(f"tangent schedule from {start} to {end}: need -π/2 < start < end < π/2.")
+    raise ValueError(
+      f"tangent schedule from {start} to {end}: need -π/2 < start < end < π/2."
+    )
   low, height = math.tan(start), math.tan(end) - math.tan(start)
   width = end - start
 
   # tan differences by their product form: the plain ones lose three digits at small σ in float32.
   def curve(t):
     return (
-      sigma_max * jnp.sin(t * width) / (jnp.cos(start + t * width) * (math.cos(start) * height))
+      sigma_max
+      * jnp.sin(t * width)
+      / (jnp.cos(start + t * width) * (math.cos(start) * height))
     )
 
   def inverse(sigma):
@@ -168,7 +179,9 @@ def power(
 ) -> Schedule:  # fmt: skip
   """σ = σ_max t^exponent."""
   if not exponent > 0:
-    raise ValueError(f"power schedule with exponent={exponent}: need > 0, for σ must grow with t.")
+    raise ValueError(
+      f"power schedule with exponent={exponent}: need > 0, for σ must grow with t."
+    )
   return Schedule(
     "power",
     lambda t: sigma_max * t**exponent,
@@ -188,7 +201,9 @@ def exponential(
 ) -> Schedule:
   """σ = σ_max (e^{rate·t} − 1)/(e^{rate} − 1): even in ln σ for large rate·t, and 0 at t = 0."""
   if not rate > 0:
-    raise ValueError(f"exponential schedule with rate={rate}: need > 0, for σ must grow with t.")
+    raise ValueError(
+      f"exponential schedule with rate={rate}: need > 0, for σ must grow with t."
+    )
   height = math.expm1(rate)
   return Schedule(
     "exponential",
@@ -205,7 +220,12 @@ def edm(sigma_max: float = 80.0, sigma_min: float = 2e-3) -> Schedule:
   2022).
   """
   return Schedule(
-    "edm", lambda t: sigma_max * t, lambda sigma: sigma / sigma_max, sigma_min, sigma_max, None
+    "edm",
+    lambda t: sigma_max * t,
+    lambda sigma: sigma / sigma_max,
+    sigma_min,
+    sigma_max,
+    None,
   )
 
 

@@ -90,7 +90,10 @@ def fit(
       watch.log(*pending, saver)
     pending = None
 
-  for step in range(int(state.step) + (1 if evaluated else 0), plan.total_steps + 1):
+  for step in range(
+    int(state.step) + (1 if evaluated else 0),
+    plan.total_steps + 1,
+  ):
     if step > int(plan.profile["start_step"]) > 0:
       watch.profile(step, plan.profile)
     if evaluated:
@@ -147,7 +150,13 @@ class Watch:
   """
 
   def __init__(
-    self, writer, progress, folder: pathlib.Path, batch: int, flops: float, peak: float | None
+    self,
+    writer,
+    progress,
+    folder: pathlib.Path,
+    batch: int,
+    flops: float,
+    peak: float | None,
   ):
     self.writer, self.progress, self.folder = writer, progress, folder
     self.batch, self.flops, self.peak = batch, flops, peak
@@ -166,7 +175,9 @@ class Watch:
     self._waited += time.monotonic() - began
     return batch
 
-  def check(self, step: int, logs: Mapping, saver: ckpt.Checkpoints) -> dict[str, float]:
+  def check(
+    self, step: int, logs: Mapping, saver: ckpt.Checkpoints
+  ) -> dict[str, float]:
     """The logs on the host.
 
     Raises FloatingPointError if a step since the last log was not finite.
@@ -205,11 +216,18 @@ class Watch:
     self._said, self._from, self._waited = now, step, 0.0
     self.progress.advance(step - self.progress.done, loss=scalars["loss"])
 
-  def evaluated(self, step: int, found: Mapping[str, Any]) -> dict[str, float]:
+  def evaluated(
+    self,
+    step: int,
+    found: Mapping[str, Any],
+  ) -> dict[str, float]:
     """Writes what the evaluators found; returns its scalars."""
     scalars = {k: v for k, v in found.items() if jnp.ndim(v) == 0}
     self.writer.write_scalars(step, scalars)
-    self.writer.write_images(step, {k: v for k, v in found.items() if jnp.ndim(v)})
+    self.writer.write_images(
+      step,
+      {k: v for k, v in found.items() if jnp.ndim(v)},
+    )
     return scalars
 
   @contextlib.contextmanager
@@ -226,7 +244,9 @@ class Watch:
       jax.profiler.start_trace(str(self.folder))
     elif self._profiling and not inside:
       jax.profiler.stop_trace()
-      progress.say(f"train: profile of {block['steps']} steps is in {self.folder}/plugins/profile")
+      progress.say(
+        f"train: profile of {block['steps']} steps is in {self.folder}/plugins/profile"
+      )
     self._profiling = inside
 
 
@@ -235,9 +255,13 @@ def compiled(step_fn: Callable, state, batch) -> tuple[Any, float]:
   shardings.
   """
   program = jax.jit(
-    step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None)
+    step_fn,
+    donate_argnums=0,
+    out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
   )
-  return program.lower(state, batch).compile(), program_cost.flops(step_fn, state, batch)
+  return program.lower(state, batch).compile(), program_cost.flops(
+    step_fn, state, batch
+  )
 
 
 def train(
@@ -275,11 +299,15 @@ def train(
     the rest: see fit and Checkpoints.
   Returns: {"steps", "parameters", "error"}, the last being the validation error.
   """
-  init_key, run_key, validation_key = jax.random.split(random_keys.key(seed, "training"), 3)
+  init_key, run_key, validation_key = jax.random.split(
+    random_keys.key(seed, "training"), 3
+  )
   with stop.interruptible("compiling the training step"):
     start, target, specs = train_state.make(mesh, initialise, init_key, run_key)
     saver = ckpt.Checkpoints(folder / "checkpoints", config_hash, keep, agree)
-    example = jax.ShapeDtypeStruct((batches.batch, *shape), jnp.float32, sharding=meshes.rows(mesh))
+    example = jax.ShapeDtypeStruct(
+      (batches.batch, *shape), jnp.float32, sharding=meshes.rows(mesh)
+    )
     step_fn, flops = compiled(make_update(specs.params), target, {"x": example})
     with ledger.spend("restoring"):
       found = saver.restore_last(target)
@@ -303,7 +331,9 @@ def train(
         plan=plan,
         evaluators={"validation": validate} | dict(evaluators),
         saver=saver,
-        watch=Watch(writer, bar, folder, batches.batch, flops, peak and peak * mesh.size),
+        watch=Watch(
+          writer, bar, folder, batches.batch, flops, peak and peak * mesh.size
+        ),
         stop=stop,
         agree=agree,
         evaluated=evaluated,
@@ -313,10 +343,16 @@ def train(
     writer.close()
     saver.close()
   save_prior(folder, config_hash, state.ema[0], agree)
-  return {"steps": plan.total_steps, "parameters": train_state.count(state.params), "error": error}
+  return {
+    "steps": plan.total_steps,
+    "parameters": train_state.count(state.params),
+    "error": error,
+  }
 
 
-def save_prior(folder: pathlib.Path, config_hash: str, ema, agree=lambda value: [value]) -> None:
+def save_prior(
+  folder: pathlib.Path, config_hash: str, ema, agree=lambda value: [value]
+) -> None:
   """The averaged parameters alone, all that sampling needs."""
   prior = ckpt.Checkpoints(folder / "prior", config_hash, 1, agree)
   prior.save(0, ema)
@@ -341,7 +377,11 @@ def load_prior(
       f"{folder} has no prior: run `downscaling train` with the same --config and --workdir."
     )
   shapes = jax.eval_shape(
-    lambda key: denoiser.init(key, jnp.zeros((1, *space, channels)), jnp.ones(1))["params"],
+    lambda key: denoiser.init(
+      key,
+      jnp.zeros((1, *space, channels)),
+      jnp.ones(1),
+    )["params"],
     random_keys.key(0, "plans"),
   )
   prior = ckpt.Checkpoints(folder / "prior", config_hash, 1, agree)

@@ -65,7 +65,11 @@ def initial(
   """The state at step 0, from the init key and the run's key; call under jit with out_shardings: no
   host copy.
   """
-  params = denoiser.init(key, jnp.zeros((1, *space, channels)), jnp.ones(1))["params"]
+  params = denoiser.init(
+    key,
+    jnp.zeros((1, *space, channels)),
+    jnp.ones(1),
+  )["params"]
   ema = tuple(jax.tree.map(jnp.copy, params) for _ in range(averages))
   window = {name: empty() for name in WATCHED}
   zero = jnp.zeros((), jnp.int32)
@@ -79,7 +83,9 @@ def empty() -> metrics.Average:
   return metrics.Average(total=zero, count=zero)  # pyright: ignore[reportCallIssue]
 
 
-def make(mesh: jax.sharding.Mesh, initialise: Callable, *keys) -> tuple[Callable, Any, Any]:
+def make(
+  mesh: jax.sharding.Mesh, initialise: Callable, *keys
+) -> tuple[Callable, Any, Any]:
   """(jitted initialise whose state is born sharded, abstract state with shardings, its
   PartitionSpecs).
   """
@@ -87,7 +93,9 @@ def make(mesh: jax.sharding.Mesh, initialise: Callable, *keys) -> tuple[Callable
   specs = meshes.state_specs(mesh, shapes)
   under = meshes.shardings(mesh, specs)
   target = jax.tree.map(
-    lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, under
+    lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+    shapes,
+    under,
   )
   return jax.jit(initialise, out_shardings=under), target, specs
 

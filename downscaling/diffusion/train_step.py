@@ -32,7 +32,10 @@ def denoising_error(
   """
   s = sigma.reshape(-1, *(1,) * (x.ndim - 1))
   denoised = jnp.asarray(denoiser.apply({"params": params}, x + s * noise, sigma))
-  error = jnp.mean((denoised - x) ** 2, axis=tuple(range(1, x.ndim)))
+  error = jnp.mean(
+    (denoised - x) ** 2,
+    axis=tuple(range(1, x.ndim)),
+  )
   return (sigma**2 + 1) / sigma**2 * error
 
 
@@ -44,7 +47,12 @@ def whole(params: Any, specs: Any) -> Any:
 
   def gather(p, spec):
     return (
-      jax.lax.all_gather(p, meshes.FSDP, axis=spec.index(meshes.FSDP), tiled=True)
+      jax.lax.all_gather(
+        p,
+        meshes.FSDP,
+        axis=spec.index(meshes.FSDP),
+        tiled=True,
+      )
       if any(spec)
       else p
     )
@@ -71,7 +79,11 @@ def make_gradient(
     parts = [r.reshape(microbatches, -1, *r.shape[1:]) for r in rows]
 
     def add(total, part):
-      return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *part)), None
+      return jax.tree.map(
+        jnp.add,
+        total,
+        jax.value_and_grad(loss)(params, *part),
+      ), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, parts)[0]
@@ -81,13 +93,20 @@ def make_gradient(
     loss, grads = summed(full, *rows)
     (grads,) = scatter(grads)
     flat, tree = jax.tree.flatten(grads)
-    split = [any(s) for s in jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))]
+    split = [
+      any(s)
+      for s in jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    ]
     over = lambda axes, leaves: jax.lax.psum(leaves, axes) if leaves else []
     mine = [g for g, s in zip(flat, split, strict=True) if s]
     if mesh.shape[meshes.DATA] > 1:
       mine = over((meshes.DATA,), mine)
     loss, *shared = over(
-      meshes.AXES, [loss, *(g for g, s in zip(flat, split, strict=True) if not s)]
+      meshes.AXES,
+      [
+        loss,
+        *(g for g, s in zip(flat, split, strict=True) if not s),
+      ],
     )
     mine, shared, batch = iter(mine), iter(shared), len(rows[0]) * mesh.size
     flat = [next(mine if s else shared) / batch for s in split]
@@ -98,7 +117,8 @@ def make_gradient(
     mesh=mesh,
     in_specs=(specs, *(meshes.ROWS,) * 3),
     out_specs=(PartitionSpec(), specs),
-    check_vma=False,  # what is replicated after these reductions is known to us, not to the checker
+    # What is replicated after these reductions is known to us, not to the checker.
+    check_vma=False,
   )
 
 
@@ -108,9 +128,16 @@ def _anywhere(moves: symmetry.Moves, mesh: jax.sharding.Mesh) -> Callable:
   """
   rows = (meshes.ROWS, meshes.ROWS)
   move = jax.shard_map(
-    jax.vmap(moves.move), mesh=mesh, in_specs=rows, out_specs=meshes.ROWS, check_vma=False
+    jax.vmap(moves.move),
+    mesh=mesh,
+    in_specs=rows,
+    out_specs=meshes.ROWS,
+    check_vma=False,
   )
-  return lambda key, x: move(x, jax.random.randint(key, (len(x),), 0, moves.count))
+  return lambda key, x: move(
+    x,
+    jax.random.randint(key, (len(x),), 0, moves.count),
+  )
 
 
 def make_train_step(
@@ -151,19 +178,35 @@ def make_train_step(
     key = jax.random.fold_in(state.key, state.step)
     level_key, noise_key = jax.random.split(key)
     x = moved(jax.random.fold_in(key, 2), x) if moved else x
-    noise = jax.lax.with_sharding_constraint(jax.random.normal(noise_key, x.shape, x.dtype), rows)
-    loss, grads = gradient(state.params, x, draw_sigma(level_key, x.shape[0]), noise)
+    noise = jax.lax.with_sharding_constraint(
+      jax.random.normal(noise_key, x.shape, x.dtype), rows
+    )
+    loss, grads = gradient(
+      state.params,
+      x,
+      draw_sigma(level_key, x.shape[0]),
+      noise,
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
     def averaged(ema, decay):
       decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
-      return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+      return jax.tree.map(
+        lambda e, p: e + (1 - decay) * (p - e),
+        ema,
+        params,
+      )
 
     seen = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     fresh = state.step % log_every == 0
-    window = jax.tree.map(lambda w: jnp.where(fresh, jnp.zeros_like(w), w), state.window)
-    window = {k: w.replace(total=w.total + seen[k], count=w.count + 1) for k, w in window.items()}
+    window = jax.tree.map(
+      lambda w: jnp.where(fresh, jnp.zeros_like(w), w), state.window
+    )
+    window = {
+      k: w.replace(total=w.total + seen[k], count=w.count + 1)
+      for k, w in window.items()
+    }
     bad = jnp.where(fresh, 0, state.bad_step)
     good = jnp.isfinite(loss) & jnp.isfinite(seen["grad_norm"])
     bad = jnp.where((bad == 0) & ~good, state.step + 1, bad)
@@ -195,7 +238,9 @@ def make_validation(
 
   def local(ema, x, *noises):
     ema = whole(ema, specs)
-    at = lambda s, noise: denoising_error(denoiser, ema, x, jnp.full(len(x), s), noise).sum()
+    at = lambda s, noise: denoising_error(
+      denoiser, ema, x, jnp.full(len(x), s), noise
+    ).sum()
     return jax.lax.psum(
       jnp.stack([at(s, n) for s, n in zip(sigmas, noises, strict=True)]), meshes.AXES
     )
@@ -210,9 +255,14 @@ def make_validation(
 
   @jax.jit
   def errors(ema, x):
-    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+    draw = lambda i: jax.random.normal(
+      jax.random.fold_in(key, i),
+      x.shape,
+      x.dtype,
+    )
     noises = [
-      jax.lax.with_sharding_constraint(draw(i), meshes.rows(mesh)) for i in range(len(sigmas))
+      jax.lax.with_sharding_constraint(draw(i), meshes.rows(mesh))
+      for i in range(len(sigmas))
     ]
     return many(ema, x, *noises) / len(x)
 

@@ -8,6 +8,7 @@ re-implementations give it. Equivariant to shifts by a whole patch when
 periodic: no positional encoding, since the equations here know no preferred point.
 """
 
+import functools
 import itertools
 import math
 
@@ -27,14 +28,15 @@ def convolve(
   Args:
     x: [B, *space, C]. kernel: [*odd sizes, C, C'].
     periodic: wrap around; else zeros beyond the edge. One word for all axes, or one an axis.
-    method: "lax" calls the backend's convolution, "im2col" gathers neighbours and does one matmul;
-      "auto" is lax. What runs inside a loop on CPU should ask for im2col, as build.sampler does.
+    method: "lax" pads the field and calls the backend's convolution. "im2col" gathers neighbours
+      and does one product. "edges" pads nothing: the backend's convolution with zeros beyond the
+      edge, then the terms that wrap around. "auto" is lax here, and edges where a job is on a CPU.
   Returns: [B, *space, C'].
 
-  Measured, time of lax over im2col in CPU seconds, two cores of an AMD EPYC, jax 0.10.2, with
-  `python benchmarks/convolution.py --rounds=11`: a training step .85 in 1-D and .79 in 2-D; a
-  guided call (with its vjp) inside the samplers' lax.scan 2.2 in 1-D and 4.3 in 2-D, as XLA's CPU
-  convolution is slow within a loop.
+  Measured with `python benchmarks/convolution.py --rounds=9`, two cores of an Intel Xeon, jax
+  0.10.2. Wall time of edges over the best of the others, in 1-D and 2-D: a training step .99, .83;
+  calls within lax.scan .73, .59; these with a vjp .78, .74. XLA's own gradient of a convolution is
+  slow within a loop on a CPU, so lax takes 2.3 and 3.7 times as long as im2col there.
   """
   rank = x.ndim - 2
   if kernel.ndim != rank + 2 or any(k % 2 == 0 for k in kernel.shape[:rank]):
@@ -42,14 +44,20 @@ def convolve(
       f"kernel {kernel.shape} for a field {x.shape}: need {rank} odd sizes, then [in, out] "
       "channels."
     )
-  padded = _padded(x, kernel.shape[:rank], periodic)
-  if method in ("lax", "auto"):
-    layout = ("NWC", "WIO", "NWC") if rank == 1 else ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-      padded, kernel, (1,) * rank, "VALID", dimension_numbers=layout
+  wrapped = (periodic,) * rank if isinstance(periodic, bool) else periodic
+  if len(wrapped) != rank:
+    raise ValueError(
+      f"periodic={periodic} for {rank} axes of space: need one word an axis."
     )
+  if method == "edges":
+    return _edges(x, kernel, wrapped)
+  padded = _padded(x, kernel.shape[:rank], wrapped)
+  if method in ("lax", "auto"):
+    return _convolved(padded, kernel, "VALID")
   if method != "im2col":
-    raise ValueError(f"config.model.convolution={method!r} is unknown; use auto, im2col or lax.")
+    raise ValueError(
+      f"config.model.convolution={method!r} is unknown; use auto, edges, im2col or lax."
+    )
   columns = padded
   for axis, size in enumerate(kernel.shape[:rank], start=1):
     n = x.shape[axis]
@@ -61,11 +69,71 @@ def convolve(
   return columns @ kernel.transpose(order).reshape(-1, kernel.shape[-1])
 
 
-def _padded(x: jax.Array, sizes: tuple[int, ...], periodic: bool | tuple[bool, ...]) -> jax.Array:
+def _convolved(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
+  """By the backend, with unit stride; of rank 0 a product over the channels."""
+  rank = x.ndim - 2
+  if rank == 0:
+    return x @ kernel
+  space = "HWD"[:rank] if rank > 1 else "W"
+  layout = (f"N{space}C", f"{space}IO", f"N{space}C")
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1,) * rank, padding, dimension_numbers=layout
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _edges(x: jax.Array, kernel: jax.Array, wrapped: tuple[bool, ...]) -> jax.Array:
+  """`_with_edges`, whose gradient to x is the same convolution by the mirrored kernel.
+
+  The backend's own gradient is 2 to 4 times slower within a loop on a CPU.
+  """
+  return _with_edges(x, kernel, wrapped)
+
+
+def _edges_forward(x, kernel, wrapped):
+  return _with_edges(x, kernel, wrapped), (x, kernel)
+
+
+def _edges_backward(wrapped, saved, g):
+  x, kernel = saved
+  mirrored = jnp.flip(kernel, range(len(wrapped))).swapaxes(-1, -2)
+  padded = _padded(x, kernel.shape[: len(wrapped)], wrapped)
+  _, pull = jax.vjp(lambda kernel: _convolved(padded, kernel, "VALID"), kernel)
+  return _with_edges(g, mirrored, wrapped), *pull(g)
+
+
+_edges.defvjp(_edges_forward, _edges_backward)
+
+
+def _with_edges(
+  x: jax.Array, kernel: jax.Array, wrapped: tuple[bool, ...]
+) -> jax.Array:
+  """Zeros beyond the edge, then what wraps around is added to the points near it.
+
+  No padded copy of the field is made. On a periodic axis, tap i at point p near the edge reads the
+  point p + i - size // 2, a whole turn away. That is a convolution of one rank less, over the other
+  axes. Earlier axes have had their turn, so there zeros are beyond the edge.
+  """
+  y = _convolved(x, kernel, "SAME")
+  for axis, wrap in enumerate(wrapped):
+    if not wrap:
+      continue
+    n, size = x.shape[axis + 1], kernel.shape[axis]
+    rest = (*(False,) * axis, *wrapped[axis + 1 :])
+    for tap in range(size):
+      shift = tap - size // 2
+      near = range(-shift) if shift < 0 else range(n - shift, n)
+      for p in near:
+        slab = jnp.take(x, (p + shift) % n, axis=axis + 1)
+        term = _with_edges(slab, jnp.take(kernel, tap, axis=axis), rest)
+        y = y.at[(slice(None), *(slice(None),) * axis, p)].add(term)
+  return y
+
+
+def _padded(
+  x: jax.Array, sizes: tuple[int, ...], wrapped: tuple[bool, ...]
+) -> jax.Array:
   """x with half a kernel beyond either edge of every axis."""
-  wrapped = (periodic,) * len(sizes) if isinstance(periodic, bool) else periodic
-  if len(wrapped) != len(sizes):
-    raise ValueError(f"periodic={periodic} for {len(sizes)} axes of space: need one word an axis.")
   halo = [(size // 2, size // 2) for size in sizes]
   for mode, chosen in (("wrap", True), ("constant", False)):
     padding = [h if w is chosen else (0, 0) for h, w in zip(halo, wrapped, strict=True)]
@@ -79,7 +147,12 @@ def space_to_depth(x: jax.Array, patch: int) -> jax.Array:
   rank = x.ndim - 2
   split = [s for n in x.shape[1:-1] for s in (n // patch, patch)]
   x = x.reshape(x.shape[0], *split, x.shape[-1])
-  x = x.transpose(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+  x = x.transpose(
+    0,
+    *range(1, 2 * rank, 2),
+    *range(2, 2 * rank + 1, 2),
+    2 * rank + 1,
+  )
   return x.reshape(*x.shape[: rank + 1], -1)
 
 
@@ -87,9 +160,20 @@ def depth_to_space(x: jax.Array, patch: int) -> jax.Array:
   """The inverse of space_to_depth."""
   rank = x.ndim - 2
   space = x.shape[1:-1]
-  x = x.reshape(x.shape[0], *space, *(patch,) * rank, -1)
-  x = x.transpose(0, *[i for r in range(rank) for i in (1 + r, 1 + rank + r)], 2 * rank + 1)
-  return x.reshape(x.shape[0], *[n * patch for n in space], -1)
+  x = x.reshape(
+    x.shape[0],
+    *space,
+    *(patch,) * rank,
+    -1,
+  )
+  x = x.transpose(
+    0, *[i for r in range(rank) for i in (1 + r, 1 + rank + r)], 2 * rank + 1
+  )
+  return x.reshape(
+    x.shape[0],
+    *[n * patch for n in space],
+    -1,
+  )
 
 
 class Conv(nn.Module):
@@ -111,14 +195,46 @@ class Conv(nn.Module):
       else nn.initializers.zeros
     )
     kernel = self.param("kernel", init, shape).astype(self.dtype)
-    bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(
+      self.dtype
+    )
     y = convolve(x.astype(self.dtype), kernel, self.periodic, self.method)
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
+class GroupNorm(nn.Module):
+  """Group normalisation as one product and one sum a value; parameters as nn.GroupNorm has them.
+
+  Mean and variance of a group come from sums over each channel, so the field is read once for them.
+  They are float32, whatever the field is.
+  """
+
+  groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x):
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    axes = tuple(range(1, x.ndim - 1))
+    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = self._of_groups(exact.mean(axes))
+    variance = self._of_groups(jnp.square(exact).mean(axes)) - mean**2
+    factor = scale[None] * jax.lax.rsqrt(jnp.maximum(variance, 0) + 1e-6)
+    offset = bias[None] - mean * factor
+    factor, offset = (jnp.expand_dims(each, axes) for each in (factor, offset))
+    return x.astype(self.dtype) * factor.astype(self.dtype) + offset.astype(self.dtype)
+
+  def _of_groups(self, values):
+    """Means over the channels of each group, [B, C] -> [B, C]."""
+    each = values.reshape(len(values), self.groups, -1)
+    return jnp.repeat(each.mean(-1), each.shape[-1], axis=1)
+
+
 def _norm(x, dtype):
   groups = math.gcd(x.shape[-1], max(1, min(32, x.shape[-1] // 4)))
-  return nn.GroupNorm(num_groups=groups, dtype=dtype)(x)
+  return GroupNorm(groups, dtype)(x)
 
 
 class ResidualBlock(nn.Module):
@@ -133,10 +249,20 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x, embedding):
-    conv = lambda scale: Conv(self.features, 3, self.periodic, self.method, scale, self.dtype)
+    conv = lambda scale: Conv(
+      self.features, 3, self.periodic, self.method, scale, self.dtype
+    )
     h = conv(1.0)(nn.swish(_norm(x, self.dtype)))
     film = nn.Dense(2 * self.features, dtype=self.dtype)(embedding)
-    shift, scale = jnp.split(film.reshape(film.shape[0], *(1,) * (x.ndim - 2), -1), 2, axis=-1)
+    shift, scale = jnp.split(
+      film.reshape(
+        film.shape[0],
+        *(1,) * (x.ndim - 2),
+        -1,
+      ),
+      2,
+      axis=-1,
+    )
     h = conv(0.0)(nn.swish(_norm(h, self.dtype) * (1 + scale) + shift))
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, dtype=self.dtype)(x)
@@ -205,7 +331,9 @@ class UNet(nn.Module):
       )
 
   @nn.compact
-  def __call__(self, x: jax.Array, level: jax.Array, static: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, level: jax.Array, static: jax.Array | None = None
+  ) -> jax.Array:
     """Raises ValueError for a grid that the strides do not divide; level is [B]."""
     self.check(x.shape[1:-1])
     kinds = {"periodic": self.periodic, "method": self.convolution, "dtype": self.dtype}
@@ -213,18 +341,32 @@ class UNet(nn.Module):
     out_channels = x.shape[-1] * self.stem ** (x.ndim - 2)
     if static is not None:
       x = jnp.concatenate(
-        [x, jnp.broadcast_to(jnp.asarray(static, x.dtype), (len(x), *static.shape))], axis=-1
+        [
+          x,
+          jnp.broadcast_to(jnp.asarray(static, x.dtype), (len(x), *static.shape)),
+        ],
+        axis=-1,
       )
 
     made = itertools.count()
 
     def block(level, h):
       cls = nn.remat(ResidualBlock) if level < self.remat else ResidualBlock
-      return cls(self.channels[level], **kinds, name=f"ResidualBlock_{next(made)}")(h, embedding)
+      return cls(self.channels[level], **kinds, name=f"ResidualBlock_{next(made)}")(
+        h, embedding
+      )
 
-    h = Conv(self.channels[0], **kinds)(space_to_depth(x, self.stem) if self.stem > 1 else x)
+    h = Conv(self.channels[0], **kinds)(
+      space_to_depth(x, self.stem) if self.stem > 1 else x
+    )
     skips = [h]
-    for i, (width, stride) in enumerate(zip(self.channels, self.strides, strict=True)):
+    for i, (width, stride) in enumerate(
+      zip(
+        self.channels,
+        self.strides,
+        strict=True,
+      )
+    ):
       h = nn.Dense(width, dtype=self.dtype)(space_to_depth(h, stride))
       for _ in range(self.blocks):
         h = block(i, h)
@@ -238,7 +380,9 @@ class UNet(nn.Module):
       for _ in range(self.blocks):
         h = block(i, h)
       patch = self.strides[i] ** (x.ndim - 2)
-      h = depth_to_space(nn.Dense(widths[i] * patch, dtype=self.dtype)(h), self.strides[i])
+      h = depth_to_space(
+        nn.Dense(widths[i] * patch, dtype=self.dtype)(h), self.strides[i]
+      )
     h = nn.swish(_norm(h + skips[0], self.dtype))
     h = Conv(out_channels, scale=0.0, **kinds)(h)
     return (depth_to_space(h, self.stem) if self.stem > 1 else h).astype(x.dtype)
@@ -247,6 +391,9 @@ class UNet(nn.Module):
     """Fourier features of the level, then two dense layers, [B, embedding]."""
     frequencies = jnp.geomspace(0.25, 64.0, self.embedding // 2, dtype=level.dtype)
     angles = level[:, None] * frequencies[None, :]
-    features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    features = jnp.concatenate(
+      [jnp.sin(angles), jnp.cos(angles)],
+      axis=-1,
+    )
     h = nn.swish(nn.Dense(self.embedding, dtype=self.dtype)(features))
     return nn.swish(nn.Dense(self.embedding, dtype=self.dtype)(h))

@@ -49,14 +49,28 @@ def initial_vorticity(key: jax.Array, points: int, dtype: str = "float32") -> ja
   """
   ky, kx = _waves(GRID)
   k2 = kx**2 + ky**2
-  shape = np.where((k2 > 0) & (k2 <= WAVES**2), k2 / PEAK**2 * np.exp(-k2 / (2 * PEAK**2)), 0.0)
+  shape = np.where(
+    (k2 > 0) & (k2 <= WAVES**2), k2 / PEAK**2 * np.exp(-k2 / (2 * PEAK**2)), 0.0
+  )
   shape = shape.astype(dtype)
   to_u, to_v = _velocity(GRID, dtype)
   hat = jnp.fft.rfft2(jax.random.normal(key, (GRID, GRID), dtype))
-  u, v, w = (jnp.fft.irfft2(m * hat, s=(GRID, GRID)) for m in (to_u * shape, to_v * shape, shape))
+  u, v, w = (
+    jnp.fft.irfft2(m * hat, s=(GRID, GRID)) for m in (to_u * shape, to_v * shape, shape)
+  )
   # Components, not the length: the bits of a root depend on what XLA fuses it with, and so on the
   # size of the batch.
-  return _resample(w * (SPEED / jnp.maximum(jnp.max(jnp.abs(u)), jnp.max(jnp.abs(v)))), points)
+  return _resample(
+    w
+    * (
+      SPEED
+      / jnp.maximum(
+        jnp.max(jnp.abs(u)),
+        jnp.max(jnp.abs(v)),
+      )
+    ),
+    points,
+  )
 
 
 def _waves(n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,8 +100,12 @@ def _resample(field: jax.Array, points: int) -> jax.Array:
   hat = jnp.fft.rfft2(field)
   rows = [hat[:kept, :kept], hat[n - kept + 1 :, :kept]]
   gap = jnp.zeros((points - 2 * kept + 1, kept), hat.dtype)
-  hat = jnp.pad(jnp.concatenate([rows[0], gap, rows[1]]), ((0, 0), (0, points // 2 + 1 - kept)))
-  return jnp.fft.irfft2(hat, s=(points, points)) * np.asarray((points / n) ** 2, field.dtype)
+  hat = jnp.pad(
+    jnp.concatenate([rows[0], gap, rows[1]]), ((0, 0), (0, points // 2 + 1 - kept))
+  )
+  return jnp.fft.irfft2(hat, s=(points, points)) * np.asarray(
+    (points / n) ** 2, field.dtype
+  )
 
 
 def domain(points: int, wave: int = 4) -> domains.Domain:
@@ -95,15 +113,25 @@ def domain(points: int, wave: int = 4) -> domains.Domain:
 
   A grid whose points 2·wave does not divide keeps fewer of the shift-reflects; so has its domain.
   """
-  symmetries = [grid_symmetry.shift(1, 2), grid_symmetry.Generator((True, True), (0, 0))]
-  for times in range(1, 2 * wave + 1):  # of the shift-reflect, the fewest that hit the points
+  symmetries = [
+    grid_symmetry.shift(1, 2),
+    grid_symmetry.Generator((True, True), (0, 0)),
+  ]
+  # Of the shift-reflect, the fewest that hit the points.
+  for times in range(1, 2 * wave + 1):
     rows, rest = divmod(times * points, 2 * wave)
     if rest == 0:
-      glide = grid_symmetry.Generator((False, times % 2 == 1), (rows, 0), (-1) ** times)
+      glide = grid_symmetry.Generator(
+        (False, times % 2 == 1),
+        (rows, 0),
+        (-1) ** times,
+      )
       symmetries.append(glide)
       break
   channels = (domains.Channel("ω", long_name="vorticity"),)
-  return domains.box(("y", "x"), (points, points), LENGTH, channels=channels, symmetries=symmetries)
+  return domains.box(
+    ("y", "x"), (points, points), LENGTH, channels=channels, symmetries=symmetries
+  )
 
 
 def quadratic(space: tuple[int, ...]) -> Quadratic:
@@ -115,7 +143,13 @@ def quadratic(space: tuple[int, ...]) -> Quadratic:
 
 
 def _check(
-  name: str, points: int, wave: int, dt: float, stable: float, dtype: str, constants: tuple
+  name: str,
+  points: int,
+  wave: int,
+  dt: float,
+  stable: float,
+  dtype: str,
+  constants: tuple,
 ) -> None:
   if points < GRID or points % 2 or min(constants) < 0 or wave < 1:
     raise ValueError(
@@ -124,11 +158,15 @@ def _check(
       "0."
     )
   if dtype not in ("float32", "float64"):
-    raise ValueError(f"config.{name}.dtype={dtype!r} is unknown; known: 'float32', 'float64'.")
+    raise ValueError(
+      f"config.{name}.dtype={dtype!r} is unknown; known: 'float32', 'float64'."
+    )
   if not 0 < dt <= stable:
     decade = 10.0 ** math.floor(math.log10(stable / 1.1))
     fits = max(
-      m * decade for m in (1.0, 1.25, 2.0, 2.5, 4.0, 5.0, 8.0) if m * decade <= stable / 1.1
+      m * decade
+      for m in (1.0, 1.25, 2.0, 2.5, 4.0, 5.0, 8.0)
+      if m * decade <= stable / 1.1
     )
     raise ValueError(
       f"config.{name}.dt={dt} is not stable on {points}² points: the flow's speed comes to "
@@ -147,7 +185,8 @@ def _largest_rms(flow) -> float:
   """
   rate, push = flow.viscosity + flow.drag, flow.forcing * flow.wave / math.sqrt(2)
   return max(
-    WAVES * SPEED * math.sqrt(2), push / rate if rate else math.inf * push if push else 0.0
+    WAVES * SPEED * math.sqrt(2),
+    push / rate if rate else math.inf * push if push else 0.0,
   )
 
 
@@ -190,7 +229,9 @@ class Fine:
 
   def __post_init__(self):
     constants = (self.viscosity, self.drag, self.forcing)
-    _check("fine", self.points, self.wave, self.dt, 1.6 / self.points, self.dtype, constants)
+    _check(
+      "fine", self.points, self.wave, self.dt, 1.6 / self.points, self.dtype, constants
+    )
 
   @property
   def domain(self) -> domains.Domain:
@@ -232,7 +273,9 @@ class Fine:
       d = damped(half * w + 6 * c)
       return half * (half * (w + a) + 2 * (b + c)) + d, None
 
-    waves, _ = jax.lax.scan(step, jnp.fft.rfft2(vorticity) * keep.astype(self.dtype), length=steps)
+    waves, _ = jax.lax.scan(
+      step, jnp.fft.rfft2(vorticity) * keep.astype(self.dtype), length=steps
+    )
     return jnp.fft.irfft2(waves, s=(n, n))
 
   def output(self, vorticity: jax.Array) -> jax.Array:
@@ -267,15 +310,23 @@ class Fine:
     n, unit = self.points, self.dt / 6
     ky, kx = _waves(n)
     to_u, to_v = (m * decay.astype(self.dtype) for m in _velocity(n, self.dtype))
-    of_uv, of_squares = ((unit * keep * m).astype(self.dtype) for m in (kx**2 - ky**2, -kx * ky))
+    of_uv, of_squares = (
+      (unit * keep * m).astype(self.dtype) for m in (kx**2 - ky**2, -kx * ky)
+    )
     force = np.where(
-      (kx == 0) & (np.abs(ky) == self.wave), -unit * self.forcing * self.wave * n**2 / 2, 0.0
+      (kx == 0) & (np.abs(ky) == self.wave),
+      -unit * self.forcing * self.wave * n**2 / 2,
+      0.0,
     )
     force = force.astype(self.dtype)
 
     def tendency(w):
       u, v = jnp.fft.irfft2(to_u * w, s=(n, n)), jnp.fft.irfft2(to_v * w, s=(n, n))
-      return of_uv * jnp.fft.rfft2(u * v) + of_squares * jnp.fft.rfft2((u - v) * (u + v)) + force
+      return (
+        of_uv * jnp.fft.rfft2(u * v)
+        + of_squares * jnp.fft.rfft2((u - v) * (u + v))
+        + force
+      )
 
     return tendency
 
@@ -374,7 +425,15 @@ class Coarse:
   def from_vorticity(self, vorticity: jax.Array) -> jax.Array:
     """(u, v) [2, n, n] without divergence or mean, whose `vorticity` is ω [n, n] less its mean."""
     psi = self._poisson(-vorticity)
-    return jnp.stack([jnp.roll(psi, -1, 0) - psi, psi - jnp.roll(psi, -1, 1)]) / self.h
+    return (
+      jnp.stack(
+        [
+          jnp.roll(psi, -1, 0) - psi,
+          psi - jnp.roll(psi, -1, 1),
+        ]
+      )
+      / self.h
+    )
 
   def vorticity(self, state: jax.Array) -> jax.Array:
     """ω [n, n] at the corners: v_x − u_y by differences."""
@@ -389,15 +448,34 @@ class Coarse:
   def project(self, state: jax.Array) -> jax.Array:
     """(u, v) less the gradient that holds its divergence."""
     p = self._poisson(self.divergence(state))
-    return state - jnp.stack([p - jnp.roll(p, 1, 1), p - jnp.roll(p, 1, 0)]) / self.h
+    return (
+      state
+      - jnp.stack(
+        [
+          p - jnp.roll(p, 1, 1),
+          p - jnp.roll(p, 1, 0),
+        ]
+      )
+      / self.h
+    )
 
   def tendency(self, state: jax.Array) -> jax.Array:
     """All but the pressure's part of (u, v)_t, [2, n, n]."""
     u, v = state
-    advection = jnp.stack([self._advect(u, v, 1, 0), self._advect(v, u, 0, 1)])
+    advection = jnp.stack(
+      [
+        self._advect(u, v, 1, 0),
+        self._advect(v, u, 0, 1),
+      ]
+    )
     around = sum(jnp.roll(state, s, axis) for axis in (1, 2) for s in (1, -1))
     push = self.forcing * np.sin(self.wave * (self.grid + self.h / 2))
-    push = np.stack([np.tile(push[:, None], self.cells), np.zeros((self.cells, self.cells))])
+    push = np.stack(
+      [
+        np.tile(push[:, None], self.cells),
+        np.zeros((self.cells, self.cells)),
+      ]
+    )
     viscous = (self.viscosity / self.h**2) * (around - 4 * state)
     return advection + push.astype(self.dtype) + viscous - self.drag * state
 
@@ -411,7 +489,11 @@ class Coarse:
 
   def advance(self, state: jax.Array, steps: int) -> jax.Array:
     """(u, v) [2, n, n] after `steps` steps."""
-    return jax.lax.scan(lambda s, _: (self.step(s), None), state, length=steps)[0]
+    return jax.lax.scan(
+      lambda s, _: (self.step(s), None),
+      state,
+      length=steps,
+    )[0]
 
   def output(self, state: jax.Array) -> jax.Array:
     """ω [points, points]."""
@@ -440,10 +522,20 @@ class Coarse:
     component.
     """
     speed = (q + jnp.roll(q, -1, along)) / 2
-    crossing = jnp.roll(other + jnp.roll(other, 1, along), -1, across) / 2
+    crossing = (
+      jnp.roll(
+        other + jnp.roll(other, 1, along),
+        -1,
+        across,
+      )
+      / 2
+    )
     out = self._flux(q, speed, along), self._flux(q, crossing, across)
     return (
-      sum(jnp.roll(f, 1, axis) - f for f, axis in zip(out, (along, across), strict=True)) / self.h
+      sum(
+        jnp.roll(f, 1, axis) - f for f, axis in zip(out, (along, across), strict=True)
+      )
+      / self.h
     )
 
   def _flux(self, q, speed, axis):
@@ -453,5 +545,8 @@ class Coarse:
     reach = 0.5
     if self.integrator == "euler":
       reach = 0.5 - (0.5 * self.dt / self.h) * jnp.abs(speed)
-    left, right = q + reach * slope, jnp.roll(q, -1, axis) - reach * jnp.roll(slope, -1, axis)
+    left, right = (
+      q + reach * slope,
+      jnp.roll(q, -1, axis) - reach * jnp.roll(slope, -1, axis),
+    )
     return speed * jnp.where(speed > 0, left, right)

@@ -20,7 +20,9 @@ def check_glide(points: int, wave: int, what: str) -> None:
 
 def _sources(points: int, element, wave: int, xp):
   """Row [n] and column [n] each value comes from, and its sign, for one element of `group`."""
-  check_glide(points, wave, "of the coarse fields config.grid.points over config.grid.factor")
+  check_glide(
+    points, wave, "of the coarse fields config.grid.points over config.grid.factor"
+  )
   shift, glide, turn = (
     element % points,
     element // points % (2 * wave),
@@ -34,14 +36,22 @@ def _sources(points: int, element, wave: int, xp):
   )
 
 
-def move(vorticity: jax.Array, element: int | jax.Array, wave: int = 4) -> jax.Array:
+def move(
+  vorticity: jax.Array,
+  element: int | jax.Array,
+  wave: int = 4,
+) -> jax.Array:
   """g·ω for one element of `group`, by index, on a grid of any multiple of 2·wave points; ω is
   [..., n, n].
 
   It needs no table, so it serves augmentation at 256². The element may be traced.
   """
   rows, columns, sign = _sources(vorticity.shape[-1], element, wave, jnp)
-  moved = jnp.take(jnp.take(vorticity, rows, axis=-2), columns, axis=-1)
+  moved = jnp.take(
+    jnp.take(vorticity, rows, axis=-2),
+    columns,
+    axis=-1,
+  )
   return jnp.asarray(sign, vorticity.dtype) * moved
 
 

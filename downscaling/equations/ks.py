@@ -43,8 +43,23 @@ def initial_condition(key: jax.Array, x: jax.Array, length: float) -> jax.Array:
   """
   draw = jax.random.split(key, 3)
   a = jax.random.uniform(draw[0], (TERMS,), x.dtype, -0.5, 0.5)
-  k = 2 * math.pi / length * jax.random.choice(draw[1], jnp.asarray(WAVES, x.dtype), (TERMS,))
-  phase = jax.random.uniform(draw[2], (TERMS,), x.dtype, 0.0, 2 * math.pi)
+  k = (
+    2
+    * math.pi
+    / length
+    * jax.random.choice(
+      draw[1],
+      jnp.asarray(WAVES, x.dtype),
+      (TERMS,),
+    )
+  )
+  phase = jax.random.uniform(
+    draw[2],
+    (TERMS,),
+    x.dtype,
+    0.0,
+    2 * math.pi,
+  )
   # One term after the other: the order of a reduction, and so the last bit, would vary with the
   # size of the batch.
   add = lambda u, term: (u + term[0] * jnp.sin(term[1] * x + term[2]), None)
@@ -70,7 +85,11 @@ def move(u: jax.Array, element: int | jax.Array) -> jax.Array:
   """
   points = u.shape[-1]
   way = 1 - 2 * (element // points)
-  return way * jnp.take(u, (way * jnp.arange(points) + element) % points, axis=-1)
+  return way * jnp.take(
+    u,
+    (way * jnp.arange(points) + element) % points,
+    axis=-1,
+  )
 
 
 def domain(points: int, length: float) -> domains.Domain:
@@ -80,7 +99,9 @@ def domain(points: int, length: float) -> domains.Domain:
     grid_symmetry.Generator(flips=(True,), shifts=(0,), sign=-1),
   )
   channels = (domains.Channel("u", long_name="velocity"),)
-  return domains.box(("x",), (points,), length, channels=channels, symmetries=symmetries)
+  return domains.box(
+    ("x",), (points,), length, channels=channels, symmetries=symmetries
+  )
 
 
 def quadratic(space: tuple[int, ...]) -> Quadratic:
@@ -171,7 +192,9 @@ class Fine:
       order=4,
     )
     waves = jnp.fft.rfft(u)[None]
-    waves, _ = jax.lax.scan(lambda w, _: (stepper.step_fourier(w), None), waves, length=steps)
+    waves, _ = jax.lax.scan(
+      lambda w, _: (stepper.step_fourier(w), None), waves, length=steps
+    )
     return jnp.fft.irfft(waves[0], n=self.points)
 
   def output(self, u: jax.Array) -> jax.Array:
@@ -200,7 +223,11 @@ def van_leer(back: jax.Array, ahead: jax.Array) -> jax.Array:
   (van Leer 1974).
   """
   same = back * ahead > 0
-  return jnp.where(same, 2 * back * ahead / jnp.where(same, back + ahead, 1.0), 0.0)
+  return jnp.where(
+    same,
+    2 * back * ahead / jnp.where(same, back + ahead, 1.0),
+    0.0,
+  )
 
 
 def _faces(u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -215,13 +242,21 @@ def _faces(u: jax.Array) -> tuple[jax.Array, jax.Array]:
 def godunov(u: jax.Array) -> jax.Array:
   """The exact Riemann solver of Burgers' equation at reconstructed states."""
   left, right = _faces(u)
-  return jnp.maximum(jnp.maximum(left, 0.0) ** 2, jnp.minimum(right, 0.0) ** 2) / 2
+  return (
+    jnp.maximum(
+      jnp.maximum(left, 0.0) ** 2,
+      jnp.minimum(right, 0.0) ** 2,
+    )
+    / 2
+  )
 
 
 def rusanov(u: jax.Array) -> jax.Array:
   """Mean flux of the reconstructed states less the largest wave speed times half their jump."""
   left, right = _faces(u)
-  return (left**2 + right**2) / 4 - jnp.maximum(jnp.abs(left), jnp.abs(right)) * (right - left) / 2
+  return (left**2 + right**2) / 4 - jnp.maximum(jnp.abs(left), jnp.abs(right)) * (
+    right - left
+  ) / 2
 
 
 def half(u: jax.Array) -> jax.Array:
@@ -299,13 +334,18 @@ class Coarse:
   def __post_init__(self):
     _check_grid(self.cells, self.length, self.dt)
     if self.scheme not in FLUXES:
-      raise ValueError(f"config.coarse.scheme={self.scheme!r} is unknown; known: {sorted(FLUXES)}.")
+      raise ValueError(
+        f"config.coarse.scheme={self.scheme!r} is unknown; known: {sorted(FLUXES)}."
+      )
     if self.integrator not in ("euler", "ars222"):
       raise ValueError(
         f"config.coarse.integrator={self.integrator!r} is unknown; known: 'ars222', 'euler'."
       )
     if self.points < 1 or self.cells % self.points:
-      near = max(round(self.cells / max(self.points, 1)), 1) * max(self.points, 1)
+      near = max(
+        round(self.cells / max(self.points, 1)),
+        1,
+      ) * max(self.points, 1)
       raise ValueError(
         f"{self.cells} cells cannot be strided to {self.points} points: points are cells, evenly "
         f"spaced. Set --config.coarse.cells={near}."
@@ -348,7 +388,11 @@ class Coarse:
 
   def advance(self, u: jax.Array, steps: int) -> jax.Array:
     """u [n] after `steps` steps."""
-    return jax.lax.scan(lambda u, _: (self.step(u), None), u, length=steps)[0]
+    return jax.lax.scan(
+      lambda u, _: (self.step(u), None),
+      u,
+      length=steps,
+    )[0]
 
   def output(self, u: jax.Array) -> jax.Array:
     """Every (cells/points)-th cell, [points]; no averaging, as C′ has none."""
@@ -362,7 +406,9 @@ class Coarse:
     """(1 − dt λ)⁻¹ v."""
     # A product: XLA rounds a complex division differently from one program to the next, a sharded
     # one for instance.
-    return jnp.fft.irfft(jnp.fft.rfft(v) * jnp.asarray(1 / (1 - dt * self.symbol())), n=self.cells)
+    return jnp.fft.irfft(
+      jnp.fft.rfft(v) * jnp.asarray(1 / (1 - dt * self.symbol())), n=self.cells
+    )
 
   def _euler(self, u):
     return self._solve(u + self.dt * self.tendency(u), self.dt)

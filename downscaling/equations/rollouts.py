@@ -51,7 +51,9 @@ def rollout(
       f"ids are {ids.dtype}{list(ids.shape)}, need integers [T], one a trajectory: jnp.arange(T)."
     )
   if snapshots < 1:
-    raise ValueError(f"snapshots={snapshots}: nothing would be kept. Ask for 1 or more.")
+    raise ValueError(
+      f"snapshots={snapshots}: nothing would be kept. Ask for 1 or more."
+    )
   shards = 1 if sharding is None else sharding.num_devices
   if len(ids) % shards:
     fits = -(-len(ids) // shards) * shards
@@ -64,7 +66,9 @@ def rollout(
 @functools.lru_cache(maxsize=32)
 def _compiled(solver, first, between, snapshots, sharding):
   def one(seed, trajectory):
-    key = jax.random.fold_in(random_keys.simulation_key(seed, solver.stream), trajectory)
+    key = jax.random.fold_in(
+      random_keys.simulation_key(seed, solver.stream), trajectory
+    )
     u = solver.advance(solver.start(key), first)
 
     def snapshot(u, _):
@@ -101,11 +105,16 @@ def step_counts(dt: float, burn_in: float, spacing: float) -> tuple[int, int]:
   counts = [round(time / dt) for time in (burn_in, spacing)]
   # 1e-6 of a step: far above the rounding of decimal times, far below any slip of a person
   if counts[1] < 1 or any(
-    abs(time / dt - n) > 1e-6 for time, n in zip((burn_in, spacing), counts, strict=True)
+    abs(time / dt - n) > 1e-6
+    for time, n in zip((burn_in, spacing), counts, strict=True)
   ):
     unit = _common_divisor(burn_in, spacing)
     ratio = max(int(unit / dt), 1)
-    nearest = min(unit / ratio, unit / (ratio + 1), key=lambda fit: abs(fit - dt))
+    nearest = min(
+      unit / ratio,
+      unit / (ratio + 1),
+      key=lambda fit: abs(fit - dt),
+    )
     raise ValueError(
       f"dt={dt} does not divide burn_in={burn_in} and spacing={spacing} into whole steps, so "
       f"snapshots would drift off their times. The nearest dt that does is {nearest:.12g}."
@@ -115,12 +124,18 @@ def step_counts(dt: float, burn_in: float, spacing: float) -> tuple[int, int]:
 
 def _common_divisor(burn_in: float, spacing: float) -> float:
   """The largest time that divides both into whole numbers."""
-  a, b = (fractions.Fraction(time).limit_denominator(10**6) for time in (burn_in, spacing))
+  a, b = (
+    fractions.Fraction(time).limit_denominator(10**6) for time in (burn_in, spacing)
+  )
   common = math.lcm(a.denominator, b.denominator)
   return math.gcd(int(a * common), int(b * common)) / common
 
 
-def check_finite(u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) -> None:
+def check_finite(
+  u: jax.Array | np.ndarray,
+  ids: np.ndarray,
+  times: np.ndarray,
+) -> None:
   """Raises FloatingPointError, naming trajectory and time, where u [T, S, *space] holds a NaN or an
   infinity.
 
@@ -142,7 +157,9 @@ def check_finite(u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) 
   )
 
 
-def check(solver: Solver, u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray) -> None:
+def check(
+  solver: Solver, u: jax.Array | np.ndarray, ids: np.ndarray, times: np.ndarray
+) -> None:
   """Raises FloatingPointError, naming trajectory and time, where u [T, S, *space] cannot be a
   solution.
 
@@ -157,7 +174,16 @@ def check(solver: Solver, u: jax.Array | np.ndarray, ids: np.ndarray, times: np.
   with np.errstate(
     over="ignore", invalid="ignore"
   ):  # a trajectory at a time: float64 of a whole block is large
-    size = np.sqrt([np.mean(np.square(x, dtype=np.float64), axis=1) for x in flat])  # [T, S]
+    # [T, S]
+    size = np.sqrt(
+      [
+        np.mean(
+          np.square(x, dtype=np.float64),
+          axis=1,
+        )
+        for x in flat
+      ]
+    )
   bad = ~(size <= solver.bound)  # NaN is neither below nor above
   if not bad.any():
     return

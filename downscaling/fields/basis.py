@@ -101,7 +101,15 @@ class Trigonometric:
   @property
   def _points(self) -> int:
     """Points of the periodic axes."""
-    return math.prod(n for n, p in zip(self.space, self.periodic, strict=True) if p)
+    return math.prod(
+      n
+      for n, p in zip(
+        self.space,
+        self.periodic,
+        strict=True,
+      )
+      if p
+    )
 
   def modes(self, x: jax.Array) -> jax.Array:
     """Waves of the last periodic axis are its half spectrum, as of rfft."""
@@ -115,7 +123,11 @@ class Trigonometric:
     waves = self._axes(periodic=True)
     x = modes
     if waves:
-      x = jnp.fft.irfftn(x, [self.space[a - 1] for a in waves], axes=waves)
+      x = jnp.fft.irfftn(
+        x,
+        [self.space[a - 1] for a in waves],
+        axes=waves,
+      )
     for axis in self._axes(periodic=False):
       x = _from_cosines(x, axis)
     return x

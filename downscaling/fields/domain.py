@@ -35,7 +35,9 @@ def _without(one, name: str) -> dict[str, Any]:
 
 def _check_name(name: str, what: str) -> None:
   if not isinstance(name, str) or not name or "/" in name or name.strip() != name:
-    raise ValueError(f"{what} is named {name!r}: need a name without '/' or blanks at its ends.")
+    raise ValueError(
+      f"{what} is named {name!r}: need a name without '/' or blanks at its ends."
+    )
 
 
 def _checked_areas(areas, shape: tuple[int, ...]) -> np.ndarray:
@@ -132,7 +134,9 @@ class Channel:
   def __post_init__(self):
     _check_name(self.name, "a channel")
     if not (math.isfinite(self.weight) and self.weight > 0):
-      raise ValueError(f"channel {self.name!r} has the weight {self.weight}: need a number > 0.")
+      raise ValueError(
+        f"channel {self.name!r} has the weight {self.weight}: need a number > 0."
+      )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +168,9 @@ class Domain:
       names = [one.name for one in named]
       twice = sorted({name for name in names if names.count(name) > 1})
       if twice:
-        raise ValueError(f"the {kind} {names} name {twice[0]!r} twice: give each its own name.")
+        raise ValueError(
+          f"the {kind} {names} name {twice[0]!r} twice: give each its own name."
+        )
     if self.mask is not None:
       raise ValueError(
         "a domain with a mask is not supported yet: pass mask=None and fields without gaps."
@@ -181,7 +187,9 @@ class Domain:
         f"the symmetry {symmetry} is of {len(symmetry.flips)} axes, the domain has "
         f"{len(self.axes)}."
       )
-    for axis, flip, shift in zip(self.axes, symmetry.flips, symmetry.shifts, strict=True):
+    for axis, flip, shift in zip(
+      self.axes, symmetry.flips, symmetry.shifts, strict=True
+    ):
       if not axis.periodic and shift % len(axis) != (len(axis) - 1 if flip else 0):
         raise ValueError(
           f"the symmetry {symmetry} moves axis {axis.name!r} beyond its ends, which is not "
@@ -250,8 +258,14 @@ class Domain:
       return False
     if not all(a.same(b) for a, b in zip(self.axes, other.axes, strict=True)):
       return False
-    one, two = (np.ones(self.shape) if d.areas is None else d.areas for d in (self, other))
-    if not np.allclose(one / one.mean(), two / two.mean(), rtol=EVEN):
+    one, two = (
+      np.ones(self.shape) if d.areas is None else d.areas for d in (self, other)
+    )
+    if not np.allclose(
+      one / one.mean(),
+      two / two.mean(),
+      rtol=EVEN,
+    ):
       return False
     groups = [set(grid_symmetry.elements(d.symmetries, d.shape)) for d in (self, other)]
     return groups[0] == groups[1]
@@ -270,7 +284,9 @@ class Domain:
     factors = to
     if hasattr(to, "fine"):
       if to.fine != self.shape:
-        raise ValueError(f"the operator is of a grid {to.fine}, the domain of {self.shape}.")
+        raise ValueError(
+          f"the operator is of a grid {to.fine}, the domain of {self.shape}."
+        )
       if to.averages is None:
         raise ValueError(
           f"{type(to).__name__} has no coarse grid, so it says no coarse coordinates: make the "
@@ -288,13 +304,17 @@ class Domain:
     if any(factor > 1 for factor in factors):
       symmetries = grid_symmetry.coarsened(symmetries, self.shape, factors, averages)
     areas = None if self.areas is None else self._coarse_areas(factors)
-    return dataclasses.replace(self, axes=tuple(axes), areas=areas, symmetries=symmetries)
+    return dataclasses.replace(
+      self, axes=tuple(axes), areas=areas, symmetries=symmetries
+    )
 
   def _factors(self, factors) -> tuple[int, ...]:
     whole = isinstance(factors, int | np.integer)
     factors = (int(factors),) * self.rank if whole else tuple(int(f) for f in factors)
     if len(factors) != self.rank:
-      raise ValueError(f"{len(factors)} factors {factors} for {self.rank} axes: need one an axis.")
+      raise ValueError(
+        f"{len(factors)} factors {factors} for {self.rank} axes: need one an axis."
+      )
     for axis, factor in zip(self.axes, factors, strict=True):
       if factor < 1 or len(axis) % factor:
         fits = [f for f in range(1, len(axis) + 1) if len(axis) % f == 0]
@@ -334,7 +354,9 @@ class Domain:
     try:
       record = json.loads(text) if isinstance(text, str | bytes) else text
       if record["schema"] != SCHEMA:
-        raise ValueError(f"its schema is {record['schema']}, this version reads {SCHEMA}")
+        raise ValueError(
+          f"its schema is {record['schema']}, this version reads {SCHEMA}"
+        )
       axes = tuple(Axis(**axis) for axis in record["axes"])
       channels = tuple(Channel(**channel) for channel in record["channels"])
       symmetries = tuple(
@@ -345,7 +367,9 @@ class Domain:
     except (KeyError, TypeError, ValueError) as error:
       raise ValueError(f"this is no domain that can be read: {error}") from error
 
-  def coords(self, suffix: str = "", of: str = "") -> dict[str, tuple[np.ndarray, dict[str, str]]]:
+  def coords(
+    self, suffix: str = "", of: str = ""
+  ) -> dict[str, tuple[np.ndarray, dict[str, str]]]:
     """Coordinates of a store with CF attributes: {axis name + suffix: (values, attributes)}.
 
     Args:
@@ -381,7 +405,9 @@ def box(
 
   length: of all axes, or one an axis.
   """
-  lengths = (length,) * len(points) if isinstance(length, int | float) else tuple(length)
+  lengths = (
+    (length,) * len(points) if isinstance(length, int | float) else tuple(length)
+  )
   axes = [
     Axis(name, np.arange(n) * (size / n), periodic=True)
     for name, n, size in zip(names, points, lengths, strict=True)

@@ -40,7 +40,9 @@ class Generator:
   def after(self, other: "Generator", shape: Sequence[int]) -> "Generator":
     """self·(other·y) as one element."""
     flips = tuple(a != b for a, b in zip(self.flips, other.flips, strict=True))
-    moved = [-s if flip else s for flip, s in zip(other.flips, self.shifts, strict=True)]
+    moved = [
+      -s if flip else s for flip, s in zip(other.flips, self.shifts, strict=True)
+    ]
     shifts = tuple(m + s for m, s in zip(moved, other.shifts, strict=True))
     return Generator(flips, shifts, self.sign * other.sign).reduced(shape)
 
@@ -77,7 +79,9 @@ def elements(generators: Iterable[Generator], shape: Sequence[int]) -> list[Gene
   return found
 
 
-def generators_of(group: Iterable[Generator], shape: Sequence[int]) -> tuple[Generator, ...]:
+def generators_of(
+  group: Iterable[Generator], shape: Sequence[int]
+) -> tuple[Generator, ...]:
   """A few elements of a group that make all of it."""
   chosen: list[Generator] = []
   known = {identity(len(shape))}
@@ -93,7 +97,10 @@ def _simplicity(element: Generator):
 
 
 def coarsened(
-  generators: Sequence[Generator], shape: Sequence[int], factors: Sequence[int], cells: bool
+  generators: Sequence[Generator],
+  shape: Sequence[int],
+  factors: Sequence[int],
+  cells: bool,
 ) -> tuple[Generator, ...]:
   """Generators of what a coarser grid keeps of a group.
 
@@ -105,7 +112,9 @@ def coarsened(
   return generators_of({g.reduced(coarse) for g in kept if g is not None}, coarse)
 
 
-def table(generators: Sequence[Generator], shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def table(
+  generators: Sequence[Generator], shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
   """(index [G, n], sign [G]) as symmetry.Group has them, the identity first.
 
   Raises ValueError where the table would be larger than LARGEST_TABLE bytes.
@@ -128,7 +137,12 @@ def table(generators: Sequence[Generator], shape: Sequence[int]) -> tuple[np.nda
   return np.stack(rows), np.array([float(g.sign) for g in group])
 
 
-def shift(axis: int, rank: int, points: int = 1, sign: int = 1) -> Generator:
+def shift(
+  axis: int,
+  rank: int,
+  points: int = 1,
+  sign: int = 1,
+) -> Generator:
   """A shift along one of `rank` axes, by so many points."""
   shifts = tuple(points if a == axis else 0 for a in range(rank))
   return Generator((False,) * rank, shifts, sign)

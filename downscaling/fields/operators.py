@@ -38,11 +38,15 @@ class Operator:
 
   def apply(self, x: Field) -> jax.Array:
     """C′x: [..., *fine, C] -> [..., *coarse, C]."""
-    raise TypeError(f"{type(self).__name__} is abstract; use Strided, BlockMean or Dense.")
+    raise TypeError(
+      f"{type(self).__name__} is abstract; use Strided, BlockMean or Dense."
+    )
 
   def pinv(self, y: jax.Array) -> jax.Array:
     """C′⁺y, the smallest x with C′x = y: [..., *coarse, C] -> [..., *fine, C]."""
-    raise TypeError(f"{type(self).__name__} is abstract; use Strided, BlockMean or Dense.")
+    raise TypeError(
+      f"{type(self).__name__} is abstract; use Strided, BlockMean or Dense."
+    )
 
   def project(self, x: jax.Array) -> jax.Array:
     """(I − C′⁺C′)x: what C′ cannot see of x, [..., *fine, C]."""
@@ -57,7 +61,10 @@ class Operator:
     problems).
     """
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-      eye = jnp.eye(math.prod(self.fine), dtype=jnp.float64).reshape(-1, *self.fine, 1)
+      eye = jnp.eye(
+        math.prod(self.fine),
+        dtype=jnp.float64,
+      ).reshape(-1, *self.fine, 1)
       return np.asarray(self.apply(eye)).reshape(len(eye), -1).T
 
   def _blocks(self, x: Field) -> Any:
@@ -66,7 +73,9 @@ class Operator:
     """
     self._check(x, self.fine, "fine")
     lead = x.shape[: x.ndim - len(self.fine) - 1]
-    split = [s for c, n in zip(self.coarse, self.fine, strict=True) for s in (c, n // c)]
+    split = [
+      s for c, n in zip(self.coarse, self.fine, strict=True) for s in (c, n // c)
+    ]
     return x.reshape(*lead, *split, x.shape[-1])
 
   def _check(self, x: Field, space: tuple[int, ...], which: str) -> None:
@@ -83,12 +92,16 @@ def _lift(x: jax.Array, ndim: int) -> jax.Array:
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def _coarse_shape(fine: tuple[int, ...], factor: int | tuple[int, ...]) -> tuple[int, ...]:
+def _coarse_shape(
+  fine: tuple[int, ...], factor: int | tuple[int, ...]
+) -> tuple[int, ...]:
   """fine over factor, which is one number for all axes or one an axis.
 
   Raises ValueError if it does not divide.
   """
-  factors = (factor,) * len(fine) if isinstance(factor, int | np.integer) else tuple(factor)
+  factors = (
+    (factor,) * len(fine) if isinstance(factor, int | np.integer) else tuple(factor)
+  )
   if len(factors) != len(fine):
     raise ValueError(
       f"{len(factors)} factors {factors} came for a grid of {len(fine)} axes {fine}: need one an "
@@ -110,7 +123,9 @@ def _check_cells(operator: Operator) -> None:
   """
   fine, coarse = operator.fine, operator.coarse
   whole = len(fine) == len(coarse)
-  whole = whole and all(c >= 1 and n % c == 0 for n, c in zip(fine, coarse, strict=True))
+  whole = whole and all(
+    c >= 1 and n % c == 0 for n, c in zip(fine, coarse, strict=True)
+  )
   if not whole:
     raise ValueError(
       f"{type(operator).__name__} from a grid {fine} to {coarse}: need as many axes, and coarse "
@@ -128,7 +143,11 @@ class Strided(Operator):
     _check_cells(self)
 
   @classmethod
-  def on(cls, fine: tuple[int, ...], factor: int | tuple[int, ...]) -> "Strided":
+  def on(
+    cls,
+    fine: tuple[int, ...],
+    factor: int | tuple[int, ...],
+  ) -> "Strided":
     """On a grid of `fine` points; factor: for all axes, or one an axis.
 
     Raises ValueError if it does not divide.
@@ -145,7 +164,9 @@ class Strided(Operator):
     spaced = [
       (0, f - 1, f - 1) for f in self.factors
     ]  # zeros after the last point, and between points
-    return jax.lax.pad(y, jnp.zeros((), y.dtype), [(0, 0, 0)] * lead + spaced + [(0, 0, 0)])
+    return jax.lax.pad(
+      y, jnp.zeros((), y.dtype), [(0, 0, 0)] * lead + spaced + [(0, 0, 0)]
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -163,7 +184,10 @@ class BlockMean(Operator):
 
   @classmethod
   def on(
-    cls, fine: tuple[int, ...], factor: int | tuple[int, ...], weights: np.ndarray | None = None
+    cls,
+    fine: tuple[int, ...],
+    factor: int | tuple[int, ...],
+    weights: np.ndarray | None = None,
   ) -> "BlockMean":
     """On a grid of `fine` points; factor: for all axes, or one an axis.
 
@@ -172,7 +196,9 @@ class BlockMean(Operator):
     fine = tuple(fine)
     if weights is not None:
       weights = np.asarray(weights, np.float64)
-      if weights.shape != fine or not (np.isfinite(weights).all() and (weights > 0).all()):
+      if weights.shape != fine or not (
+        np.isfinite(weights).all() and (weights > 0).all()
+      ):
         raise ValueError(
           f"cell areas of shape {weights.shape}, need {fine} finite values > 0: one area a fine "
           "cell."
@@ -196,9 +222,14 @@ class BlockMean(Operator):
   def pinv(self, y):
     self._check(y, self.coarse, "coarse")
     w = self._shares(y.dtype)
-    w = w / (w**2).sum(self._inner(w), keepdims=True)  # C′ᵀ (C′C′ᵀ)⁻¹; C′C′ᵀ is diagonal
+    # C′ᵀ (C′C′ᵀ)⁻¹; C′C′ᵀ is diagonal.
+    w = w / (w**2).sum(self._inner(w), keepdims=True)
     lead = y.shape[: y.ndim - len(self.coarse) - 1]
-    cells = y.reshape(*lead, *[s for c in self.coarse for s in (c, 1)], y.shape[-1])
+    cells = y.reshape(
+      *lead,
+      *[s for c in self.coarse for s in (c, 1)],
+      y.shape[-1],
+    )
     return (cells * _lift(w, cells.ndim)).reshape(*lead, *self.fine, y.shape[-1])
 
 
@@ -224,8 +255,15 @@ class Dense(Operator):
       )
     rank = np.linalg.matrix_rank(array)
     if rank < len(array):
-      raise ValueError(f"the matrix has {len(array)} rows of rank {rank}: drop the dependent ones.")
-    return cls(tuple(fine), (len(array),), array, np.linalg.pinv(array))
+      raise ValueError(
+        f"the matrix has {len(array)} rows of rank {rank}: drop the dependent ones."
+      )
+    return cls(
+      tuple(fine),
+      (len(array),),
+      array,
+      np.linalg.pinv(array),
+    )
 
   def apply(self, x):
     self._check(x, self.fine, "fine")
@@ -237,5 +275,11 @@ class Dense(Operator):
 
   def pinv(self, y):
     self._check(y, self.coarse, "coarse")
-    flat = jnp.einsum("Nn,...nc->...Nc", jnp.asarray(self.inverse, y.dtype), y, precision="highest")
-    return flat.reshape(*y.shape[:-2], *self.fine, y.shape[-1])
+    flat = jnp.einsum(
+      "Nn,...nc->...Nc", jnp.asarray(self.inverse, y.dtype), y, precision="highest"
+    )
+    return flat.reshape(
+      *y.shape[:-2],
+      *self.fine,
+      y.shape[-1],
+    )

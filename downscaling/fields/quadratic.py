@@ -36,7 +36,11 @@ class Quadratic:
     half = (*self.space[:-1], self.space[-1] // 2 + 1)
     object.__setattr__(self, "space", tuple(map(int, self.space)))
     terms = self.left.shape[:1] if self.left.size else self.right.shape[:1]
-    for name, shape in (("left", (*terms, *half)), ("right", (*terms, *half)), ("outer", half)):
+    for name, shape in (
+      ("left", (*terms, *half)),
+      ("right", (*terms, *half)),
+      ("outer", half),
+    ):
       array = getattr(self, name)
       if array.size and array.shape != shape:
         raise ValueError(
@@ -44,7 +48,9 @@ class Quadratic:
           f"need {shape}, or an empty array for multipliers of 1."
         )
     if bool(self.left.size) != bool(self.right.size) and terms != (1,):
-      raise ValueError(f"a quadratic term of {terms[0]} products needs both left and right.")
+      raise ValueError(
+        f"a quadratic term of {terms[0]} products needs both left and right."
+      )
 
   def __call__(self, y, xp=np):
     """N(y) of rows y [S, *space]; no dealiasing. xp: numpy, or jax.numpy for its arrays."""
@@ -62,7 +68,11 @@ class Quadratic:
       right = [back(m[None] * waves) for m in self.right] if self.right.size else [y]
       products = [a * b for a, b in zip(left, right, strict=True)]
       total = functools.reduce(operator.add, products)
-    return back(self.outer[None] * xp.fft.rfftn(total, axes=axes)) if self.outer.size else total
+    return (
+      back(self.outer[None] * xp.fft.rfftn(total, axes=axes))
+      if self.outer.size
+      else total
+    )
 
   @functools.cached_property
   def _digest(self) -> bytes:
@@ -85,12 +95,17 @@ def burgers(space: tuple[int, ...]) -> Quadratic:
   Units of length do not matter, as maps fit coefficients of their own.
   """
   none = np.zeros(0, complex)
-  return Quadratic(tuple(space), none, none, -0.5j * derivative_waves(space[-1], half=True))
+  return Quadratic(
+    tuple(space), none, none, -0.5j * derivative_waves(space[-1], half=True)
+  )
 
 
 def advection(space: tuple[int, ...]) -> Quadratic:
   """−u·∇ω of ω [S, N, N] with rows y, columns x, on (2π)²; u = ψ_y, v = −ψ_x, −Δψ = ω."""
-  ky, kx = np.fft.fftfreq(space[0], 1 / space[0])[:, None], np.arange(space[1] // 2 + 1.0)[None]
+  ky, kx = (
+    np.fft.fftfreq(space[0], 1 / space[0])[:, None],
+    np.arange(space[1] // 2 + 1.0)[None],
+  )
   k2 = kx**2 + ky**2
   k2[0, 0] = np.inf
   along = derivative_waves(space[1], half=True)[None]

@@ -81,10 +81,19 @@ def measure(source, basis: Basis, chunk: int = 2048) -> Statistics:
   axes = tuple(range(1, 1 + len(basis.space)))
   count, total, squares, power = 0, 0.0, 0.0, 0.0
   for first in range(0, len(source), chunk):
-    rows = source.__getitems__(list(range(first, min(first + chunk, len(source)))))
+    rows = source.__getitems__(
+      list(
+        range(
+          first,
+          min(first + chunk, len(source)),
+        )
+      )
+    )
     u = np.stack([r["u"] for r in rows]).astype(np.float64)
     if not np.isfinite(u).all():
-      bad = rows[int(np.argmin(np.isfinite(u).reshape(len(u), -1).all(1)))]["trajectory"]
+      bad = rows[int(np.argmin(np.isfinite(u).reshape(len(u), -1).all(1)))][
+        "trajectory"
+      ]
       raise ValueError(
         f"trajectory {bad} of the training split holds NaN or infinity: generate the data anew."
       )

@@ -22,7 +22,9 @@ from downscaling.runtime import mesh as meshes
 __all__ = ["JOBS", "NAMES", "PIPELINE", "Job", "Workdir", "plan", "run"]
 
 # In the order in which `pipeline` runs them.
-JOBS: dict[str, type[Job]] = {job.name: job for job in (Generate, Debias, Train, Sample, Evaluate)}
+JOBS: dict[str, type[Job]] = {
+  job.name: job for job in (Generate, Debias, Train, Sample, Evaluate)
+}
 PIPELINE = "pipeline"
 NAMES = (*JOBS, PIPELINE)
 

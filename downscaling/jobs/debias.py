@@ -54,7 +54,9 @@ class Debias(Job):
         calibration=loads["calibration"].read(),
       )
       facts = report["maps"].items()
-      converged = {name: found["converged"] for name, found in facts if "converged" in found}
+      converged = {
+        name: found["converged"] for name, found in facts if "converged" in found
+      }
       work.finish(stage, converged=converged)
     return f"wrote {stage.path}; next: downscaling sample"
 
@@ -69,8 +71,12 @@ class Debias(Job):
       "source": coarse("train", rows.balanced(e, "lflr", "train", points)),
       "target": fine("train", rows.balanced(e, "hfhr", "train", points)),
       "held-out": coarse("test", rows.judged(e, "lflr", "test", held_out)),
-      "calibration": coarse("calibration", rows.judged(e, "lflr", "calibration", tuned)),
-      "reference": fine("reference", rows.balanced(e, "hfhr", "reference", e.evaluate.reference)),
+      "calibration": coarse(
+        "calibration", rows.judged(e, "lflr", "calibration", tuned)
+      ),
+      "reference": fine(
+        "reference", rows.balanced(e, "hfhr", "reference", e.evaluate.reference)
+      ),
     }
 
   def _evaluators(self, truth: np.ndarray) -> dict[str, Callable]:
@@ -82,7 +88,9 @@ class Debias(Job):
     for place, channel in enumerate(domain.channels):
       reference = Reference(truth[..., place], domain)
 
-      def against_truth(before, after, place=place, reference=reference) -> dict[str, Any]:
+      def against_truth(
+        before, after, place=place, reference=reference
+      ) -> dict[str, Any]:
         return scoring.measure(
           after[..., place],
           reference,
@@ -150,10 +158,17 @@ class Debias(Job):
     )
     moves = None
     if group:
-      moves = (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
-    kept = rows_on(mesh, n, n) if sinkhorn_steps.keeps_costs(path, d, elements) else None
+      moves = (
+        jnp.asarray(group.index, jnp.int32),
+        jnp.asarray(group.sign, jnp.float32),
+      )
+    kept = (
+      rows_on(mesh, n, n) if sinkhorn_steps.keeps_costs(path, d, elements) else None
+    )
     epsilon = jax.ShapeDtypeStruct((), jnp.float32)
-    program = chunk.lower(cloud, cloud, *(potential,) * 4, epsilon, moves, kept).compile()
+    program = chunk.lower(
+      cloud, cloud, *(potential,) * 4, epsilon, moves, kept
+    ).compile()
     return path, program
 
   def _sinkhorn(self, name: str) -> list[str]:
@@ -183,11 +198,15 @@ class Debias(Job):
     loads = self.loads()
     found = [Item(f"{name} rows", load.nbytes) for name, load in loads.items()]
     fine = loads["target"]
-    found.append(Item("fine fields while they are coarsened", fine.block * _row_bytes(fine)))
+    found.append(
+      Item("fine fields while they are coarsened", fine.block * _row_bytes(fine))
+    )
     block = self.experiment.debias
     if any(name not in (*ENTROPIC, "minibatch") for name in block.maps):
       # A recipe holds both clouds of its process in float64, and carries a copy of each step.
-      found.append(Item("float64 copies in a fit", 4 * 8 * self._own_rows * self.dimensions))
+      found.append(
+        Item("float64 copies in a fit", 4 * 8 * self._own_rows * self.dimensions)
+      )
     return found
 
   def written(self) -> list[Item]:

@@ -12,7 +12,13 @@ from downscaling.jobs.workdir import Workdir, readable
 from downscaling.metrics import bootstrap, ensembles, increments, pairs
 from downscaling.metrics.ensembles import Ensemble, frames_as_rows
 from downscaling.report import results, terminal, writer
-from downscaling.runtime import files, metric_writer, processes, provenance, stage_folder
+from downscaling.runtime import (
+  files,
+  metric_writer,
+  processes,
+  provenance,
+  stage_folder,
+)
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import ensemble
 
@@ -43,7 +49,9 @@ class Evaluate(Job):
         (stage.path / channel.name).mkdir(exist_ok=True)
         found = writer.write(stage.path / channel.name, evidence_of(work, place))
         print(f"{channel.name}:\n{terminal.summary(found)}")
-      writer.write_index(stage.path, e.experiment, [channel.name for channel in channels])
+      writer.write_index(
+        stage.path, e.experiment, [channel.name for channel in channels]
+      )
 
     # The report's files are written at the end, whole or not at all: nothing is lost by a stop.
     main = meshes.is_main()
@@ -77,7 +85,9 @@ class Evaluate(Job):
     before_and_after = 2 * (len(e.debias.maps) + 1) * e.debias.held_out
     return [
       Item("a member of each condition", fine * judged * block.series.frames),
-      Item("members of a block of conditions", 2 * min(ensembles.BLOCK * 4, fine * members)),
+      Item(
+        "members of a block of conditions", 2 * min(ensembles.BLOCK * 4, fine * members)
+      ),
       Item("true fields", fine * true),
       Item("coarse rows", coarse * (before_and_after + e.evaluate.reference)),
       Item("moments and waves of rows", COPIES * 2 * fine * e.evaluate.reference),
@@ -128,7 +138,9 @@ def evidence_of(work: Workdir, channel: int = 0) -> results.Evidence:
     draws=e.evaluate.draws,
     seed=e.seed,
     quadratic=debiasing.quadratic(e),
-    effective_targets={n: found[targets] for n, found in facts.items() if targets in found},
+    effective_targets={
+      n: found[targets] for n, found in facts.items() if targets in found
+    },
     health=diagnostics.get("health", []),
     coarse_reference=coarsen(fine),
     coarse_floor=coarsen(floor),
@@ -150,13 +162,17 @@ def evidence_of(work: Workdir, channel: int = 0) -> results.Evidence:
     mean_cost=solve.get("mean_cost"),
     threshold=solve.get("threshold"),
     loss=metric_writer.read_scalars(work.folder("train"), "loss"),
-    symbol=e.physics.SYMBOL if len(domain.channels) == 1 else domain.channels[channel].name,
+    symbol=e.physics.SYMBOL
+    if len(domain.channels) == 1
+    else domain.channels[channel].name,
     length=worlds.fine_solver(e).length,
     provenance=report_provenance(work),
   )
 
 
-def _ordered(work: Workdir, stored: dict[str, np.ndarray], channel: int) -> dict[str, np.ndarray]:
+def _ordered(
+  work: Workdir, stored: dict[str, np.ndarray], channel: int
+) -> dict[str, np.ndarray]:
   """Rows of the report, of one channel: lflr, the default map, the other maps."""
   first = ("lflr", work.experiment.debias.map)
   names = [*first, *(name for name in stored if name not in first)]
@@ -218,7 +234,9 @@ def _origins(work: Workdir, drawn: dict, reference: int) -> dict[str, bootstrap.
   numbers[f"{e.debias.map}+cubic"] = rows.conditions(e, e.debias.map)
   numbers["reference"] = rows.judged(e, "hfhr", "reference", reference)
   numbers["floor"] = rows.floor(e)
-  found = {name: rows.origin(e, of_name.reshape(-1)) for name, of_name in numbers.items()}
+  found = {
+    name: rows.origin(e, of_name.reshape(-1)) for name, of_name in numbers.items()
+  }
   if "unconditional" in drawn:
     found["unconditional"] = _without_origin(work, len(drawn["unconditional"]))
   return found
@@ -265,7 +283,9 @@ def report_provenance(work: Workdir) -> dict:
   e = work.experiment
   coarse = ["lflr", *e.debias.maps]
   stages = {name: work.look(name) for name in ("data", "debias", "train", "samples")}
-  held_out = dict.fromkeys((*coarse, *samples.sources(e), f"{e.debias.map}+cubic"), "held-out")
+  held_out = dict.fromkeys(
+    (*coarse, *samples.sources(e), f"{e.debias.map}+cubic"), "held-out"
+  )
   in_sample = {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"}
   return {
     "config_hash": stage_folder.config_hash(e.identity("report")),
@@ -288,7 +308,9 @@ def cost(work: Workdir) -> dict[str, dict]:
   """
   e = work.experiment
   sets = [work.folder("samples") / f"{name}.units" for name in samples.sources(e)]
-  drawn = [files.read_json(path / stage_folder.MARKER)["summary"]["fields"] for path in sets]
+  drawn = [
+    files.read_json(path / stage_folder.MARKER)["summary"]["fields"] for path in sets
+  ]
   snapshots = 0
   for which in ("hfhr", "lflr"):
     splits = worlds.dataset(e, work.path, which).info.splits.values()
@@ -303,7 +325,9 @@ def cost(work: Workdir) -> dict[str, dict]:
     stage = work.look(name)
     found[name] = {"count": count, "seconds": stage.seconds, "devices": stage.devices}
   found["train"]["batch"] = e.train.batch
-  steps = metric_writer.read_scalars(work.folder("train"), "seconds_per_step", "speed")[1]
+  steps = metric_writer.read_scalars(work.folder("train"), "seconds_per_step", "speed")[
+    1
+  ]
   if steps:
     found["train"]["median"] = float(np.median(steps))
   return found

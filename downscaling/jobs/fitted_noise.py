@@ -26,7 +26,8 @@ from downscaling.sampling import conditional_sampler, ensemble, observation_nois
 
 FILE = observation_noise.FILE
 LEAST = 64  # calibration conditions of a fit
-FIRST_ID = 2**31  # of calibration conditions in keys: no condition of an ensemble has it
+# Of calibration conditions in keys: no condition of an ensemble has it.
+FIRST_ID = 2**31
 WITHOUT_GAIN = ("paper", "scaled", "none")  # guidance that knows no observation noise
 
 
@@ -79,7 +80,9 @@ def fitted_sets(experiment: Experiment) -> dict[str, str]:
   if samples.observation_noise(experiment) is not None:
     return {}
   sets, fitted = samples.sources(experiment).items(), experiment.debias.maps
-  return {name: source for name, source in sets if source is not None and source in fitted}
+  return {
+    name: source for name, source in sets if source is not None and source in fitted
+  }
 
 
 def plan(experiment: Experiment) -> list[str]:
@@ -121,7 +124,9 @@ def _white(std: float, axes: int) -> np.ndarray:
   return np.full((1,) * (axes + 1), std**2, np.float32)
 
 
-def _record(work: Workdir, source: str, prior: str, fit: observation_noise.Fit, stats) -> dict:
+def _record(
+  work: Workdir, source: str, prior: str, fit: observation_noise.Fit, stats
+) -> dict:
   """What the file says of a fit, and what it was fitted on."""
   e = work.experiment
   about = {
@@ -159,7 +164,10 @@ def _conditions(work: Workdir, source: str) -> np.ndarray:
   e = work.experiment
   rows = stretches(work, "lflr", "calibration", _count(e))
   made = maps.load(work.folder("debias") / source)
-  y = np.asarray(made(rows.reshape(-1, *rows.shape[2:])), np.float32).reshape(rows.shape)
+  y = np.asarray(
+    made(rows.reshape(-1, *rows.shape[2:])),
+    np.float32,
+  ).reshape(rows.shape)
   return y[:, 0] if e.sampling.series.frames == 1 else y
 
 
@@ -173,10 +181,20 @@ def _fit(
   of = conditional_sampler.Soft(params, _white(0.0, axes))
   sizes = {"members": e.sampling.members, "unit": e.sampling.unit, "frames": frames}
   layout = ensemble.layout_of(
-    sampler, of, space=op.fine, coarse=y.shape[1:], channels=channels, conditions=len(y), **sizes
+    sampler,
+    of,
+    space=op.fine,
+    coarse=y.shape[1:],
+    channels=channels,
+    conditions=len(y),
+    **sizes,
   )
-  program, device = ensemble.compiled(sampler, e.seed, layout, of, devices)[0], devices[0]
-  layout = layout._replace(members=layout.unit[1])  # one unit's members of each condition
+  program, device = (
+    ensemble.compiled(sampler, e.seed, layout, of, devices)[0],
+    devices[0],
+  )
+  # One unit's members of each condition.
+  layout = layout._replace(members=layout.unit[1])
   ids = FIRST_ID + np.arange(len(y))
   blocks = [ensemble.block(layout, unit, ids, y) for unit in layout.units()]
   there = jax.device_put(params, device)
@@ -194,6 +212,8 @@ def _fit(
     kept = np.concatenate(scores)
     if not len(kept):
       return math.nan, math.nan
-    return float(kept.mean()), distances.corr_input(np.concatenate(given), np.concatenate(seen))
+    return float(kept.mean()), distances.corr_input(
+      np.concatenate(given), np.concatenate(seen)
+    )
 
   return observation_noise.fit(measure)

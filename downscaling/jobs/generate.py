@@ -30,7 +30,9 @@ class Generate(Job):
         mesh = self.mesh(which)
         agree = functools.partial(processes.gather, f"generate/{which}")
         with jax.enable_x64(True):
-          generate.generate(self.simulation(which), mesh, work.stop, jax.process_index(), agree)
+          generate.generate(
+            self.simulation(which), mesh, work.stop, jax.process_index(), agree
+          )
       if meshes.is_main():
         dataset = worlds.dataset(self.experiment, work.path, "hfhr")
         source = simulated.source(dataset, "train")

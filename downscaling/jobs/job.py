@@ -72,7 +72,11 @@ class Job(abc.ABC):
 
     On a CPU, the devices' memory is the host's.
     """
-    devices = meshes.local(self.work.mesh).size if meshes.platform(self.work.mesh) == "cpu" else 0
+    devices = (
+      meshes.local(self.work.mesh).size
+      if meshes.platform(self.work.mesh) == "cpu"
+      else 0
+    )
     programs = devices and devices * self.on_device()
     return self.libraries + sum(item.nbytes for item in self.held()) + programs
 
@@ -90,7 +94,11 @@ def total(items: Sequence[Item]) -> str:
   """The sum of several items, and its parts."""
   parts = [str(item) for item in items if item.nbytes]
   whole = size(sum(item.nbytes for item in items))
-  return f"{whole}: {', '.join(parts)}" if len(parts) > 1 else (parts[0] if parts else "none")
+  return (
+    f"{whole}: {', '.join(parts)}"
+    if len(parts) > 1
+    else (parts[0] if parts else "none")
+  )
 
 
 def size(count: float) -> str:

@@ -13,7 +13,8 @@ from downscaling.fields import operators
 from downscaling.jobs.workdir import Workdir, readable
 from downscaling.metrics import bootstrap
 
-BLOCK_BYTES = 2**26  # of fine fields that are in memory at a time while they are coarsened
+# Of fine fields that are in memory at a time while they are coarsened.
+BLOCK_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Rows:
   @property
   def block(self) -> int:
     """How many rows are read at a time."""
-    return max(1, min(len(self.numbers), BLOCK_BYTES // (4 * math.prod(self.stored))))
+    return max(
+      1,
+      min(len(self.numbers), BLOCK_BYTES // (4 * math.prod(self.stored))),
+    )
 
   def load(self) -> dict[str, np.ndarray]:
     """{"u": [S, *space, C] float32, "trajectory": [S]}. Raises as simulated.load."""
@@ -133,7 +137,9 @@ def origin(experiment: Experiment, numbers: np.ndarray) -> bootstrap.Rows:
 # ---------------------------------------------------------------- rows themselves
 
 
-def of(work: Workdir, which: str, split: str, numbers: np.ndarray, coarsen: bool = False) -> Rows:
+def of(
+  work: Workdir, which: str, split: str, numbers: np.ndarray, coarsen: bool = False
+) -> Rows:
   """Those rows of a split; coarsen: as C′ sees them."""
   builder = worlds.dataset(work.experiment, work.path, which)
   operator = worlds.operator(work.experiment) if coarsen else None
@@ -143,12 +149,16 @@ def of(work: Workdir, which: str, split: str, numbers: np.ndarray, coarsen: bool
 def windows(work: Workdir, split: str, count: int) -> np.ndarray:
   """Windows that the prior is made for, spread over the split: [S, *space, F·C], in data units."""
   e = work.experiment
-  view = functools.partial(time_windows.view, snapshots=e.data.snapshots, frames=e.grid.frames)
+  view = functools.partial(
+    time_windows.view, snapshots=e.data.snapshots, frames=e.grid.frames
+  )
   builder = worlds.dataset(e, work.path, "hfhr")
   return simulated.load(builder, split, count, view=view)["u"]
 
 
-def stretches(work: Workdir, which: str, split: str, count: int | None = None) -> np.ndarray:
+def stretches(
+  work: Workdir, which: str, split: str, count: int | None = None
+) -> np.ndarray:
   """The first series of a split, [S, L, *space, C]; single fields, L = 1, have that axis too."""
   numbers = time_series.rows(work.experiment, which, split)[:count]
   found = of(work, which, split, numbers.reshape(-1)).read()

@@ -14,7 +14,13 @@ from downscaling.diffusion import error_table, train_loop
 from downscaling.jobs import fitted_noise, rows
 from downscaling.jobs.job import Item, Job, hours, size, statistics_of, tree_bytes
 from downscaling.jobs.train import abstract_state
-from downscaling.runtime import ledger, program_cost, random_keys, stage_folder, target_devices
+from downscaling.runtime import (
+  ledger,
+  program_cost,
+  random_keys,
+  stage_folder,
+  target_devices,
+)
 from downscaling.runtime import mesh as meshes
 from downscaling.sampling import ensemble
 
@@ -111,7 +117,9 @@ class Sample(Job):
     conditions, members = block.unit
     program, params, flops = self._program
     memory = program_cost.memory(program)
-    operations = count["conditional"] * count["of_a_set"] * flops[0] + count["free"] * flops[1]
+    operations = (
+      count["conditional"] * count["of_a_set"] * flops[0] + count["free"] * flops[1]
+    )
     # Of a unit, on a device: fields of two units are there at a time.
     once = memory["temporaries"] + memory["arguments"] - params + 2 * memory["outputs"]
     limit, whose = _device_memory(mine)
@@ -140,9 +148,8 @@ class Sample(Job):
     of_a_set, devices = self.counts["of_a_set"], self.work.mesh.size
     if of_a_set >= devices:
       return ""
-    return (
-      f"; {of_a_set} a set leave {devices - of_a_set} of {devices} devices idle: make units smaller"
-    )
+    idle = f"{devices - of_a_set} of {devices} devices idle"
+    return f"; {of_a_set} a set leave {idle}: make units smaller"
 
   def on_device(self) -> float:
     """Of the program with conditions, and of the one without, which is about as large."""
@@ -165,7 +172,9 @@ class Sample(Job):
 
   def written(self) -> list[Item]:
     e = self.experiment
-    field = 4 * worlds.channels(e) * math.prod(worlds.space(e)) * e.sampling.series.frames
+    field = (
+      4 * worlds.channels(e) * math.prod(worlds.space(e)) * e.sampling.series.frames
+    )
     return [Item("fields before compression", self.counts["fields"] * field)]
 
   @functools.cached_property
@@ -208,7 +217,9 @@ def restored(trained: stage_folder.Stage, experiment, network, channels: int, me
   channels: of single frames.
   """
   space, wide = worlds.space(experiment), channels * experiment.grid.frames
-  sharded = train_loop.load_prior(trained.path, trained.hash, network, space, wide, mesh)
+  sharded = train_loop.load_prior(
+    trained.path, trained.hash, network, space, wide, mesh
+  )
   params = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), sharded)
   if not samples.needs_table(experiment):
     return params, None

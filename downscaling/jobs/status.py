@@ -4,7 +4,16 @@ import pathlib
 
 from downscaling.runtime import files, ledger, products
 
-HEAD = ("stage", "state", "attempts", "wall", "productive", *ledger.KINDS, "lost", "nobody at work")
+HEAD = (
+  "stage",
+  "state",
+  "attempts",
+  "wall",
+  "productive",
+  *ledger.KINDS,
+  "lost",
+  "nobody at work",
+)
 
 
 def status(folder: pathlib.Path) -> str:
@@ -19,7 +28,10 @@ def status(folder: pathlib.Path) -> str:
   found.sort(key=lambda each: ledger.began(each[0]))
   rows = [HEAD, *(_row(path, record, account) for path, record, account in found)]
   widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-  lines = ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)) for row in rows]
+  lines = [
+    "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
+    for row in rows
+  ]
   accounts = [account for *_, account in found if account]
   lines += ["", *_together(accounts), *_NOTES]
   return "\n".join(line.rstrip() for line in lines)
@@ -32,7 +44,9 @@ _NOTES = (
 )
 
 
-def _row(path: pathlib.Path, record: dict, account: ledger.Account | None) -> tuple[str, ...]:
+def _row(
+  path: pathlib.Path, record: dict, account: ledger.Account | None
+) -> tuple[str, ...]:
   state = "complete" if record.get("complete") else "unfinished"
   if account is None:
     return (path.name, state, *["" for _ in HEAD[2:]])

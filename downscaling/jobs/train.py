@@ -25,7 +25,13 @@ from downscaling.jobs.job import (
   width,
 )
 from downscaling.runtime import mesh as meshes
-from downscaling.runtime import processes, program_cost, random_keys, stage_folder, trackers
+from downscaling.runtime import (
+  processes,
+  program_cost,
+  random_keys,
+  stage_folder,
+  trackers,
+)
 
 
 class Train(Job):
@@ -70,7 +76,12 @@ class Train(Job):
       return prior.update(e, stats, network, mesh, specs)
 
     watched = unconditional_fields.evaluator(
-      samples.watching_sampler(e, stats, network), mesh, e.watch.fields, held, many, e.seed
+      samples.watching_sampler(e, stats, network),
+      mesh,
+      e.watch.fields,
+      held,
+      many,
+      e.seed,
     )
     return train_loop.train(
       stage.path,
@@ -89,7 +100,9 @@ class Train(Job):
       stop=self.work.stop,
       dtype=e.model.dtype,
       agree=functools.partial(processes.gather, "train"),
-      tracker=functools.partial(trackers.make, self.work.tracker, stage.path, e.everything()),
+      tracker=functools.partial(
+        trackers.make, self.work.tracker, stage.path, e.everything()
+      ),
     )
 
   def _source(self):
@@ -104,12 +117,21 @@ class Train(Job):
     e, mesh = self.experiment, self.work.mesh
     agree = functools.partial(processes.gather, "error table")
     shape, channels = held.shape[1:-1], held.shape[-1]
-    params = train_loop.load_prior(stage.path, stage.hash, network, shape, channels, mesh, agree)
+    params = train_loop.load_prior(
+      stage.path, stage.hash, network, shape, channels, mesh, agree
+    )
     count = max(error_table.rows(held.shape[1:]), mesh.size)
     few = held[:: max(1, len(held) // count)]
     levels = prior.error_levels(e)
     table = error_table.tabulate(
-      network, params, few, levels, mesh, e.seed, self.work.stop, worlds.domain(e).basis()
+      network,
+      params,
+      few,
+      levels,
+      mesh,
+      e.seed,
+      self.work.stop,
+      worlds.domain(e).basis(),
     )
     if meshes.is_main():
       error_table.save(stage.path, table, stage.hash)
@@ -142,7 +164,9 @@ class Train(Job):
 
     A checkpoint is written from a second copy of the state.
     """
-    return 3 * program_cost.memory(self._program[0])["temporaries"] + 2 * self._state_bytes()
+    return (
+      3 * program_cost.memory(self._program[0])["temporaries"] + 2 * self._state_bytes()
+    )
 
   def _state_bytes(self) -> int:
     """Of the training state on one device."""
@@ -174,7 +198,14 @@ class Train(Job):
     e, mesh = self.experiment, self.work.mesh
     update = prior.update(e, stats, network, mesh, specs.params)
     values = e.grid.frames * worlds.channels(e)
-    batch = {"x": rows_on(mesh, e.train.batch, *worlds.space(e), values)}
+    batch = {
+      "x": rows_on(
+        mesh,
+        e.train.batch,
+        *worlds.space(e),
+        values,
+      )
+    }
     began = time.monotonic()
     program, flops = train_loop.compiled(update, state, batch)
     return program, flops, time.monotonic() - began

@@ -45,9 +45,9 @@ def evaluator(
 
   @functools.partial(jax.jit, out_shardings=meshes.replicated(mesh))
   def draw(params):
-    keys = jax.vmap(functools.partial(jax.random.fold_in, random_keys.key(seed, "watching")))(
-      np.arange(count)
-    )
+    keys = jax.vmap(
+      functools.partial(jax.random.fold_in, random_keys.key(seed, "watching"))
+    )(np.arange(count))
     return alone(keys, params)
 
   truth = np.asarray(stats.restore(truth))[..., 0]
@@ -68,9 +68,18 @@ def evaluator(
     if not (meshes.is_main() and len(drawn)):
       return metrics
     few = min(8, len(drawn), len(truth))
-    half, held = spectra.band(shells, len(drawn)), spectra.energy_holding_shells(reference)
-    ends = [reference * (1 - np.minimum(half, 0.99)), floor, reference * (1 + half)]
-    spectrum = figures.spectrum(reference, {"unconditional": energy}, np.stack(ends), held)
+    half, held = (
+      spectra.band(shells, len(drawn)),
+      spectra.energy_holding_shells(reference),
+    )
+    ends = [
+      reference * (1 - np.minimum(half, 0.99)),
+      floor,
+      reference * (1 + half),
+    ]
+    spectrum = figures.spectrum(
+      reference, {"unconditional": energy}, np.stack(ends), held
+    )
     return metrics | {
       "spectrum": themes.pixels(spectrum),
       "fields": themes.pixels(gallery(drawn[:few], truth[:few])),

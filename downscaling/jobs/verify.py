@@ -88,7 +88,9 @@ class _Stage:
     for path in sorted(self.folder.glob("checkpoints/*")):
       fault = path.is_dir() and path.name.isdigit() and checkpoints.fault(path)
       if fault:
-        advice = "a run that goes on takes the checkpoint before it; nothing need be done"
+        advice = (
+          "a run that goes on takes the checkpoint before it; nothing need be done"
+        )
         yield Fault(f"checkpoint {path}: {fault}", advice, mended=True)
     if wrong and self.repair:
       self._unfinished(self.folder)
@@ -111,12 +113,18 @@ class _Stage:
       if copy == marker:
         return marker, []
       if not self.repair:
-        what = why_copy or f"{self.folder / products.COPY} is older than {products.MARKER}"
+        what = (
+          why_copy or f"{self.folder / products.COPY} is older than {products.MARKER}"
+        )
         return marker, [Fault(what, "add --repair, which writes it anew")]
       files.write_json(self.folder / products.COPY, marker)
-      return marker, [Fault(why_copy or f"{self.folder / products.COPY}", "written anew", True)]
+      return marker, [
+        Fault(why_copy or f"{self.folder / products.COPY}", "written anew", True)
+      ]
     if copy is None:
-      advice = "neither it nor its copy says what the stage was made by: move its folder away"
+      advice = (
+        "neither it nor its copy says what the stage was made by: move its folder away"
+      )
       return None, [Fault(why, advice)]
     if not self.repair:
       return copy, [Fault(why, "add --repair, which rebuilds it from its copy")]
@@ -128,15 +136,23 @@ class _Stage:
     if lost.exists():
       lost.rename(lost.with_name(lost.name + products.DAMAGED))
     files.write_json(lost, copy)
-    proof = f"{len(copy['products'])} files agree with it" if "products" in copy else "unfinished"
+    proof = (
+      f"{len(copy['products'])} files agree with it"
+      if "products" in copy
+      else "unfinished"
+    )
     return copy, [Fault(why, f"rebuilt from its copy; {proof}", True)]
 
   def _adopt(self, record: dict) -> Fault:
     """Digests for a stage that has none."""
     what = f"{self.folder} holds no digests: an older version finished it"
     if not self.repair:
-      return Fault(what, "nothing need be done; --repair adds the digests of the files as they are")
-    told = ensemble_store.fixed(self._store) if self._store else products.of(self.folder)
+      return Fault(
+        what, "nothing need be done; --repair adds the digests of the files as they are"
+      )
+    told = (
+      ensemble_store.fixed(self._store) if self._store else products.of(self.folder)
+    )
     stage_folder.write_marker(self.folder, record | {"products": told})
     return Fault(what, f"the digests of {len(told)} files were added", True)
 
@@ -168,7 +184,9 @@ class _Stage:
       path.rename(path.with_name(path.name + products.DAMAGED))
     if self._store and path.name == "zarr.json":  # all metadata are then written again
       (self._store / path.name).unlink(missing_ok=True)
-    return Fault(words, f"moved aside; {self.again}, which makes only what is missing", True)
+    return Fault(
+      words, f"moved aside; {self.again}, which makes only what is missing", True
+    )
 
 
 def _read(path: pathlib.Path) -> tuple[dict | None, str]:

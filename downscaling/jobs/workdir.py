@@ -79,7 +79,9 @@ class Workdir:
     files = [*PRODUCTS[name], *self._named_by_config(name)]
     if optional:
       files += OPTIONAL.get(name, ())
-    there = [(self.folder(name) / file).exists() for file in (stage_folder.MARKER, *files)]
+    there = [
+      (self.folder(name) / file).exists() for file in (stage_folder.MARKER, *files)
+    ]
     # All processes must answer alike, so that they take what process 0 sees.
     marked, *products = processes.gather(f"done/{name}", there)[0]
     if not marked:

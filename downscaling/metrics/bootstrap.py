@@ -41,7 +41,9 @@ class Rows:
   time: np.ndarray
 
   def __post_init__(self):
-    if self.block.ndim != 1 or self.block.shape != self.time.shape or len(self.block) < 1:
+    if (
+      self.block.ndim != 1 or self.block.shape != self.time.shape or len(self.block) < 1
+    ):
       raise ValueError(
         f"blocks {self.block.shape} and times {self.time.shape}: need one of each a row, at least "
         "one row."
@@ -96,7 +98,12 @@ def judged(rows: Rows, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
   return counts[:, number].astype(np.float32)
 
 
-def true_sets(pool: Rows, like: Rows, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+def true_sets(
+  pool: Rows,
+  like: Rows,
+  draws: int = DRAWS,
+  seed: int = 0,
+) -> np.ndarray:
   """[draws, P] float32 weights of true sets with the structure of `like`, drawn as this file's head
   says.
 
@@ -105,7 +112,10 @@ def true_sets(pool: Rows, like: Rows, draws: int = DRAWS, seed: int = 0) -> np.n
   """
   rng = generator(seed, "true sets")
   candidates = pool.groups()
-  edges = np.cumsum(rng.exponential(size=(draws, len(candidates))), axis=1)
+  edges = np.cumsum(
+    rng.exponential(size=(draws, len(candidates))),
+    axis=1,
+  )
   weights = np.zeros((draws, len(pool)), np.float32)
   for times, count in _patterns(like).items():
     table = np.stack([_nearest(group, pool.time, times) for group in candidates])
@@ -118,11 +128,15 @@ def true_sets(pool: Rows, like: Rows, draws: int = DRAWS, seed: int = 0) -> np.n
 
 def _patterns(like: Rows) -> dict[tuple[float, ...], int]:
   """{times of the rows of a block: how many blocks have them}."""
-  found = collections.Counter(tuple(like.time[group].tolist()) for group in like.groups())
+  found = collections.Counter(
+    tuple(like.time[group].tolist()) for group in like.groups()
+  )
   return dict(found)
 
 
-def _nearest(rows: np.ndarray, time: np.ndarray, wanted: tuple[float, ...]) -> np.ndarray:
+def _nearest(
+  rows: np.ndarray, time: np.ndarray, wanted: tuple[float, ...]
+) -> np.ndarray:
   """Of `rows`, those nearest in time to each of `wanted`; each once, while there are enough."""
   free, found = list(rows), []
   for moment in wanted:

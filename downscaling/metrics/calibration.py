@@ -85,10 +85,20 @@ def calibrate(
     true = truth[place].astype(np.float64)
     energy += _fair_energy(block, true)
     block = np.sort(block, axis=1)
-    squares += ((block - true[:, None]) ** 2).sum() / m, ((block.mean(axis=1) - true) ** 2).sum()
+    squares += (
+      ((block - true[:, None]) ** 2).sum() / m,
+      ((block.mean(axis=1) - true) ** 2).sum(),
+    )
     crps += _fair_crps(block, true)
     ranks += _ranks(block[..., free], true[:, free])
-    inside += [_inside(block[..., free], true[:, free], level) for level in levels]
+    inside += [
+      _inside(
+        block[..., free],
+        true[:, free],
+        level,
+      )
+      for level in levels
+    ]
   member_rmse, mean_rmse = np.sqrt(squares / truth.size) / rms
   held = k * int(free.sum())
   return Calibration(
@@ -127,7 +137,11 @@ def climatology(fields: np.ndarray, truth: np.ndarray) -> Reference:
   pairs = np.array([_pairs(ordered).mean(), _field_pairs(fields)[0]])
   for true in truth:
     apart = fields[0] - true
-    sums += (apart**2).mean(), np.abs(apart).mean(), np.sqrt((apart**2).mean(axis=1)).mean()
+    sums += (
+      (apart**2).mean(),
+      np.abs(apart).mean(),
+      np.sqrt((apart**2).mean(axis=1)).mean(),
+    )
   error, crps, energy = sums / k
   rms = _rms(truth)
   return Reference(
@@ -155,7 +169,9 @@ def single(fields: np.ndarray, truth: np.ndarray) -> Reference:
   )
 
 
-def by_condition(ensemble: distances.Members, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def by_condition(
+  ensemble: distances.Members, truth: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """(spread [K], error of the mean [K]) of every condition over the rms of the truth; a right
   ensemble has both alike.
 
@@ -176,7 +192,9 @@ def by_condition(ensemble: distances.Members, truth: np.ndarray) -> tuple[np.nda
 def _rms(truth: np.ndarray) -> float:
   rms = float(truth.std(dtype=np.float64))
   if rms == 0:
-    raise ValueError("the truth is one constant: errors relative to it have no meaning.")
+    raise ValueError(
+      "the truth is one constant: errors relative to it have no meaning."
+    )
   return rms
 
 
@@ -207,7 +225,11 @@ def _pairs(ordered: np.ndarray) -> np.ndarray:
   members [B, M, D].
   """
   m = ordered.shape[1]
-  return np.einsum("m,bmd->bd", 2.0 * np.arange(1, m + 1) - m - 1, ordered) / (m * (m - 1))
+  return np.einsum(
+    "m,bmd->bd",
+    2.0 * np.arange(1, m + 1) - m - 1,
+    ordered,
+  ) / (m * (m - 1))
 
 
 def _fair_energy(members: np.ndarray, truth: np.ndarray) -> float:
@@ -216,7 +238,8 @@ def _fair_energy(members: np.ndarray, truth: np.ndarray) -> float:
   """
   return float(
     (
-      np.sqrt(((members - truth[:, None]) ** 2).mean(axis=2)).mean(axis=1) - _field_pairs(members)
+      np.sqrt(((members - truth[:, None]) ** 2).mean(axis=2)).mean(axis=1)
+      - _field_pairs(members)
     ).sum()
   )
 
@@ -229,7 +252,12 @@ def _field_pairs(members: np.ndarray) -> np.ndarray:
   centred = members - members.mean(axis=1, keepdims=True)
   product = centred @ centred.swapaxes(1, 2) / d
   squares = np.einsum("bmm->bm", product)
-  apart = np.sqrt(np.maximum(squares[:, :, None] + squares[:, None] - 2 * product, 0))
+  apart = np.sqrt(
+    np.maximum(
+      squares[:, :, None] + squares[:, None] - 2 * product,
+      0,
+    )
+  )
   return apart.sum(axis=(1, 2)) / (2 * m * (m - 1))
 
 
@@ -241,7 +269,11 @@ def _ranks(ordered: np.ndarray, truth: np.ndarray) -> np.ndarray:
   below = (ordered < truth[:, None]).sum(axis=1)
   ties = (ordered == truth[:, None]).sum(axis=1)
   counts = np.bincount(below[ties == 0], minlength=m + 1).astype(float)
-  for low, tied in zip(below[ties > 0], ties[ties > 0], strict=True):
+  for low, tied in zip(
+    below[ties > 0],
+    ties[ties > 0],
+    strict=True,
+  ):
     counts[low : low + tied + 1] += 1 / (tied + 1)
   return counts
 

@@ -33,7 +33,8 @@ from downscaling.runtime import random_keys
 
 # By the number of axes, so that a row of a table takes seconds on two cores.
 BATCH = {1: 128, 2: 64}  # rows of a step, half of them true
-STEPS = {1: 600, 2: 300}  # of one network; fewer where EPOCHS of the smaller set are fewer
+# Of one network; fewer where EPOCHS of the smaller set are fewer.
+STEPS = {1: 600, 2: 300}
 # Points an axis that the layers see at most. The stem strides over longer axes.
 LONGEST = {1: 64, 2: 16}
 EPOCHS, FEWEST = 20, 100
@@ -91,10 +92,15 @@ class Network(nn.Module):
     h = nn.swish(nn.Dense(WIDTH)(h))
     return nn.Dense(1)(h)[:, 0]
 
-  def _convolved(self, h: jax.Array, size: tuple[int, ...], strides: tuple[int, ...]) -> jax.Array:
+  def _convolved(
+    self, h: jax.Array, size: tuple[int, ...], strides: tuple[int, ...]
+  ) -> jax.Array:
     if self.periodic is None or all(self.periodic):
       return nn.swish(nn.Conv(WIDTH, size, strides, padding="CIRCULAR")(h))
-    for axis, (wide, wrap) in enumerate(zip(size, self.periodic, strict=True), start=1):
+    for axis, (wide, wrap) in enumerate(
+      zip(size, self.periodic, strict=True),
+      start=1,
+    ):
       halo = [(0, 0)] * h.ndim
       halo[axis] = (wide // 2, wide // 2)
       h = jnp.pad(h, halo, mode="wrap" if wrap else "constant")
@@ -186,12 +192,19 @@ def rank_auc(
   Returns: one AUC a row of weights, [K].
   """
   weights = np.ones((1, len(scores))) if weights is None else weights
-  true_weights = np.ones((1, len(true_scores))) if true_weights is None else true_weights
+  true_weights = (
+    np.ones((1, len(true_scores))) if true_weights is None else true_weights
+  )
   order = np.argsort(scores, kind="stable")
   counted = np.cumsum(weights[:, order], axis=1)
-  below = np.concatenate([np.zeros((len(weights), 1)), counted], axis=1)
+  below = np.concatenate(
+    [np.zeros((len(weights), 1)), counted],
+    axis=1,
+  )
   ordered = np.asarray(scores)[order]
-  first, last = (np.searchsorted(ordered, true_scores, side) for side in ("left", "right"))
+  first, last = (
+    np.searchsorted(ordered, true_scores, side) for side in ("left", "right")
+  )
   pairs = ((below[:, first] + below[:, last]) / 2 * true_weights).sum(axis=1)
   return pairs / (below[:, -1] * true_weights.sum(axis=1))
 
@@ -237,7 +250,9 @@ def _check_blocks(blocks: np.ndarray, count: int, name: str) -> None:
     )
 
 
-def _dealt(blocks: np.ndarray, sizes: tuple[int, int], key: jax.Array) -> list[np.ndarray]:
+def _dealt(
+  blocks: np.ndarray, sizes: tuple[int, int], key: jax.Array
+) -> list[np.ndarray]:
   """Rows of two sides that share no block, ascending; as many as `sizes` says."""
   names, place = np.unique(blocks, return_inverse=True)
   order = np.asarray(jax.random.permutation(key, len(names)))
@@ -248,7 +263,11 @@ def _dealt(blocks: np.ndarray, sizes: tuple[int, int], key: jax.Array) -> list[n
   starts = np.searchsorted(place[by_block], place[by_block])
   turn[by_block] = np.arange(len(blocks)) - starts
   sides = []
-  for chosen, size in zip((order[:cut], order[cut:]), sizes, strict=True):
+  for chosen, size in zip(
+    (order[:cut], order[cut:]),
+    sizes,
+    strict=True,
+  ):
     held = np.flatnonzero(np.isin(place, chosen))
     if len(held) < size:
       raise ValueError(
@@ -274,7 +293,9 @@ class _Fits(NamedTuple):
     return Network(self.periodic)
 
 
-def _cross_fitted(fields, blocks, true_fields, true_blocks, key, fits) -> tuple[float, np.ndarray]:
+def _cross_fitted(
+  fields, blocks, true_fields, true_blocks, key, fits
+) -> tuple[float, np.ndarray]:
   """(AUC, the same of RESAMPLES block bootstraps)."""
   mean, std = true_fields.mean(dtype=np.float64), true_fields.std(dtype=np.float64)
   scale = np.array([mean, distances.positive(std)], np.float32)
@@ -304,7 +325,14 @@ def _second_half(blocks: np.ndarray, key: jax.Array) -> np.ndarray:
 def _resampled(blocks: np.ndarray, key: jax.Array) -> np.ndarray:
   """How often each row counts when as many blocks are drawn with replacement, [RESAMPLES, S]."""
   names, place = np.unique(blocks, return_inverse=True)
-  drawn = np.asarray(jax.random.randint(key, (RESAMPLES, len(names)), 0, len(names)))
+  drawn = np.asarray(
+    jax.random.randint(
+      key,
+      (RESAMPLES, len(names)),
+      0,
+      len(names),
+    )
+  )
   cells = drawn + len(names) * np.arange(RESAMPLES)[:, None]
   counts = np.bincount(cells.ravel(), minlength=RESAMPLES * len(names))
   return counts.reshape(RESAMPLES, -1)[:, place].astype(np.float64)
@@ -312,7 +340,9 @@ def _resampled(blocks: np.ndarray, key: jax.Array) -> np.ndarray:
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
   rate = optax.cosine_decay_schedule(PEAK, steps)
-  return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=DECAY))
+  return optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=DECAY)
+  )
 
 
 @functools.cache
@@ -331,7 +361,9 @@ def _step(steps: int, fits: _Fits):
   @jax.jit
   def step(params, state, x, scale, key, i):
     if moves is not None:
-      elements = jax.random.randint(jax.random.fold_in(key, i), (len(x),), 0, moves.count)
+      elements = jax.random.randint(
+        jax.random.fold_in(key, i), (len(x),), 0, moves.count
+      )
       x = jax.vmap(moves.move)(x, elements)
     gradient = jax.grad(loss)(params, (x - scale[0]) / scale[1])
     change, state = optimizer.update(gradient, state, params)
@@ -345,7 +377,9 @@ def _logits(network: Network, params, x, scale):
   return network.apply(params, (x - scale[0]) / scale[1])
 
 
-def _train(fields: np.ndarray, true_fields: np.ndarray, scale: np.ndarray, key: jax.Array, fits):
+def _train(
+  fields: np.ndarray, true_fields: np.ndarray, scale: np.ndarray, key: jax.Array, fits
+):
   """Parameters of a network that tells the rows apart.
 
   Batches are gathered on the host, so that one program serves sets of all sizes.
@@ -358,16 +392,28 @@ def _train(fields: np.ndarray, true_fields: np.ndarray, scale: np.ndarray, key: 
   starting, drawing, moving = jax.random.split(key, 3)
   one, other = jax.random.split(drawing)
   chosen = np.asarray(jax.random.randint(one, (steps, half), 0, len(fields)))
-  chosen_true = np.asarray(jax.random.randint(other, (steps, half), 0, len(true_fields)))
-  params = fits.network.init(starting, jnp.zeros((1, *fields.shape[1:]), jnp.float32))
+  chosen_true = np.asarray(
+    jax.random.randint(other, (steps, half), 0, len(true_fields))
+  )
+  params = fits.network.init(
+    starting,
+    jnp.zeros((1, *fields.shape[1:]), jnp.float32),
+  )
   state, step = _optimizer(steps).init(params), _step(steps, fits)
   for i in range(steps):
     batch = np.concatenate([fields[chosen[i]], true_fields[chosen_true[i]]])
-    params, state = step(params, state, batch.astype(np.float32), scale, moving, np.uint32(i))
+    params, state = step(
+      params, state, batch.astype(np.float32), scale, moving, np.uint32(i)
+    )
   return params
 
 
-def _scores(fits: _Fits, params, rows: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def _scores(
+  fits: _Fits,
+  params,
+  rows: np.ndarray,
+  scale: np.ndarray,
+) -> np.ndarray:
   """Logits [S], in blocks of one size; the last one is padded."""
   size = BATCH[rows.ndim - 1]
   out = np.empty(len(rows), np.float32)
@@ -375,7 +421,7 @@ def _scores(fits: _Fits, params, rows: np.ndarray, scale: np.ndarray) -> np.ndar
     block = rows[first : first + size]
     padded = np.zeros((size, *rows.shape[1:]), np.float32)
     padded[: len(block)] = block
-    out[first : first + size] = np.asarray(_logits(fits.network, params, padded, scale))[
-      : len(block)
-    ]
+    out[first : first + size] = np.asarray(
+      _logits(fits.network, params, padded, scale)
+    )[: len(block)]
   return out

@@ -21,7 +21,8 @@ from downscaling.fields.operators import Operator
 from downscaling.fields.symmetry import Group
 from downscaling.metrics.ensembles import Ensemble
 
-DENSE_DIMENSIONS = 4096  # above this many dimensions covariances are compared without being formed
+# Above this many dimensions covariances are compared without being formed.
+DENSE_DIMENSIONS = 4096
 MMD_LENGTHS = (0.2, 0.5, 0.9, 1.3)
 _CHUNK = 2**22  # values converted to float64 at a time
 _TILE = 2048  # rows of a kernel tile
@@ -66,7 +67,10 @@ def pair(pred: np.ndarray, ref: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def chunks(x: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
   """(first row, rows in float64) over blocks of x [S, ...] that fit in little memory."""
-  step = max(1, _CHUNK // max(1, math.prod(x.shape[1:])))
+  step = max(
+    1,
+    _CHUNK // max(1, math.prod(x.shape[1:])),
+  )
   for first in range(0, len(x), step):
     yield first, np.asarray(x[first : first + step], np.float64)
 
@@ -186,14 +190,21 @@ def kld_by_dimension(pred: np.ndarray, ref: np.ndarray) -> np.ndarray:
         "points): a density needs samples that vary."
       )
   return np.array(
-    [_kld(*(np.asarray(x[:, d], np.float64) for x in (pred, ref))) for d in range(pred.shape[1])]
+    [
+      _kld(*(np.asarray(x[:, d], np.float64) for x in (pred, ref)))
+      for d in range(pred.shape[1])
+    ]
   )
 
 
 def _kld(pred: np.ndarray, ref: np.ndarray) -> float:
   wide, narrow = _bandwidth(ref), min(_bandwidth(ref), _bandwidth(pred))
   low, high = ref.min() - 5 * wide, ref.max() + 5 * wide
-  at = np.linspace(low, high, min(math.ceil((high - low) / narrow * NODES), _MOST) + 1)
+  at = np.linspace(
+    low,
+    high,
+    min(math.ceil((high - low) / narrow * NODES), _MOST) + 1,
+  )
   p, q = (np.maximum(kernel_density(x, at), 1e-300) for x in (ref, pred))
   return float(np.trapezoid(p * np.log(p / q), at))
 
@@ -220,7 +231,13 @@ def wass1(pred: np.ndarray, ref: np.ndarray) -> float:
   share = np.diff(ticks, append=s * r) / (s * r)
   total, step = 0.0, max(1, _CHUNK // len(ticks))
   for d in range(0, pred.shape[1], step):
-    a, b = (np.sort(np.asarray(x[:, d : d + step], np.float64), axis=0) for x in (pred, ref))
+    a, b = (
+      np.sort(
+        np.asarray(x[:, d : d + step], np.float64),
+        axis=0,
+      )
+      for x in (pred, ref)
+    )
     total += float((share @ np.abs(a[ticks // r] - b[ticks // s])).sum())
   return total / pred.shape[1]
 
@@ -232,19 +249,33 @@ def wass1(pred: np.ndarray, ref: np.ndarray) -> float:
 def _tile_sum(x, y, in_x, in_y, scale):
   """Σ_ij k(x_i, y_j) over one tile, in float64; in_x, in_y are 1 for rows and 0 for padding."""
   inner = jnp.matmul(x, y.T, precision="highest")
-  r2 = jnp.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None, :] - 2 * inner, 0) / scale
+  r2 = (
+    jnp.maximum(
+      (x**2).sum(1)[:, None] + (y**2).sum(1)[None, :] - 2 * inner,
+      0,
+    )
+    / scale
+  )
   k = sum(a**2 / (a**2 + r2) for a in MMD_LENGTHS)
-  return jnp.sum(k * in_x[:, None] * in_y[None, :], dtype=jnp.float64)
+  return jnp.sum(
+    k * in_x[:, None] * in_y[None, :],
+    dtype=jnp.float64,
+  )
 
 
-def _tiles(x: np.ndarray, centre: np.ndarray, tile: int) -> list[tuple[jax.Array, jax.Array]]:
+def _tiles(
+  x: np.ndarray, centre: np.ndarray, tile: int
+) -> list[tuple[jax.Array, jax.Array]]:
   out = []
   for first in range(0, len(x), tile):
     block = np.asarray(x[first : first + tile] - centre, np.float32)
     empty = tile - len(block)
     out.append(
       (
-        jnp.pad(jnp.asarray(block), ((0, empty), (0, 0))),
+        jnp.pad(
+          jnp.asarray(block),
+          ((0, empty), (0, 0)),
+        ),
         jnp.asarray(np.arange(tile) < len(block), "float32"),
       )
     )
@@ -271,11 +302,17 @@ def kernel_mean(
       for j, (b, in_b) in enumerate(right):
         if y is None and j < i:
           continue
-        total += float(_tile_sum(a, b, in_a, in_b, scale)) * (2 if y is None and j > i else 1)
+        total += float(_tile_sum(a, b, in_a, in_b, scale)) * (
+          2 if y is None and j > i else 1
+        )
   return total / (len(x) * (len(x) if y is None else len(y)))
 
 
-def mmd(pred: np.ndarray, ref: np.ndarray, ref_term: float | None = None) -> float:
+def mmd(
+  pred: np.ndarray,
+  ref: np.ndarray,
+  ref_term: float | None = None,
+) -> float:
   """Maximum mean discrepancy √(mean k(p, p′) − 2 mean k(p, r) + mean k(r, r′)), 0 … 2, no unit.
 
   k = Σ_a a²/(a² + r²), a = .2, .5, .9, 1.3 (the lengths are the authors' later ones; what r is, no
@@ -293,7 +330,11 @@ def mmd(pred: np.ndarray, ref: np.ndarray, ref_term: float | None = None) -> flo
   pred, ref = pair(pred, ref)
   scale, centre = kernel_scale(ref)
   own = kernel_mean(ref, None, scale, centre) if ref_term is None else ref_term
-  gap = kernel_mean(pred, None, scale, centre) - 2 * kernel_mean(pred, ref, scale, centre) + own
+  gap = (
+    kernel_mean(pred, None, scale, centre)
+    - 2 * kernel_mean(pred, ref, scale, centre)
+    + own
+  )
   return math.sqrt(max(gap, 0.0))
 
 
@@ -305,7 +346,9 @@ def kernel_ref_term(ref: np.ndarray) -> float:
 
 def kernel_scale(ref: np.ndarray) -> tuple[float, np.ndarray]:
   centre = ref.mean(axis=0, dtype=np.float64)
-  trace = sum(float(((block - centre) ** 2).sum()) for _, block in chunks(ref)) / (len(ref) - 1)
+  trace = sum(float(((block - centre) ** 2).sum()) for _, block in chunks(ref)) / (
+    len(ref) - 1
+  )
   return 2 * positive(trace), centre
 
 
@@ -322,7 +365,9 @@ def members(ensemble: Members, name: str = "samples") -> Ensemble:
   """
   found = Ensemble.of(ensemble)
   if found.ndim < 3 or found.size == 0:
-    raise ValueError(f"{name} has shape {found.shape}: need [conditions, members, *space].")
+    raise ValueError(
+      f"{name} has shape {found.shape}: need [conditions, members, *space]."
+    )
   return found
 
 
@@ -363,7 +408,9 @@ def _misfit(operator: Operator, x, y):
   return ((seen - y) ** 2).sum(axes), (seen**2).sum(axes)
 
 
-def constraint_rmse(ensemble: Members, conditions: np.ndarray, operator: Operator) -> float:
+def constraint_rmse(
+  ensemble: Members, conditions: np.ndarray, operator: Operator
+) -> float:
   """Mean over conditions and members of ‖C′x − y′‖ / ‖C′x‖, no unit.
 
   Args:
@@ -410,7 +457,9 @@ def displacement(source: np.ndarray, mapped: np.ndarray) -> float:
   """
   source, mapped = (np.asarray(x, np.float64) for x in _rowwise(source, mapped))
   anomaly = source - source.mean(axis=0)
-  return float(np.linalg.norm(mapped - source) / math.sqrt(positive(float((anomaly**2).sum()))))
+  return float(
+    np.linalg.norm(mapped - source) / math.sqrt(positive(float((anomaly**2).sum())))
+  )
 
 
 def amplitude(mapped: np.ndarray, ref: np.ndarray) -> float:
@@ -423,7 +472,11 @@ def amplitude(mapped: np.ndarray, ref: np.ndarray) -> float:
   return math.sqrt(sizes[0] / positive(sizes[1]))
 
 
-def persistence(x: np.ndarray, now: np.ndarray, later: np.ndarray) -> float | None:
+def persistence(
+  x: np.ndarray,
+  now: np.ndarray,
+  later: np.ndarray,
+) -> float | None:
   """Lag-1 correlation of anomalies: corr(x(t), x(t + Δ)) over the rows `now` and `later` of x [S,
   *space].
 
@@ -434,7 +487,10 @@ def persistence(x: np.ndarray, now: np.ndarray, later: np.ndarray) -> float | No
   return corr_input(x[now], x[later])
 
 
-def _rowwise(source: np.ndarray, mapped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rowwise(
+  source: np.ndarray,
+  mapped: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
   source, mapped = rows(source, "source"), rows(mapped, "mapped")
   if source.shape != mapped.shape:
     raise ValueError(

@@ -18,7 +18,11 @@ class Ensemble:
   An array becomes one by `of`. Slices and row numbers give arrays.
   """
 
-  def __init__(self, read: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]):
+  def __init__(
+    self,
+    read: Callable[[np.ndarray], np.ndarray],
+    shape: tuple[int, ...],
+  ):
     self._read = read
     self.shape = tuple(map(int, shape))
 
@@ -65,7 +69,10 @@ class Ensemble:
 
   def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
     """(which conditions, their members) block by block."""
-    step = max(1, BLOCK // max(1, math.prod(self.shape[1:])))
+    step = max(
+      1,
+      BLOCK // max(1, math.prod(self.shape[1:])),
+    )
     for first in range(0, len(self), step):
       place = slice(first, min(first + step, len(self)))
       yield place, self[place]

@@ -90,20 +90,33 @@ def row_moments(block, mean, space, quadratic, periodic=None) -> dict[str, np.nd
   axes = tuple(range(1, len(space) + 1))
   centred = (block - mean).reshape(-1, *space)
   closed = (True,) * len(space) if periodic is None else periodic
-  slopes = [_slope(centred, axis, wrap) for axis, wrap in zip(axes, closed, strict=True)]
+  slopes = [
+    _slope(centred, axis, wrap) for axis, wrap in zip(axes, closed, strict=True)
+  ]
   out = {}
   for power, name in ((2, "second"), (4, "fourth")):
     out[name] = (centred**power).mean(axis=axes)
-    out[f"slope_{name}"] = np.mean([(slope**power).mean(axis=axes) for slope in slopes], axis=0)
+    out[f"slope_{name}"] = np.mean(
+      [(slope**power).mean(axis=axes) for slope in slopes], axis=0
+    )
   y = block.reshape(-1, *space)
   waves = np.fft.fftn(y, axes=axes, norm="forward")
   if quadratic is not None:
-    flux = (waves.conj() * np.fft.fftn(quadratic(y), axes=axes, norm="forward")).real
+    flux = (
+      waves.conj()
+      * np.fft.fftn(
+        quadratic(y),
+        axes=axes,
+        norm="forward",
+      )
+    ).real
     out |= _shell_fluxes(flux.reshape(len(y), -1), space)
   if len(space) == 1 and all(closed):
     first, second = _triads(space[0])
     if first.size:  # four points or fewer have none
-      out["bispectrum"] = waves[:, first] * waves[:, second] * waves[:, first + second].conj()
+      out["bispectrum"] = (
+        waves[:, first] * waves[:, second] * waves[:, first + second].conj()
+      )
   return out
 
 
@@ -114,9 +127,15 @@ def _slope(fields: np.ndarray, axis: int, periodic: bool) -> np.ndarray:
   return np.diff(fields, axis=axis)
 
 
-def _shell_fluxes(flux: np.ndarray, space: tuple[int, ...]) -> dict[str, np.ndarray]:
+def _shell_fluxes(
+  flux: np.ndarray,
+  space: tuple[int, ...],
+) -> dict[str, np.ndarray]:
   """Fluxes [S, D] into the modes, summed over shells k = 1, 2, ...; in 2-D also those over k²."""
-  waves = np.meshgrid(*(np.fft.fftfreq(n, 1 / n) for n in space), indexing="ij")
+  waves = np.meshgrid(
+    *(np.fft.fftfreq(n, 1 / n) for n in space),
+    indexing="ij",
+  )
   size = np.sqrt(sum(k**2 for k in waves)).ravel()
   shell = np.floor(size + 0.5).astype(int)
   member = (shell[:, None] == np.arange(1, shell.max() + 1)).astype(float)
@@ -138,7 +157,9 @@ def average_bispectrum(found: np.ndarray, group: Group) -> np.ndarray:
   """A shift leaves a bispectrum alone, a sign turns it round, running backwards conjugates it."""
   n = group.index.shape[1]
   way = (group.index[:, 1] - group.index[:, 0]) % n
-  straight = (group.index == (group.index[:, :1] + way[:, None] * np.arange(n)) % n).all(axis=1)
+  straight = (
+    group.index == (group.index[:, :1] + way[:, None] * np.arange(n)) % n
+  ).all(axis=1)
   if not (straight & np.isin(way, (1, n - 1))).all():
     raise ValueError(
       "an element of the group is neither a shift nor a reflection of the line: a bispectrum has "
@@ -148,12 +169,16 @@ def average_bispectrum(found: np.ndarray, group: Group) -> np.ndarray:
   return forward * found + backward * found.conj()
 
 
-def errors(found: dict[str, np.ndarray], ref: dict[str, np.ndarray]) -> dict[str, float]:
+def errors(
+  found: dict[str, np.ndarray], ref: dict[str, np.ndarray]
+) -> dict[str, float]:
   """‖found − ref‖ / ‖ref‖ of each statistic of `higher_order`, no unit.
 
   Raises: ValueError if the two are of other grids or kinds, or if the reference's is zero.
   """
-  if {k: np.shape(v) for k, v in found.items()} != {k: np.shape(v) for k, v in ref.items()}:
+  if {k: np.shape(v) for k, v in found.items()} != {
+    k: np.shape(v) for k, v in ref.items()
+  }:
     raise ValueError(
       f"statistics {sorted(found)} against {sorted(ref)}, or of another grid: compute both by "
       "higher_order, with the same quadratic term, of fields on one grid."
@@ -183,23 +208,45 @@ def bures_squared(
   means [D], covariances [D, D], symmetric PSD; units of the field squared, summed over points.
   Raises: ValueError for NaN, shapes that do not fit, or a matrix that is not symmetric.
   """
-  mean_a, cov_a, mean_b, cov_b = (np.asarray(v, np.float64) for v in (mean_a, cov_a, mean_b, cov_b))
+  mean_a, cov_a, mean_b, cov_b = (
+    np.asarray(v, np.float64) for v in (mean_a, cov_a, mean_b, cov_b)
+  )
   d = mean_a.size
-  if mean_a.shape != (d,) or mean_b.shape != (d,) or cov_a.shape != (d, d) or cov_b.shape != (d, d):
+  if (
+    mean_a.shape != (d,)
+    or mean_b.shape != (d,)
+    or cov_a.shape != (d, d)
+    or cov_b.shape != (d, d)
+  ):
     raise ValueError(
       f"means {mean_a.shape}, {mean_b.shape} and covariances {cov_a.shape}, {cov_b.shape}: need "
       "[D] and [D, D], one D."
     )
   for name, cov in (("cov_a", cov_a), ("cov_b", cov_b)):
-    if not np.isfinite(cov).all() or np.abs(cov - cov.T).max() > 1e-8 * np.abs(cov).max():
+    if (
+      not np.isfinite(cov).all() or np.abs(cov - cov.T).max() > 1e-8 * np.abs(cov).max()
+    ):
       raise ValueError(
         f"{name} is not finite and symmetric: hand in a covariance, e.g. "
         "distances.covariance(rows)."
       )
   values, vectors = np.linalg.eigh(cov_a)
-  half = vectors * np.sqrt(np.where(values > CUT * values[-1], values, 0.0))
-  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(half.T @ cov_b @ half), 0.0)).sum()
-  gap = float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+  half = vectors * np.sqrt(
+    np.where(
+      values > CUT * values[-1],
+      values,
+      0.0,
+    )
+  )
+  cross = np.sqrt(
+    np.maximum(
+      np.linalg.eigvalsh(half.T @ cov_b @ half),
+      0.0,
+    )
+  ).sum()
+  gap = float(
+    ((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross
+  )
   return max(gap, 0.0)
 
 

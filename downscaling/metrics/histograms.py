@@ -47,7 +47,8 @@ def distances_by_dimension(
 def _one_dimension(
   x: np.ndarray, share, count: float, ref: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  wide = float(x.std()) * count**-0.2  # Scott's rule, for as many rows as a replicate has
+  # Scott's rule, for as many rows as a replicate has.
+  wide = float(x.std()) * count**-0.2
   wide_ref = float(ref.std(ddof=1)) * len(ref) ** -0.2
   low = min(x.min(), ref.min())
   high = max(x.max(), ref.max())
@@ -58,7 +59,9 @@ def _one_dimension(
   drawn, true = drawn.toarray(), np.asarray(true).ravel()
   gap = np.cumsum(drawn - true, axis=1)
   wass1 = step * np.abs(gap).sum(axis=1)
-  at = np.linspace(ref.min() - 5 * wide_ref, ref.max() + 5 * wide_ref, _nodes(ref, wide_ref, wide))
+  at = np.linspace(
+    ref.min() - 5 * wide_ref, ref.max() + 5 * wide_ref, _nodes(ref, wide_ref, wide)
+  )
   centres = low + step * np.arange(size)
   p = _smooth(at, centres, wide_ref, step) @ true
   q = drawn @ _smooth(at, centres, wide, step).T
@@ -83,7 +86,11 @@ def _nodes(ref: np.ndarray, *widths: float) -> int:
   return min(math.ceil(span / min(widths) * distances.NODES), _BINS) + 1
 
 
-def _smooth(at: np.ndarray, centres: np.ndarray, width: float, step: float) -> np.ndarray:
+def _smooth(
+  at: np.ndarray, centres: np.ndarray, width: float, step: float
+) -> np.ndarray:
   """[P, bins]: a Gaussian kernel, narrowed by what sharing between bins has widened it."""
   variance = max(width**2 - step**2 / 6, width**2 / 2)
-  return np.exp(-0.5 / variance * (at[:, None] - centres) ** 2) / math.sqrt(2 * math.pi * variance)
+  return np.exp(-0.5 / variance * (at[:, None] - centres) ** 2) / math.sqrt(
+    2 * math.pi * variance
+  )

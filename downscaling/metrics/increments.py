@@ -56,14 +56,17 @@ class Series:
     table, true = {}, _moves(self.reference[:, None])
     for name, x in self.samples.items():
       paced = {
-        "condition": None if name not in self.conditions else self._pace(self.conditions[name])
+        "condition": None
+        if name not in self.conditions
+        else self._pace(self.conditions[name])
       }
       table[name] = self._compared(_moves(x), true) | paced
       if x.shape[1] > 1:
         table[name + EXCHANGED] = self._compared(_moves(x, exchanged), true) | paced
     count = max(len(x) for x in self.samples.values())
     return table | {
-      "floor": self._compared(_moves(self.floor[:count, None]), true) | {"condition": None}
+      "floor": self._compared(_moves(self.floor[:count, None]), true)
+      | {"condition": None}
     }
 
   def _pace(self, y: np.ndarray) -> float:
@@ -81,7 +84,9 @@ class Series:
     }
 
 
-def _moves(x: Members, change: Callable = lambda members: members) -> tuple[np.ndarray, np.ndarray]:
+def _moves(
+  x: Members, change: Callable = lambda members: members
+) -> tuple[np.ndarray, np.ndarray]:
   """(mean square of every step [L − 1], energies of the increments by shell) of [K, M, L, *space].
 
   One condition at a time: ensembles are large. change: of its members [M, L, *space], before.
@@ -90,7 +95,12 @@ def _moves(x: Members, change: Callable = lambda members: members) -> tuple[np.n
   for members in x:
     steps = np.diff(np.asarray(change(members), np.float64), axis=1)
     squares.append((steps**2).mean(axis=(0, *range(2, steps.ndim))))
-    energies.append(spectra.energies(steps.reshape(-1, *steps.shape[2:]), "increments"))
+    energies.append(
+      spectra.energies(
+        steps.reshape(-1, *steps.shape[2:]),
+        "increments",
+      )
+    )
   return np.mean(squares, axis=0), np.mean(energies, axis=0)
 
 

@@ -49,7 +49,10 @@ class Judge:
   _floors: dict = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    for fields, rows in ((self.reference.fields, self.reference_rows), (self.more, self.more_rows)):
+    for fields, rows in (
+      (self.reference.fields, self.reference_rows),
+      (self.more, self.more_rows),
+    ):
       if len(fields) != len(rows):
         raise ValueError(
           f"{len(fields)} true fields, but {len(rows)} say where they come from: need one each."
@@ -72,7 +75,9 @@ class Judge:
     fields, origin = self._pool
     weights = bootstrap.true_sets(origin, rows, self.draws, self.seed)
     return np.quantile(
-      replicates.transfer(fields, weights, self.reference, self.quadratic), LEVELS, axis=0
+      replicates.transfer(fields, weights, self.reference, self.quadratic),
+      LEVELS,
+      axis=0,
     )
 
   def interval(
@@ -97,7 +102,10 @@ class Judge:
 
     None for fewer than CLASSIFIED rows, which teach no network anything.
     """
-    if len(x) < CLASSIFIED or min(rows.blocks, self.reference_rows.blocks) < classifier.LEAST:
+    if (
+      len(x) < CLASSIFIED
+      or min(rows.blocks, self.reference_rows.blocks) < classifier.LEAST
+    ):
       return None
     count = min(len(x), len(self.reference.fields))
     some = _spread(len(self.reference.fields), count)
@@ -119,13 +127,24 @@ class Judge:
     if key not in self._floors:
       fields, origin = self._pool
       sizes, periodic = (len(rows), count), self.reference.periodic
-      found = classifier.floor(fields, origin.block, sizes, seed=self.seed, periodic=periodic)
-      self._floors[key] = [found.interval[0], found.auc, found.interval[1]]
+      found = classifier.floor(
+        fields, origin.block, sizes, seed=self.seed, periodic=periodic
+      )
+      self._floors[key] = [
+        found.interval[0],
+        found.auc,
+        found.interval[1],
+      ]
     return self._floors[key]
 
   def _metrics(self, x, weights) -> dict[str, np.ndarray]:
     return replicates.metrics(
-      x, weights, self.reference, moves=self.moves, group=self.group, quadratic=self.quadratic
+      x,
+      weights,
+      self.reference,
+      moves=self.moves,
+      group=self.group,
+      quadratic=self.quadratic,
     )
 
   @functools.cached_property
@@ -138,7 +157,9 @@ class Judge:
       fields, origin = self._pool
       weights = bootstrap.true_sets(origin, rows, self.draws, self.seed)
       found = self._metrics(fields, weights)
-      quantiles = {key: np.quantile(drawn, LEVELS).tolist() for key, drawn in found.items()}
+      quantiles = {
+        key: np.quantile(drawn, LEVELS).tolist() for key, drawn in found.items()
+      }
       band = np.quantile(
         replicates.energies(fields, weights, self.reference.shells), LEVELS, axis=0
       )

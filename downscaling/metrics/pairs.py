@@ -29,10 +29,19 @@ def _tile(x, y, left, right, scale, within):
   J] for all ones.
   """
   inner = jnp.matmul(x, y.T, precision="highest")
-  apart = jnp.maximum((x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * inner, 0) / scale
-  kernel = functools.reduce(operator.add, [a**2 / (a**2 + apart) for a in distances.MMD_LENGTHS])
+  apart = (
+    jnp.maximum(
+      (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * inner,
+      0,
+    )
+    / scale
+  )
+  kernel = functools.reduce(
+    operator.add, [a**2 / (a**2 + apart) for a in distances.MMD_LENGTHS]
+  )
   square = (inner / scale) ** 2
-  if not within:  # all weights of y are alike: a sum over y first, then the weights of x
+  # All weights of y are alike: a sum over y first, then the weights of x.
+  if not within:
     return tuple(left @ (f @ right[0]) for f in (square, kernel))
   return tuple((left * (right @ f.T)).sum(axis=1) for f in (square, kernel))
 
@@ -64,7 +73,9 @@ def forms(
   return square, kernel
 
 
-def along(x: np.ndarray, weights: np.ndarray, directions: np.ndarray, scale: float) -> np.ndarray:
+def along(
+  x: np.ndarray, weights: np.ndarray, directions: np.ndarray, scale: float
+) -> np.ndarray:
   """mᵀ M_w m / scale² of every direction m [B, D] and weighting [B, S], or one weighting [1, S] for
   all; [B].
 
@@ -79,7 +90,9 @@ def along(x: np.ndarray, weights: np.ndarray, directions: np.ndarray, scale: flo
   return total / (counts * scale**2)
 
 
-def _padded(x: np.ndarray, weights: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(
+  x: np.ndarray, weights: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
   """A tile of rows and of their weights; padding has weight 0, so that one program serves every
   tile.
   """

@@ -8,7 +8,14 @@ import numpy as np
 
 from downscaling.fields import symmetry
 from downscaling.fields.domain import Domain
-from downscaling.metrics import distances, higher_order, pairs, spectra, symmetrised, waves
+from downscaling.metrics import (
+  distances,
+  higher_order,
+  pairs,
+  spectra,
+  symmetrised,
+  waves,
+)
 
 
 class Reference:
@@ -24,7 +31,9 @@ class Reference:
         "[rows, *space] of that domain, one channel at a time."
       )
     self.shells = None if domain is None else spectra.shells_of(domain)
-    self.periodic = None if domain is None else tuple(axis.periodic for axis in domain.axes)
+    self.periodic = (
+      None if domain is None else tuple(axis.periodic for axis in domain.axes)
+    )
     self.fields, self._higher, self._symmetric = np.asarray(fields), None, None
     self._squares = None
     self.flat = distances.rows(self.fields, "the reference")
@@ -54,7 +63,12 @@ class Reference:
   def own_forms(self) -> tuple[float, float]:
     """`pairs.forms` of the reference with itself."""
     even = np.ones((1, len(self.fields)), np.float32)
-    square, kernel = pairs.forms(self.centred(self.fields), even, None, self.scale[0])
+    square, kernel = pairs.forms(
+      self.centred(self.fields),
+      even,
+      None,
+      self.scale[0],
+    )
     return float(square[0]), float(kernel[0])
 
   def higher(self, quadratic, group: symmetry.Group) -> dict[str, np.ndarray]:

@@ -46,22 +46,30 @@ def metrics(
   x = np.asarray(x)
   found = _spectral(x, weights, reference)
   found |= _paired(x, weights, reference)
-  kld, wass1 = histograms.distances_by_dimension(reference.flatten(x), weights, reference.flat)
+  kld, wass1 = histograms.distances_by_dimension(
+    reference.flatten(x), weights, reference.flat
+  )
   found |= {"kld_sum": kld, "kld_mean": kld / reference.flat.shape[1], "wass1": wass1}
   if moves is not None:
-    found["sym_cov_rmse"] = _symmetric(x, weights, reference, moves, coarse=group is not None)
+    found["sym_cov_rmse"] = _symmetric(
+      x, weights, reference, moves, coarse=group is not None
+    )
   if group is not None:
     found |= _higher(x, weights, reference, moves, group, quadratic)
   return found
 
 
-def energies(x: np.ndarray, weights: np.ndarray, shells: spectra.Shells | None) -> np.ndarray:
+def energies(
+  x: np.ndarray, weights: np.ndarray, shells: spectra.Shells | None
+) -> np.ndarray:
   """E(k) of every weighting, [B, K]; shells: of the reference."""
   share = weights / weights.sum(axis=1, keepdims=True)
   return share @ spectra.shell_energies(x, shells=shells)
 
 
-def transfer(x: np.ndarray, weights: np.ndarray, reference: Reference, quadratic) -> np.ndarray:
+def transfer(
+  x: np.ndarray, weights: np.ndarray, reference: Reference, quadratic
+) -> np.ndarray:
   """Re E[ŷ* N̂] by shell of every weighting, [B, K]; see higher_order."""
   return _weighted_moments(np.asarray(x), weights, reference, quadratic)["transfer"]
 
@@ -80,11 +88,18 @@ def _paired(x, weights, reference) -> dict[str, np.ndarray]:
   ref_square, ref_kernel = reference.own_forms
   means = weights @ rows / weights.sum(axis=1, keepdims=True)
   own_square -= (
-    2 * pairs.along(rows, weights, means, scale) - (means**2).sum(axis=1) ** 2 / scale**2
+    2 * pairs.along(rows, weights, means, scale)
+    - (means**2).sum(axis=1) ** 2 / scale**2
   )
-  square -= pairs.along(others, np.ones((1, len(others)), np.float32), means, scale)
+  square -= pairs.along(
+    others,
+    np.ones((1, len(others)), np.float32),
+    means,
+    scale,
+  )
   sizes = weights.sum(axis=1), len(others)
-  factor, ref_factor = (count / (count - 1) for count in sizes)  # a covariance divides by n − 1
+  # A covariance divides by n − 1.
+  factor, ref_factor = (count / (count - 1) for count in sizes)
   own_square, square, ref_square = (
     own_square * factor**2,
     square * factor * ref_factor,
@@ -132,7 +147,9 @@ def _weighted_moments(x, weights, reference, quadratic) -> dict[str, np.ndarray]
   sums: dict[str, np.ndarray] = {}
   for first, block in distances.chunks(flat):
     part = share[:, first : first + len(block)]
-    moments = higher_order.row_moments(block, mean, x.shape[1:], quadratic, reference.periodic)
+    moments = higher_order.row_moments(
+      block, mean, x.shape[1:], quadratic, reference.periodic
+    )
     for name, rows in moments.items():
       sums[name] = sums.get(name, 0.0) + part @ rows
   return sums

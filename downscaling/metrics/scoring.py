@@ -31,7 +31,14 @@ HIGHER = (
   "square_covariance",
 )  # see higher_order.py
 SAMPLE_KEYS = ()
-DEBIAS_KEYS = ("corr_input", "amplitude", "displacement", "excess", "persistence", *HIGHER)
+DEBIAS_KEYS = (
+  "corr_input",
+  "amplitude",
+  "displacement",
+  "excess",
+  "persistence",
+  *HIGHER,
+)
 COMPARED = (*KEYS[:10], *HIGHER)  # what has a floor
 # Not every row has members or an input, nor every equation a quadratic term, and only lines have a
 # bispectrum.
@@ -100,7 +107,9 @@ def measure(
     row["sym_cov_rmse"] = None if moves is None else _symmetric(pred, ref, moves)
     return row
   row["sym_cov_rmse"] = distances.sym_cov_rmse(pred, ref.fields, group)
-  row["persistence"] = None if step is None or rows is None else _persistence(pred, rows, step)
+  row["persistence"] = (
+    None if step is None or rows is None else _persistence(pred, rows, step)
+  )
   row["amplitude"] = distances.amplitude(pred, ref.fields)
   return row | _of_map(pred, source, ref, group) | _higher(pred, ref, group, quadratic)
 
@@ -121,13 +130,19 @@ def _of_ensemble(
     members = Ensemble.of(ensemble).only(complete)
     row["variability"] = distances.variability(members) if len(complete) else None
     if conditions is not None and operator is not None and len(complete):
-      row["constraint_rmse"] = distances.constraint_rmse(members, conditions[complete], operator)
+      row["constraint_rmse"] = distances.constraint_rmse(
+        members, conditions[complete], operator
+      )
       seen = np.asarray(operator.apply(pred.astype(np.float32)[..., None]))[..., 0]
-      row["corr_condition"] = distances.corr_input(conditions, seen) if len(pred) > 1 else None
+      row["corr_condition"] = (
+        distances.corr_input(conditions, seen) if len(pred) > 1 else None
+      )
   if misfit is not None:
     kept = np.where(np.isfinite(misfit), misfit, np.nan)
     known = ~np.isnan(kept).all(axis=1)
-    row["misfit"] = float(np.median(np.nanmean(kept[known], axis=1))) if known.any() else None
+    row["misfit"] = (
+      float(np.median(np.nanmean(kept[known], axis=1))) if known.any() else None
+    )
   return row
 
 
@@ -191,7 +206,14 @@ def debias_rows(
       source = None
     origin = (rows or {}).get(name) or bootstrap.single(len(x))
     table[name] = _judged(
-      name, x, judge, origin, group=judge.group, source=source, quadratic=judge.quadratic, step=step
+      name,
+      x,
+      judge,
+      origin,
+      group=judge.group,
+      source=source,
+      quadratic=judge.quadratic,
+      step=step,
     )
   return table
 
@@ -283,10 +305,20 @@ def first_members(x: distances.Members, name: str = "samples") -> FirstMembers:
 def _judged(name: str, x, judge: Judge, origin: bootstrap.Rows, **of_set) -> dict:
   """One row of a table: measure's values, their intervals and their floor."""
   try:
-    row: dict[str, Any] = dict(measure(x, judge.reference, rows=origin, **of_set))
+    row: dict[str, Any] = dict(
+      measure(
+        x,
+        judge.reference,
+        rows=origin,
+        **of_set,
+      )
+    )
   except ValueError as error:
     raise ValueError(f"row {name!r}: {error}") from None
-  row |= {"interval": judge.interval(x, origin, row), "floor": dict(judge.floor(origin))}
+  row |= {
+    "interval": judge.interval(x, origin, row),
+    "floor": dict(judge.floor(origin)),
+  }
   told = None if name.endswith("in-sample") else judge.auc(x, origin)
   if told is not None:
     row["auc"], row["interval"]["auc"], row["floor"]["auc"] = told
@@ -316,21 +348,32 @@ def check_schema(metrics: Mapping) -> None:
       wrong.append(f"{key} is {type(metrics.get(key)).__name__}, need {kind.__name__}")
   if not isinstance(metrics.get("config_hash"), str):
     wrong.append("config_hash is missing")
-  for part, keys in (("debias", {*KEYS, *DEBIAS_KEYS}), ("samples", {*KEYS, *SAMPLE_KEYS})):
+  for part, keys in (
+    ("debias", {*KEYS, *DEBIAS_KEYS}),
+    ("samples", {*KEYS, *SAMPLE_KEYS}),
+  ):
     table = metrics.get(part)
     if isinstance(table, Mapping):
       wrong += _wrong_rows(part, table, keys)
   if wrong:
-    shown = "; ".join(wrong[:6]) + (f"; and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+    shown = "; ".join(wrong[:6]) + (
+      f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+    )
     raise ValueError(f"metrics.json would not follow its schema: {shown}.")
 
 
-def _wrong_rows(part: str, table: Mapping[str, dict], keys: set[str]) -> list[str]:
+def _wrong_rows(
+  part: str,
+  table: Mapping[str, dict],
+  keys: set[str],
+) -> list[str]:
   wrong = []
   for name, row in table.items():
     given = {*row} - {*RANGES}
     wrong += [f"{part}.{name}.{key} is missing" for key in sorted(keys - given)]
-    wrong += [f"{part}.{name}.{key} is not in the schema" for key in sorted(given - keys)]
+    wrong += [
+      f"{part}.{name}.{key} is not in the schema" for key in sorted(given - keys)
+    ]
     wrong += [
       f"{part}.{name}.{key} is {row[key]!r}"
       for key in sorted(keys & given)
@@ -348,8 +391,16 @@ def _wrong_rows(part: str, table: Mapping[str, dict], keys: set[str]) -> list[st
 def _fits(key: str, value) -> bool:
   if value is None:
     return key in MAY_BE_NULL
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  return (
+    isinstance(value, int | float)
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
 
 
 def _ascending(ends, length: int) -> bool:
-  return len(ends) == length and all(math.isfinite(e) for e in ends) and sorted(ends) == list(ends)
+  return (
+    len(ends) == length
+    and all(math.isfinite(e) for e in ends)
+    and sorted(ends) == list(ends)
+  )

@@ -37,7 +37,14 @@ class Shells:
   @property
   def count(self) -> int:
     """The last whole shell."""
-    finest = [n / 2 * scale for n, scale in zip(self.basis.space, self.scales, strict=True)]
+    finest = [
+      n / 2 * scale
+      for n, scale in zip(
+        self.basis.space,
+        self.scales,
+        strict=True,
+      )
+    ]
     return int(min(finest))
 
   def numbers(self) -> np.ndarray:
@@ -73,7 +80,9 @@ def shells_of(domain: Domain) -> Shells | None:
   return Shells(domain.basis(), lengths)
 
 
-def shell_energies(x: np.ndarray, name: str = "fields", shells: Shells | None = None) -> np.ndarray:
+def shell_energies(
+  x: np.ndarray, name: str = "fields", shells: Shells | None = None
+) -> np.ndarray:
   """Energy of each row in each shell, [S, K], k = 1, 2, ...; units of the field squared.
 
   The energy of all modes is the row's variance about its own mean (Parseval); in 1-D no mode lies
@@ -128,12 +137,16 @@ def shell_numbers(space: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   return np.floor(size + 0.5).astype(int), twice
 
 
-def energies(x: np.ndarray, name: str = "fields", shells: Shells | None = None) -> np.ndarray:
+def energies(
+  x: np.ndarray, name: str = "fields", shells: Shells | None = None
+) -> np.ndarray:
   """E(k): `shell_energies` averaged over the rows, [K]."""
   return shell_energies(x, name, shells).mean(axis=0)
 
 
-def energy_holding_shells(ref_energies: np.ndarray, share: float = ENERGY_SHARE) -> np.ndarray:
+def energy_holding_shells(
+  ref_energies: np.ndarray, share: float = ENERGY_SHARE
+) -> np.ndarray:
   """Mask [k] of the fewest shells that together hold `share` of the energy: beyond them rounding is
   measured.
   """
@@ -153,9 +166,13 @@ def log_ratios(pred_energies: np.ndarray, ref_energies: np.ndarray) -> np.ndarra
     )
   total = float(ref_energies.sum())
   if total <= 0:
-    raise ValueError("the reference has no energy in any shell: its fields are constant in space.")
+    raise ValueError(
+      "the reference has no energy in any shell: its fields are constant in space."
+    )
   return np.abs(
-    np.log(np.maximum(pred_energies, 1e-30 * total) / np.maximum(ref_energies, 1e-30 * total))
+    np.log(
+      np.maximum(pred_energies, 1e-30 * total) / np.maximum(ref_energies, 1e-30 * total)
+    )
   )
 
 

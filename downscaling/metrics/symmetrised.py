@@ -25,13 +25,19 @@ def covariance(x: np.ndarray, moves: Moves) -> np.ndarray:
   distances.rows(x, "fields")
   space, n, axes = x.shape[1:], x.shape[-1], tuple(range(1, x.ndim))
   mean, move = x.mean(axis=0, dtype=np.float64), jax.jit(moves.move)
-  total = np.zeros((n // 2 + 1, *(math.prod(space) // n,) * 2), complex)
+  total = np.zeros(
+    (n // 2 + 1, *(math.prod(space) // n,) * 2),
+    complex,
+  )
   for _, block in distances.chunks(x):
     block = (block - mean).astype(np.float32)
     for element in range(
       0, moves.count, n
     ):  # one of each lot that differs by shifts, which the blocks are blind to
-      waves = np.fft.rfftn(np.asarray(move(block, element)), axes=axes) / math.prod(space)
+      waves = np.fft.rfftn(
+        np.asarray(move(block, element)),
+        axes=axes,
+      ) / math.prod(space)
       waves = waves.reshape(len(block), -1, n // 2 + 1).transpose(2, 1, 0)
       total += waves @ waves.conj().transpose(0, 2, 1)
   return total / ((len(x) - 1) * (moves.count // n))
@@ -62,5 +68,12 @@ def mask(space: tuple[int, ...], shells: np.ndarray | None) -> np.ndarray:
   if shells is None:
     counts = np.ones(number.T.shape, bool)
   else:
-    counts = np.concatenate([[False], shells, np.zeros(number.max(), bool)])[number].T  # [k, q]
+    # [k, q]
+    counts = np.concatenate(
+      [
+        [False],
+        shells,
+        np.zeros(number.max(), bool),
+      ]
+    )[number].T
   return twice[:, None, None] * (counts[:, :, None] & counts[:, None, :])

@@ -28,16 +28,25 @@ def waves(x: np.ndarray, moves: Moves, power: int = 1) -> np.ndarray:
   space, n, axes = x.shape[1:], x.shape[-1], tuple(range(1, x.ndim))
   move = jax.jit(moves.move)
   lots = range(0, moves.count, n)
-  out = np.empty((len(x), len(lots), math.prod(space) // n, n // 2 + 1), np.complex64)
+  out = np.empty(
+    (len(x), len(lots), math.prod(space) // n, n // 2 + 1),
+    np.complex64,
+  )
   for first, block in distances.chunks(x):
     for number, element in enumerate(lots):
       moved = np.asarray(move(block.astype(np.float32), element))
       found = np.fft.rfftn(moved**power, axes=axes) / math.prod(space)
-      out[first : first + len(block), number] = found.reshape(len(block), -1, n // 2 + 1)
+      out[first : first + len(block), number] = found.reshape(
+        len(block), -1, n // 2 + 1
+      )
   return out
 
 
-def blocks(z: np.ndarray, weights: np.ndarray, mean: str) -> Iterator[np.ndarray]:
+def blocks(
+  z: np.ndarray,
+  weights: np.ndarray,
+  mean: str,
+) -> Iterator[np.ndarray]:
   """For every k, the covariance blocks [B, q, q] complex of all weightings [B, S] of `waves` z.
 
   mean: what is removed of each weighting. "point": the mean of every point, as a covariance does.
@@ -47,7 +56,9 @@ def blocks(z: np.ndarray, weights: np.ndarray, mean: str) -> Iterator[np.ndarray
     yield _block(z[..., k], weights, mean == "point", mean == "group" and k == 0)
 
 
-def _block(at: np.ndarray, weights: np.ndarray, by_point: bool, by_group: bool) -> np.ndarray:
+def _block(
+  at: np.ndarray, weights: np.ndarray, by_point: bool, by_group: bool
+) -> np.ndarray:
   """The block of one k, [B, q, q]; at: [S, E, q]. Which mean is removed, if any."""
   rows, lots, q = at.shape
   counts = weights.sum(axis=1)[:, None]
@@ -60,7 +71,9 @@ def _block(at: np.ndarray, weights: np.ndarray, by_point: bool, by_group: bool) 
     # A row's own block. Products of matrices, as einsum makes no use of BLAS here.
     part = (columns[:, first : first + step] @ opposite) / np.float32(lots)
     summed = share @ part.reshape(rows, -1).view(np.float32)
-    out[:, first : first + step] = summed.view(np.complex64).reshape(len(weights), -1, q)
+    out[:, first : first + step] = summed.view(np.complex64).reshape(
+      len(weights), -1, q
+    )
   if by_point:
     each = (share @ at.reshape(rows, -1)).reshape(len(weights), lots, q)
     out -= (each.transpose(0, 2, 1) @ each.conj()) / np.float32(lots)
@@ -71,7 +84,9 @@ def _block(at: np.ndarray, weights: np.ndarray, by_point: bool, by_group: bool) 
   return out
 
 
-def relative(z, weights, reference: np.ndarray, mask: np.ndarray, mean: str) -> np.ndarray:
+def relative(
+  z, weights, reference: np.ndarray, mask: np.ndarray, mean: str
+) -> np.ndarray:
   """‖C_w − C‖ / ‖C‖ of all weightings, [B]; reference [N//2 + 1, q, q], mask [N//2 + 1, q, q]
   weighs its entries. Waves that count with none are left out.
   """
@@ -81,7 +96,9 @@ def relative(z, weights, reference: np.ndarray, mask: np.ndarray, mean: str) -> 
     if not len(kept):
       continue
     square = np.ix_(kept, kept)
-    found = _block(z[:, :, kept, k], weights, mean == "point", mean == "group" and k == 0)
+    found = _block(
+      z[:, :, kept, k], weights, mean == "point", mean == "group" and k == 0
+    )
     apart = np.abs(found - reference[k][square]) ** 2
     gap += (mask[k][square] * apart).sum(axis=(1, 2), dtype=np.float64)
   size = float((mask * np.abs(reference) ** 2).sum())

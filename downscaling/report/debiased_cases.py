@@ -46,17 +46,28 @@ def section(e: Evidence) -> Section:
   """Of a report that has debiased fields on a line or a plane."""
   title = "Single debiased fields"
   if e.default not in e.coarse:
-    return Section("cases", title, "", html_page.job("debias", "No debiased fields yet:"), [])
-  some = np.linspace(0, len(e.coarse[e.default]) - 1, min(ROWS, len(e.coarse[e.default]))).astype(
-    int
-  )
+    return Section(
+      "cases", title, "", html_page.job("debias", "No debiased fields yet:"), []
+    )
+  some = np.linspace(
+    0, len(e.coarse[e.default]) - 1, min(ROWS, len(e.coarse[e.default]))
+  ).astype(int)
   true_rows, floor = e.coarse_reference, e.coarse_floor
   assert true_rows is not None  # Evidence has checked it
   assert floor is not None
   shape = true_rows.shape[1:]
-  flat = {name: np.reshape(e.coarse[name][some], (len(some), -1)) for name in ("lflr", e.default)}
-  reference = np.reshape(true_rows[:TARGETS], (min(TARGETS, len(true_rows)), -1))
-  true = np.reshape(floor[:ROWS], (min(ROWS, len(floor)), -1))
+  flat = {
+    name: np.reshape(e.coarse[name][some], (len(some), -1))
+    for name in ("lflr", e.default)
+  }
+  reference = np.reshape(
+    true_rows[:TARGETS],
+    (min(TARGETS, len(true_rows)), -1),
+  )
+  true = np.reshape(
+    floor[:ROWS],
+    (min(ROWS, len(floor)), -1),
+  )
   group = e.group or symmetry.trivial(reference.shape[1])
   apart, fields = nearest(flat[e.default], reference, group)
   usual = nearest(true, reference, group)[0]
@@ -64,7 +75,9 @@ def section(e: Evidence) -> Section:
   order, panels = np.argsort(apart), {}
   for name, place in CASES.items():
     row = order[int(place * (len(order) - 1))]
-    heading = f"{name}: {apart[row] / np.median(usual):.2f} × the median true field's distance"
+    heading = (
+      f"{name}: {apart[row] / np.median(usual):.2f} × the median true field's distance"
+    )
     panels[heading] = {
       "lflr": flat["lflr"][row].reshape(shape),
       e.default: flat[e.default][row].reshape(shape),
@@ -82,7 +95,11 @@ def section(e: Evidence) -> Section:
     "have made?"
   )
   return Section(
-    "cases", title, lead, "", [Panel("cases", draw, "Debiased fields beside true ones", text)]
+    "cases",
+    title,
+    lead,
+    "",
+    [Panel("cases", draw, "Debiased fields beside true ones", text)],
   )
 
 
@@ -96,4 +113,9 @@ def _draw(e: Evidence, panels: dict, shape: tuple[int, ...]) -> figures.Draw:
     for title, rows in panels.items()
     for row, x in rows.items()
   }
-  return figures.images(shown, e.u, ("x", "y"), (0, e.length, 0, e.length))
+  return figures.images(
+    shown,
+    e.u,
+    ("x", "y"),
+    (0, e.length, 0, e.length),
+  )

@@ -16,7 +16,10 @@ Draw = Callable[[Theme], Figure]
 
 
 def spectrum(
-  reference: np.ndarray, rows: Mapping[str, np.ndarray], band: np.ndarray, held: np.ndarray
+  reference: np.ndarray,
+  rows: Mapping[str, np.ndarray],
+  band: np.ndarray,
+  held: np.ndarray,
 ) -> Draw:
   """E(k) on log axes over E(k)/E_ref(k) with the band of true sets.
 
@@ -31,24 +34,46 @@ def spectrum(
     figure = page(4.5)
     top, low = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     top.loglog(
-      k, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference", zorder=1
+      k,
+      reference,
+      color=theme.ink,
+      linewidth=3.2,
+      alpha=0.35,
+      label="reference",
+      zorder=1,
     )
     ends = [_ratio(edge, reference) for edge in (band[0], band[2])]
-    low.fill_between(k, *ends, color=theme.muted, alpha=0.28, linewidth=0, label="true sets, 95 %")
+    low.fill_between(
+      k, *ends, color=theme.muted, alpha=0.28, linewidth=0, label="true sets, 95 %"
+    )
     for name, energy in rows.items():
       top.loglog(
-        k, np.maximum(energy, 1e-30 * reference.sum()), **theme.line(name), label=label(name)
+        k,
+        np.maximum(energy, 1e-30 * reference.sum()),
+        **theme.line(name),
+        label=label(name),
       )
       low.loglog(k, _ratio(energy, reference), **theme.line(name))
     if cut < k[-1]:
       for axes in (top, low):
-        axes.axvline(cut + 0.5, color=theme.muted, linewidth=0.7, linestyle=(0, (1, 2)))
+        axes.axvline(
+          cut + 0.5,
+          color=theme.muted,
+          linewidth=0.7,
+          linestyle=(0, (1, 2)),
+        )
       top.annotate("← 99.9999 %\nof the energy", (cut + 0.5, reference.max() * 1.3), ha="left",
       va="top",
                    fontsize=8.5, color=theme.muted, xytext=(4, 0),
                    textcoords="offset points")  # fmt: skip
     gaps = [np.abs(np.log(_ratio(e, reference)[held])).max() for e in rows.values()]
-    reach = float(np.clip(np.exp(max(gaps, default=0.0)) * 1.15, 1.15, 30.0))
+    reach = float(
+      np.clip(
+        np.exp(max(gaps, default=0.0)) * 1.15,
+        1.15,
+        30.0,
+      )
+    )
     low.set_ylim(1 / reach, reach)
     ticks = [
       t
@@ -89,11 +114,19 @@ def density(
   def draw(theme: Theme) -> Figure:
     figure = page(3.1)
     axes = figure.subplots()
-    axes.semilogy(at, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference")
-    axes.semilogy(at, floor, **theme.line("floor") | {"linewidth": 1.2}, label="floor set")
+    axes.semilogy(
+      at, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference"
+    )
+    axes.semilogy(
+      at, floor, **theme.line("floor") | {"linewidth": 1.2}, label="floor set"
+    )
     for name, value in rows.items():
       axes.semilogy(at, value, **theme.line(name), label=label(name))
-    peak = max(reference.max(), *(v.max() for v in rows.values())) if rows else reference.max()
+    peak = (
+      max(reference.max(), *(v.max() for v in rows.values()))
+      if rows
+      else reference.max()
+    )
     least = min(v.min() for v in (reference, *rows.values()))
     axes.set(
       ylim=(max(peak * 1e-5, least / 3), peak * 2),
@@ -107,7 +140,13 @@ def density(
   return draw
 
 
-def curves(x: np.ndarray, panels: list[dict], row: str, symbol: str, unit: str) -> Draw:
+def curves(
+  x: np.ndarray,
+  panels: list[dict],
+  row: str,
+  symbol: str,
+  unit: str,
+) -> Draw:
   """Members as lines, one panel a condition.
 
   x: [N] positions; panels: dicts of members [M, N], at [n] and condition [n] (or None), truth [N]
@@ -119,18 +158,32 @@ def curves(x: np.ndarray, panels: list[dict], row: str, symbol: str, unit: str) 
     line = theme.line(row) | {"linestyle": "-"}
     for i, (axes, panel) in enumerate(
       zip(
-        figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0],
+        figure.subplots(
+          len(panels),
+          1,
+          sharex=True,
+          sharey=True,
+          squeeze=False,
+        )[:, 0],
         panels,
         strict=True,
       )
     ):
       for j, member in enumerate(panel["members"]):
         axes.plot(
-          x, member, **line | {"linewidth": 1.5 if j == 0 else 0.7, "alpha": 1.0 if j == 0 else 0.4}
+          x,
+          member,
+          **line
+          | {"linewidth": 1.5 if j == 0 else 0.7, "alpha": 1.0 if j == 0 else 0.4},
         )
       if panel.get("truth") is not None:
         axes.plot(
-          x, panel["truth"], color=theme.ink, linewidth=1.1, linestyle=(0, (3, 1.5)), label="truth"
+          x,
+          panel["truth"],
+          color=theme.ink,
+          linewidth=1.1,
+          linestyle=(0, (3, 1.5)),
+          label="truth",
         )
       if panel.get("condition") is not None:
         axes.plot(panel["at"], panel["condition"], "o", color=theme.ink, markersize=3.2,
@@ -141,7 +194,11 @@ def curves(x: np.ndarray, panels: list[dict], row: str, symbol: str, unit: str) 
       if i == 0:
         axes.plot([], [], **line, label=f"member ({len(panel['members'])} drawn)")
         axes.legend(
-          loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.2
+          loc="lower left",
+          bbox_to_anchor=(0, 1.0),
+          ncols=3,
+          borderaxespad=0.2,
+          columnspacing=1.2,
         )
     axes.set_xlabel(f"x ({unit})" if unit else "x")
     return figure
@@ -150,7 +207,10 @@ def curves(x: np.ndarray, panels: list[dict], row: str, symbol: str, unit: str) 
 
 
 def images(
-  panels: Mapping[str, np.ndarray], symbol: str, axis_labels: tuple[str, str], extent=None
+  panels: Mapping[str, np.ndarray],
+  symbol: str,
+  axis_labels: tuple[str, str],
+  extent=None,
 ) -> Draw:
   """2-D arrays side by side under one shared, symmetric colour scale; at most 3 to a line.
 
@@ -177,7 +237,9 @@ def images(
       axes.set_xlabel(axis_labels[0] if i // columns == lines - 1 else "")
       axes.set_ylabel(axis_labels[1] if i % columns == 0 else "")
       axes.xaxis.set_major_locator(MaxNLocator(3))
-    bar = figure.colorbar(shown, ax=grid, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02)
+    bar = figure.colorbar(
+      shown, ax=grid, orientation="horizontal", shrink=0.6, aspect=40, pad=0.02
+    )
     bar.set_label(symbol)
     bar.outline.set_visible(False)
     return figure
@@ -200,21 +262,36 @@ def covariances(panels: Mapping[str, np.ndarray], unit: str) -> Draw:
   """
   names = list(panels)
   reach = max(float(np.abs(panels[n]).max()) for n in names[:-1])
-  own = max(float(np.abs(panels[names[-1]]).max()), 1e-30)
+  own = max(
+    float(np.abs(panels[names[-1]]).max()),
+    1e-30,
+  )
 
   def draw(theme: Theme) -> Figure:
     figure = page(2.75)
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+    for axes, name in zip(
+      figure.subplots(1, len(names), sharey=True), names, strict=True
+    ):
       top = own if name == names[-1] else reach
-      shown = axes.imshow(panels[name], cmap=theme.diverging, vmin=-top, vmax=top)
+      shown = axes.imshow(
+        panels[name],
+        cmap=theme.diverging,
+        vmin=-top,
+        vmax=top,
+      )
       _frame(axes, theme)
       axes.set_title(name)
       axes.set_xlabel("point")
       axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
       axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-      bar = figure.colorbar(shown, ax=axes, orientation="horizontal", aspect=14, pad=0.02)
+      bar = figure.colorbar(
+        shown, ax=axes, orientation="horizontal", aspect=14, pad=0.02
+      )
       tick = float(f"{0.8 * top:.1g}")
-      bar.set_ticks([-tick, 0, tick], labels=[f"{v:.1g}" for v in (-tick, 0, tick)])
+      bar.set_ticks(
+        [-tick, 0, tick],
+        labels=[f"{v:.1g}" for v in (-tick, 0, tick)],
+      )
       bar.outline.set_visible(False)
     figure.axes[0].set_ylabel("point")
     figure.supxlabel(f"covariance ({unit})" if unit else "covariance", fontsize=9.5)
@@ -224,7 +301,11 @@ def covariances(panels: Mapping[str, np.ndarray], unit: str) -> Draw:
 
 
 def convergence(
-  steps: np.ndarray, epsilon: np.ndarray, errors: np.ndarray, threshold: float | None, unit: str
+  steps: np.ndarray,
+  epsilon: np.ndarray,
+  errors: np.ndarray,
+  threshold: float | None,
+  unit: str,
 ) -> Draw:
   """Marginal error and the ε it was reached at, against iterations; all [checks]."""
 
@@ -277,7 +358,9 @@ def loss(steps: np.ndarray, values: np.ndarray) -> Draw:
   def draw(theme: Theme) -> Figure:
     figure = page(2.6)
     axes = figure.subplots()
-    axes.plot(steps, values, color=theme.debiased, alpha=0.3, linewidth=0.9, label="as logged")
+    axes.plot(
+      steps, values, color=theme.debiased, alpha=0.3, linewidth=0.9, label="as logged"
+    )
     width = max(len(values) // 20, 1)
     if width > 1:
       smooth = np.convolve(values, np.ones(width) / width, "valid")
@@ -325,7 +408,9 @@ def ranks(rows: Mapping[str, np.ndarray]) -> Draw:
       )
       axes.axhline(1, color=theme.ink, linewidth=0.9)
       axes.set(
-        xlabel="members below the truth", ylabel="frequency ×\n(members + 1)", title=label(name)
+        xlabel="members below the truth",
+        ylabel="frequency ×\n(members + 1)",
+        title=label(name),
       )
       axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
@@ -361,7 +446,10 @@ def spread_error(rows: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Draw:
   return draw
 
 
-def front(rows: Mapping[str, tuple[float, float]], more: Mapping[str, str]) -> Draw:
+def front(
+  rows: Mapping[str, tuple[float, float]],
+  more: Mapping[str, str],
+) -> Draw:
   """Maps by (excess displacement, distance of their statistics from the truth in floors). more:
   words behind a name.
   """
@@ -369,7 +457,12 @@ def front(rows: Mapping[str, tuple[float, float]], more: Mapping[str, str]) -> D
   def draw(theme: Theme) -> Figure:
     figure = page(3.3)
     axes = figure.subplots()
-    axes.axhline(1, color=theme.muted, linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.axhline(
+      1,
+      color=theme.muted,
+      linewidth=0.9,
+      linestyle=(0, (1, 2)),
+    )
     axes.annotate(
       "floor",
       (1, 1),
@@ -379,7 +472,13 @@ def front(rows: Mapping[str, tuple[float, float]], more: Mapping[str, str]) -> D
       color=theme.muted,
     )
     for name, (moved, distance) in rows.items():
-      axes.plot(moved, distance, "o", color=theme.line(name)["color"], markersize=6)
+      axes.plot(
+        moved,
+        distance,
+        "o",
+        color=theme.line(name)["color"],
+        markersize=6,
+      )
       axes.annotate(
         label(name) + more.get(name, ""),
         (moved, distance),
@@ -394,7 +493,8 @@ def front(rows: Mapping[str, tuple[float, float]], more: Mapping[str, str]) -> D
     axes.set_yticks(ticks, [f"{t} ×" for t in ticks])
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(
-      xlabel="moved beyond need (share of the field's variance)", ylabel="error over its floor"
+      xlabel="moved beyond need (share of the field's variance)",
+      ylabel="error over its floor",
     )
     return figure
 
@@ -414,11 +514,20 @@ def moved(
     figure = page(2.9)
     axes = figure.subplots(1, 2 if targets else 1, squeeze=False)[0]
     for name, values in shares.items():
-      axes[0].plot(levels, values, **theme.line(name), label=label(name))
-    axes[0].set(xlabel="quantile of fields", ylabel="moved, over its size", ylim=(0, None))
+      axes[0].plot(
+        levels,
+        values,
+        **theme.line(name),
+        label=label(name),
+      )
+    axes[0].set(
+      xlabel="quantile of fields", ylabel="moved, over its size", ylim=(0, None)
+    )
     axes[0].legend(loc="upper left")
     for name, (at, values) in targets.items():
-      axes[1].semilogy(at, values, **theme.line(name), marker="o", markersize=3, label=label(name))
+      axes[1].semilogy(
+        at, values, **theme.line(name), marker="o", markersize=3, label=label(name)
+      )
     if targets:
       axes[1].set(xlabel="quantile of fields", ylabel="effective targets")
       axes[1].yaxis.set_major_formatter("{x:g}")
@@ -442,13 +551,23 @@ def transfer(
     axes = figure.subplots()
     axes.axhline(0, color=theme.muted, linewidth=0.7)
     axes.fill_between(
-      k, band[0], band[2], color=theme.muted, alpha=0.28, linewidth=0, label="true sets, 95 %"
+      k,
+      band[0],
+      band[2],
+      color=theme.muted,
+      alpha=0.28,
+      linewidth=0,
+      label="true sets, 95 %",
     )
-    axes.plot(k, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference")
+    axes.plot(
+      k, reference, color=theme.ink, linewidth=3.2, alpha=0.35, label="reference"
+    )
     for name, values in rows.items():
       axes.plot(k, values, **theme.line(name), label=label(name))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="wavenumber k (waves a box)", ylabel=f"transfer of {symbol}² into k")
+    axes.set(
+      xlabel="wavenumber k (waves a box)", ylabel=f"transfer of {symbol}² into k"
+    )
     axes.legend(loc="best")
     return figure
 
@@ -467,10 +586,21 @@ def beside(
 
   def draw(theme: Theme) -> Figure:
     figure = page(1.7 * len(panels) + 0.6)
-    every = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    every = figure.subplots(
+      len(panels),
+      1,
+      sharex=True,
+      sharey=True,
+      squeeze=False,
+    )[:, 0]
     for axes, (title, rows) in zip(every, panels.items(), strict=True):
       for name, field in rows.items():
-        axes.plot(at, field, **theme.line(name), label=_NEAREST.get(name, label(name)))
+        axes.plot(
+          at,
+          field,
+          **theme.line(name),
+          label=_NEAREST.get(name, label(name)),
+        )
       axes.set(title=title, ylabel=symbol)
     every[-1].set(xlabel=f"x ({unit})" if unit else "x")
     every[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.15), ncols=3)

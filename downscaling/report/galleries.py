@@ -32,9 +32,15 @@ def gallery(e: Evidence) -> Section:
         None if truth is None else truth[chosen[:3]],
       )
       text = f"{label(name)}: a line of pictures for every condition."
-    panels.append(Panel(f"gallery_{name.replace('+', '_')}", draw, f"Samples, {label(name)}", text))
+    panels.append(
+      Panel(f"gallery_{name.replace('+', '_')}", draw, f"Samples, {label(name)}", text)
+    )
   return Section(
-    "gallery", "Samples", "", "" if panels else html_page.job("sample", "No samples yet:"), panels
+    "gallery",
+    "Samples",
+    "",
+    "" if panels else html_page.job("sample", "No samples yet:"),
+    panels,
   )
 
 
@@ -83,7 +89,9 @@ def _maps(
     elif x.shape[1] > 1:
       panels[number + "member 2"] = x[k, 1]
   unit = f" ({e.length_unit})" if e.length_unit else ""
-  return figures.images(panels, e.u, (f"x{unit}", f"y{unit}"), (0, e.length, 0, e.length))
+  return figures.images(
+    panels, e.u, (f"x{unit}", f"y{unit}"), (0, e.length, 0, e.length)
+  )
 
 
 def rows(e: Evidence) -> Section:
@@ -92,13 +100,21 @@ def rows(e: Evidence) -> Section:
   if not e.samples or e.fine_reference is None or e.fine_reference.ndim != 2:
     text = "" if e.samples else html_page.job("sample", "No samples yet:")
     return Section(
-      "pictures", "Fields beside fields", "", text or "<p>The maps above show whole fields.</p>", []
+      "pictures",
+      "Fields beside fields",
+      "",
+      text or "<p>The maps above show whole fields.</p>",
+      [],
     )
   for name, true in e.truth.items():
     kept, x, _ = e.firsts[name]
     true = true[kept]
     order = _by_phase(true)[:STRIPES]
-    shown = {"truth": true[order], "one sample": x[order], "difference": x[order] - true[order]}
+    shown = {
+      "truth": true[order],
+      "one sample": x[order],
+      "difference": x[order] - true[order],
+    }
     text = (
       f"{label(name)}: {len(order)} held-out fields as rows, a sample of each from its coarse "
       f"points, the difference."
@@ -106,7 +122,10 @@ def rows(e: Evidence) -> Section:
     panels.append(_stripes(e, f"rows_{name}", shown, text))
   wanted = (f"{e.default}+diffusion", "raw+diffusion", "unconditional")
   chosen = {label(n): e.firsts[n].members for n in wanted if n in e.samples}
-  sets = {"reference": e.fine_reference, **dict(list(chosen.items())[:2])}
+  sets = {
+    "reference": e.fine_reference,
+    **dict(list(chosen.items())[:2]),
+  }
   count = min(STRIPES, *(len(x) for x in sets.values()))
   shown = {name: x[:count][_by_phase(x[:count])] for name, x in sets.items()}
   text = (
@@ -121,7 +140,12 @@ def rows(e: Evidence) -> Section:
   return Section("pictures", "Fields beside fields", lead, "", panels)
 
 
-def _stripes(e: Evidence, name: str, shown: dict[str, np.ndarray], text: str) -> Panel:
+def _stripes(
+  e: Evidence,
+  name: str,
+  shown: dict[str, np.ndarray],
+  text: str,
+) -> Panel:
   unit = f" ({e.length_unit})" if e.length_unit else ""
   extent = (0, e.length, 0, len(next(iter(shown.values()))))
   return Panel(

@@ -166,11 +166,14 @@ def table(head: Iterable[str], body: Iterable[str]) -> str:
   )
 
 
-def row(name: str, cells: Iterable[tuple[str, str, bool]], under: str = "", kind: str = "") -> str:
+def row(
+  name: str, cells: Iterable[tuple[str, str, bool]], under: str = "", kind: str = ""
+) -> str:
   """One row: its name, a small line under it, and cells (text, small line, is at its floor)."""
   small = lambda text: f"<small>{escape(text)}</small>" if text else ""
   tds = "".join(
-    f"<td{' class=at' if at else ''}>{escape(text)}{small(below)}</td>" for text, below, at in cells
+    f"<td{' class=at' if at else ''}>{escape(text)}{small(below)}</td>"
+    for text, below, at in cells
   )
   row = f"<tr class={kind}>" if kind else "<tr>"
   return f'{row}<th scope="row">{escape(name)}{small(under)}</th>{tds}</tr>'
@@ -178,7 +181,9 @@ def row(name: str, cells: Iterable[tuple[str, str, bool]], under: str = "", kind
 
 def facts(pairs: Iterable[tuple[str, object]]) -> str:
   """A two-column list of facts."""
-  rows = "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in pairs)
+  rows = "".join(
+    f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in pairs
+  )
   return f'<div class="scroll"><table class="plain">{rows}</table></div>'
 
 

@@ -14,7 +14,13 @@ from downscaling.report import figures, html_page
 from downscaling.report.results import Evidence
 
 LEVELS = np.linspace(0.005, 0.995, 100)
-JUDGED = ("sym_cov_rmse", "melr_unweighted", "melr_weighted", "kld_sum", *scoring.HIGHER)
+JUDGED = (
+  "sym_cov_rmse",
+  "melr_unweighted",
+  "melr_weighted",
+  "kld_sum",
+  *scoring.HIGHER,
+)
 
 
 def over_floor(table: dict, name: str) -> float | None:
@@ -24,7 +30,9 @@ def over_floor(table: dict, name: str) -> float | None:
   row = table[name]
   pairs = [(row[key], row["floor"].get(key)) for key in JUDGED]
   ratios = [
-    max(value / floor[1], 1.0) for value, floor in pairs if value is not None and floor and floor[1]
+    max(value / floor[1], 1.0)
+    for value, floor in pairs
+    if value is not None and floor and floor[1]
   ]
   return math.exp(float(np.mean(np.log(ratios)))) if ratios else None
 
@@ -74,7 +82,10 @@ def moved(e: Evidence) -> figures.Draw | None:
   rows = {k: x for k, x in e.coarse.items() if k != "lflr" and k not in e.sources}
   if y is None or not rows:
     return None
-  size = lambda x: np.linalg.norm(np.asarray(x, np.float64).reshape(len(x), -1), axis=1)
+  size = lambda x: np.linalg.norm(
+    np.asarray(x, np.float64).reshape(len(x), -1),
+    axis=1,
+  )
   shares = {
     name: np.quantile(size(x - y) / size(y), LEVELS)
     for name, x in rows.items()

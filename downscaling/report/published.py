@@ -9,7 +9,12 @@ from collections.abc import Mapping
 
 NUMBERS = {
   "ks-8x": {
-    "lflr": {"cov_rmse": 0.343, "melr_unweighted": 0.201, "melr_weighted": 0.144, "kld_sum": 1.464},
+    "lflr": {
+      "cov_rmse": 0.343,
+      "melr_unweighted": 0.201,
+      "melr_weighted": 0.144,
+      "kld_sum": 1.464,
+    },
     "entropic": {
       "cov_rmse": 0.081,
       "melr_unweighted": 0.020,
@@ -18,7 +23,12 @@ NUMBERS = {
     },
   },
   "kolmogorov-8x": {
-    "lflr": {"cov_rmse": 0.458, "melr_unweighted": 1.254, "melr_weighted": 0.196, "kld_sum": 29.30},
+    "lflr": {
+      "cov_rmse": 0.458,
+      "melr_unweighted": 1.254,
+      "melr_weighted": 0.196,
+      "kld_sum": 29.30,
+    },
     "entropic": {
       "cov_rmse": 0.083,
       "melr_unweighted": 0.013,
@@ -27,7 +37,12 @@ NUMBERS = {
     },
   },
   "kolmogorov-16x": {
-    "lflr": {"cov_rmse": 0.477, "melr_unweighted": 0.600, "melr_weighted": 0.200, "kld_sum": 12.26},
+    "lflr": {
+      "cov_rmse": 0.477,
+      "melr_unweighted": 0.600,
+      "melr_weighted": 0.200,
+      "kld_sum": 12.26,
+    },
     "entropic": {
       "cov_rmse": 0.079,
       "melr_unweighted": 0.016,

@@ -90,7 +90,9 @@ class Evidence:
   coarse_moves: symmetry.Moves | None = None
   moves: symmetry.Moves | None = None
   quadratic: Callable[[np.ndarray], np.ndarray] | None = None
-  effective_targets: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  effective_targets: dict[str, dict[str, float]] = dataclasses.field(
+    default_factory=dict
+  )
   samples: dict[str, distances.Members] = dataclasses.field(default_factory=dict)
   conditions: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   misfits: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -114,7 +116,8 @@ class Evidence:
   def __post_init__(self):
     for rows, name in ((self.coarse, "coarse"), (self.samples, "fine")):
       if rows and (
-        getattr(self, f"{name}_reference") is None or getattr(self, f"{name}_floor") is None
+        getattr(self, f"{name}_reference") is None
+        or getattr(self, f"{name}_floor") is None
       ):
         raise ValueError(
           f"{name} rows {sorted(rows)} came without {name}_reference and {name}_floor: a number "
@@ -161,9 +164,13 @@ class Evidence:
     found = {}
     for name in self.calibrations:
       truth = self.whole(name)[1]
-      found[name] = {"climatology": calibration.climatology(self._true_fields[:CLIMATOLOGY], truth)}
+      found[name] = {
+        "climatology": calibration.climatology(self._true_fields[:CLIMATOLOGY], truth)
+      }
       if name in self.guesses:
-        found[name]["interpolation"] = calibration.single(self.guesses[name], self.truth[name])
+        found[name]["interpolation"] = calibration.single(
+          self.guesses[name], self.truth[name]
+        )
     return found
 
   @property
@@ -188,7 +195,8 @@ class Evidence:
   def _judge(self, level: str, domain: Domain | None, **of_grid) -> judge.Judge:
     fields = {kind: getattr(self, f"{level}_{kind}") for kind in ("reference", "floor")}
     origins = {
-      kind: self.origins.get(kind) or bootstrap.single(len(x)) for kind, x in fields.items()
+      kind: self.origins.get(kind) or bootstrap.single(len(x))
+      for kind, x in fields.items()
     }
     return judge.Judge(
       Reference(fields["reference"], domain),
@@ -245,7 +253,11 @@ class Evidence:
         "2.5, 50 and 97.5 % of the same metric of true sets with as many rows of as many "
         "trajectories, against the same reference. Distribution metrics of samples see one member "
         "of every condition; variability and constraint see all members."
-        + ("" if self.series is None else " Frames of series are rows, in the floors as well.")
+        + (
+          ""
+          if self.series is None
+          else " Frames of series are rows, in the floors as well."
+        )
       ),
     }
     scoring.check_schema(metrics)
@@ -253,7 +265,10 @@ class Evidence:
 
   def sizes(self) -> dict[str, list[int]]:
     """Shapes of every set that was compared."""
-    sets = {"coarse_reference": self.coarse_reference, "fine_reference": self.fine_reference}
+    sets = {
+      "coarse_reference": self.coarse_reference,
+      "fine_reference": self.fine_reference,
+    }
     sets |= {f"coarse.{name}": x for name, x in self.coarse.items()}
     sets |= {f"samples.{name}": x for name, x in self.samples.items()}
     return {name: list(x.shape) for name, x in sets.items() if x is not None}
@@ -278,7 +293,9 @@ class Evidence:
         "'error': [...]} of one length. Was diagnostics.json made by another version?"
       ) from None
     return (
-      (steps[kept], epsilon[kept] / (self.mean_cost or 1.0), errors[kept]) if kept.any() else None
+      (steps[kept], epsilon[kept] / (self.mean_cost or 1.0), errors[kept])
+      if kept.any()
+      else None
     )
 
 
@@ -288,7 +305,12 @@ def machine() -> dict[str, str | int]:
   try:
     with open("/proc/cpuinfo") as file:
       model = next(
-        (line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model
+        (
+          line.split(":", 1)[1].strip()
+          for line in file
+          if line.startswith("model name")
+        ),
+        model,
       )
   except OSError:
     pass  # only Linux has it

@@ -14,7 +14,11 @@ ROWS = {
 # The run of docs/results/ks: configs/ks.py:full, 192 points -> 24, training batch 128, 24 sampling
 # steps (48 where there is no condition); two cores of an AMD EPYC, beside other work. (count,
 # seconds), from its metrics.json.
-KS = {"data": (151_552, 104.06), "train": (8000, 4102.14), "samples": (26_624, 853.51)}
+KS = {
+  "data": (151_552, 104.06),
+  "train": (8000, 4102.14),
+  "samples": (26_624, 853.51),
+}
 
 
 def section(e: Evidence) -> Section:
@@ -25,7 +29,14 @@ def section(e: Evidence) -> Section:
   if not found:
     return Section("cost", title, "", '<p class="note">Not recorded.</p>', [])
   beside = not e.experiment.startswith("ks")
-  head = ["", "how many", "seconds", "seconds each", *(["KS, each"] if beside else []), "devices"]
+  head = [
+    "",
+    "how many",
+    "seconds",
+    "seconds each",
+    *(["KS, each"] if beside else []),
+    "devices",
+  ]
   rows = []
   for stage, (name, under) in ROWS.items():
     if stage not in found:
@@ -35,7 +46,12 @@ def section(e: Evidence) -> Section:
       name = f"{name}, batch {given['batch']}"
     rows.append(
       _row(
-        name, under, given["count"], given["seconds"], beside and seconds / count, given["devices"]
+        name,
+        under,
+        given["count"],
+        given["seconds"],
+        beside and seconds / count,
+        given["devices"],
       )
     )
     if "median" in given:
@@ -60,7 +76,9 @@ def section(e: Evidence) -> Section:
     "on two cores of an AMD "
     "EPYC beside other work; compare it with runs on such a machine only.</p>"
   )
-  return Section("cost", title, lead, html_page.table(head, rows) + (note if beside else ""), [])
+  return Section(
+    "cost", title, lead, html_page.table(head, rows) + (note if beside else ""), []
+  )
 
 
 def _row(name, under, count, seconds, ks, devices, each=None) -> str:
@@ -75,4 +93,8 @@ def _row(name, under, count, seconds, ks, devices, each=None) -> str:
   if ks is not False:
     numbers.append(ks if ks == "" else terminal.shown(ks))
   words = "; ".join(devices) or ("not recorded" if count is not None else "")
-  return html_page.row(name, [(text, "", False) for text in (*numbers, words)], under)
+  return html_page.row(
+    name,
+    [(text, "", False) for text in (*numbers, words)],
+    under,
+  )

@@ -6,7 +6,14 @@ import json
 
 import numpy as np
 
-from downscaling.metrics import bootstrap, calibration, distances, judge, scoring, spectra
+from downscaling.metrics import (
+  bootstrap,
+  calibration,
+  distances,
+  judge,
+  scoring,
+  spectra,
+)
 from downscaling.report import (
   debiased_cases,
   figures,
@@ -58,7 +65,9 @@ def _levels(e: Evidence) -> list[tuple[str, dict, np.ndarray, np.ndarray]]:
 
 def _band(e: Evidence, level: str) -> np.ndarray:
   """[3, K]: energies of true sets, of the size that the first row of the level has."""
-  judged, rows = (e.coarse_judge, e.coarse) if level == "coarse" else (e.fine_judge, e.samples)
+  judged, rows = (
+    (e.coarse_judge, e.coarse) if level == "coarse" else (e.fine_judge, e.samples)
+  )
   name, first = next(iter(rows.items()))
   return judged.band(e.origins.get(name) or bootstrap.single(len(first)))
 
@@ -85,7 +94,9 @@ def scores(e: Evidence) -> Section:
         "its KLD is read as a sum over dimensions. Its OT is an entropic map.</p>"
       )
     body += '<p class="note">symcov: covRMSE after averaging over the equation’s symmetries.</p>'
-    body += "<h3>Coarse fields: higher orders</h3>" + _table(e, "debias", terminal.HIGHER_COLUMNS)
+    body += "<h3>Coarse fields: higher orders</h3>" + _table(
+      e, "debias", terminal.HIGHER_COLUMNS
+    )
     body += "<h3>Coarse fields: what a map keeps of its input</h3>" + _table(
       e, "debias", terminal.KEPT_COLUMNS
     )
@@ -120,15 +131,34 @@ def _table(e: Evidence, part: str, columns: dict[str, str]) -> str:
     cells = [(f"{values['n']:,}", "", False), *(_cell(values, key) for key in columns)]
     few = "†" if values["n"] < bootstrap.FEW else ""
     chosen = " (default)" if name == e.default else ""
-    rows.append(html_page.row(label(name) + chosen + few, cells, kinds.get(name, "")))
-    paper = published.beside(e.experiment, name) if columns is terminal.DEBIAS_COLUMNS else None
+    rows.append(
+      html_page.row(
+        label(name) + chosen + few,
+        cells,
+        kinds.get(name, ""),
+      )
+    )
+    paper = (
+      published.beside(e.experiment, name)
+      if columns is terminal.DEBIAS_COLUMNS
+      else None
+    )
     if paper:
-      cells = [(terminal.shown(paper[k]) if k in paper else "", "", False) for k in columns]
+      cells = [
+        (terminal.shown(paper[k]) if k in paper else "", "", False) for k in columns
+      ]
       title = f"{published.NAMES[name]}, the paper’s"
-      rows.append(html_page.row(title, [("", "", False), *cells], kind="paper"))
+      rows.append(
+        html_page.row(
+          title,
+          [("", "", False), *cells],
+          kind="paper",
+        )
+      )
   if any(key in scoring.COMPARED for key in columns):
     rows += [
-      _floor_row(count, floor, columns) for (count, _), floor in scoring.floors(table).items()
+      _floor_row(count, floor, columns)
+      for (count, _), floor in scoring.floors(table).items()
     ]
   return html_page.table(["", "n", *columns.values()], rows)
 
@@ -137,7 +167,11 @@ def _cell(values: dict, key: str) -> tuple[str, str, bool]:
   """(value, half of its interval, is it inside what true data do?)"""
   ends = values["interval"].get(key)
   below = "" if ends is None else f"± {terminal.shown((ends[1] - ends[0]) / 2)}"
-  return terminal.shown(values[key]), below, judge.inside(values[key], values["floor"].get(key))
+  return (
+    terminal.shown(values[key]),
+    below,
+    judge.inside(values[key], values["floor"].get(key)),
+  )
 
 
 def _floor_row(count: int, floor: dict, columns: dict[str, str]) -> str:
@@ -171,9 +205,12 @@ def spectrum(e: Evidence) -> Section:
         "energy is left."
       ),
     }[level]
-    panels.append(Panel(f"spectrum_{level}", draw, f"Energy spectra of {level} fields", text))
+    panels.append(
+      Panel(f"spectrum_{level}", draw, f"Energy spectra of {level} fields", text)
+    )
   lead = (
-    "Energy by wavenumber, and its ratio to the reference. Band: 95 % of true sets of that size."
+    "Energy by wavenumber, and its ratio to the reference. "
+    "Band: 95 % of true sets of that size."
   )
   return Section(
     "spectra",
@@ -187,11 +224,17 @@ def spectrum(e: Evidence) -> Section:
 def density(e: Evidence) -> Section:
   panels = []
   for level, rows, ref, floor in _levels(e):
-    pooled = {name: _pool(x) for name, x in (rows | {"reference": ref, "floor": floor}).items()}
+    pooled = {
+      name: _pool(x) for name, x in (rows | {"reference": ref, "floor": floor}).items()
+    }
     low = min(v.min() for v in pooled.values())
     high = max(v.max() for v in pooled.values())
     at = np.linspace(low, high, 400)
-    values = {name: distances.kernel_density(x, at) for name, x in pooled.items() if np.ptp(x) > 0}
+    values = {
+      name: distances.kernel_density(x, at)
+      for name, x in pooled.items()
+      if np.ptp(x) > 0
+    }
     if "reference" not in values or "floor" not in values:
       continue
     reference, second = values.pop("reference"), values.pop("floor")
@@ -226,7 +269,11 @@ def covariance(e: Evidence) -> Section:
   panels = []
   for level, rows, ref, _ in _levels(e):
     flat = ref.ndim == 2 and ref.shape[1] <= 512
-    table = (lambda x: distances.covariance(distances.rows(x, "fields"))) if flat else _two_point
+    table = (
+      (lambda x: distances.covariance(distances.rows(x, "fields")))
+      if flat
+      else _two_point
+    )
     reference = table(ref)
     wanted = ("lflr", e.default) if level == "coarse" else (f"{e.default}+diffusion",)
     shown = [name for name in wanted if name in rows]
@@ -236,11 +283,18 @@ def covariance(e: Evidence) -> Section:
         {"reference": reference, label(name): pred, "difference": pred - reference},
         f"{e.unit or e.symbol}²",
       )
-      what = "covariance of every pair of points" if flat else "covariance with the centre point"
+      what = (
+        "covariance of every pair of points"
+        if flat
+        else "covariance with the centre point"
+      )
       text = f"{label(name)}, {level}: {what}; the difference on its own scale."
       panels.append(
         Panel(
-          f"covariance_{level}_{name.replace('+', '_')}", draw, f"Covariance, {label(name)}", text
+          f"covariance_{level}_{name.replace('+', '_')}",
+          draw,
+          f"Covariance, {label(name)}",
+          text,
         )
       )
   return Section(
@@ -266,10 +320,16 @@ def transfer(e: Evidence) -> Section:
   title = "Transfer between scales"
   if e.quadratic is None:
     return Section(
-      "transfer", title, "", '<p class="note">The equation has no quadratic term.</p>', []
+      "transfer",
+      title,
+      "",
+      '<p class="note">The equation has no quadratic term.</p>',
+      [],
     )
   if not e.coarse:
-    return Section("transfer", title, "", html_page.job("debias", "No debiased fields yet:"), [])
+    return Section(
+      "transfer", title, "", html_page.job("debias", "No debiased fields yet:"), []
+    )
   judged = e.coarse_judge
   assert judged.group is not None  # of coarse rows there is one
   reference = judged.reference.higher(e.quadratic, judged.group)["transfer"]
@@ -283,7 +343,9 @@ def transfer(e: Evidence) -> Section:
     "the right transfer."
   )
   lead = "What the equation’s quadratic term takes from and gives to each shell, in coarse fields."
-  return Section("transfer", title, lead, "", [Panel("transfer", draw, "Transfer by shell", text)])
+  return Section(
+    "transfer", title, lead, "", [Panel("transfer", draw, "Transfer by shell", text)]
+  )
 
 
 # ---------------------------------------------------------------- the jobs behind it
@@ -299,11 +361,13 @@ def fits(e: Evidence) -> Section:
     panels.append(Panel("front", draw, "Statistics against displacement", caption))
   if e.coarse and (draw := map_fronts.moved(e)):
     caption = (
-      "Left: how far a held-out field is moved, over its own size, by quantile of the fields."
+      "Left: how far a held-out field is moved, over its own size, "
+      "by quantile of the fields."
     )
     if e.effective_targets:
       caption += (
-        " Right: over how many targets an entropic map averages; at 1 it looks up the nearest."
+        " Right: over how many targets an entropic map averages; "
+        "at 1 it looks up the nearest."
       )
     panels.append(Panel("moved", draw, "Displacement by quantile", caption))
   text += _health(e)
@@ -326,10 +390,14 @@ def fits(e: Evidence) -> Section:
       f"Training: {int(steps[-1]):,} steps; mean loss over the last twentieth of the record "
       f"{tail:.4g}."
     )
-    panels.append(Panel("loss", figures.loss(steps, values), "Training loss by step", caption))
+    panels.append(
+      Panel("loss", figures.loss(steps, values), "Training loss by step", caption)
+    )
   else:
     text += html_page.job("train", "No record of the training loss:")
-  return Section("fits", "Debiasing maps, Sinkhorn convergence, training loss", "", text, panels)
+  return Section(
+    "fits", "Debiasing maps, Sinkhorn convergence, training loss", "", text, panels
+  )
 
 
 def _health(e: Evidence) -> str:
@@ -338,7 +406,8 @@ def _health(e: Evidence) -> str:
     return ""
   told = [found for found in e.health if found["level"] != "ok"]
   pairs = [
-    (f"{found['level']}, {label(found['map'] or 'all maps')}", found["message"]) for found in told
+    (f"{found['level']}, {label(found['map'] or 'all maps')}", found["message"])
+    for found in told
   ]
   fine = len(e.health) - len(told)
   note = (
@@ -356,7 +425,9 @@ def truth(e: Evidence) -> Section:
       "truth",
       title,
       "",
-      html_page.job("sample", "No ensemble (two members or more) drawn for true coarse fields:"),
+      html_page.job(
+        "sample", "No ensemble (two members or more) drawn for true coarse fields:"
+      ),
       [],
     )
   lead = (
@@ -379,7 +450,14 @@ def truth(e: Evidence) -> Section:
   ]
   rows = []
   for name, c in found.items():
-    numbers = [c.member_rmse, c.mean_rmse, c.spread, c.spread_error, c.crps, c.energy]
+    numbers = [
+      c.member_rmse,
+      c.mean_rmse,
+      c.spread,
+      c.spread_error,
+      c.crps,
+      c.energy,
+    ]
     cells = [
       (f"{c.conditions} × {c.members}", "", False),
       *((terminal.shown(v), "", False) for v in numbers),
@@ -388,7 +466,9 @@ def truth(e: Evidence) -> Section:
       (f"{100 * v:.0f} %", f"ideal {100 * c.ideal[level]:.0f} %", False)
       for level, v in c.coverage.items()
     ]
-    rows.append(html_page.row(label(name), [*cells, (f"{100 * c.pinned:.3g} %", "", False)]))
+    rows.append(
+      html_page.row(label(name), [*cells, (f"{100 * c.pinned:.3g} %", "", False)])
+    )
     for kind, r in e.references[name].items():
       shown = [
         "",
@@ -404,7 +484,10 @@ def truth(e: Evidence) -> Section:
       ]
       rows.append(
         html_page.row(
-          kind.capitalize(), [(text, "", False) for text in shown], "for comparison", "floor"
+          kind.capitalize(),
+          [(text, "", False) for text in shown],
+          "for comparison",
+          "floor",
         )
       )
   note = (
@@ -441,7 +524,8 @@ def run(e: Evidence) -> Section:
     "Rows": [(label(k), v) for k, v in m["rows"].items()],
     "Seeds": m["seeds"].items(),
     "Sizes": [
-      (k, " × ".join(map(str, v)) if isinstance(v, list) else v) for k, v in m["sizes"].items()
+      (k, " × ".join(map(str, v)) if isinstance(v, list) else v)
+      for k, v in m["sizes"].items()
     ],
     "Versions": [
       *m["versions"].items(),
@@ -458,7 +542,9 @@ def run(e: Evidence) -> Section:
   config = given.get("config")
   if config:
     text = html_page.escape(json.dumps(config, indent=2, default=str))
-    body += f"<details><summary>The whole configuration</summary><pre>{text}</pre></details>"
+    body += (
+      f"<details><summary>The whole configuration</summary><pre>{text}</pre></details>"
+    )
   return Section("run", "How this was made", "", body, [])
 
 

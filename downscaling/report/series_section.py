@@ -34,7 +34,9 @@ def section(e: Evidence) -> Section:
       rows.append(html_page.row("Floor", cells, "true series, independent", "floor"))
     elif name.endswith(EXCHANGED):
       rows.append(
-        html_page.row("members exchanged", cells, "each frame from another member", "floor")
+        html_page.row(
+          "members exchanged", cells, "each frame from another member", "floor"
+        )
       )
     else:
       rows.append(html_page.row(label(name), cells))
@@ -51,7 +53,11 @@ def section(e: Evidence) -> Section:
   on_a_line = np.ndim(e.series.reference) == 3
   panels = [_hovmoeller(e, name) for name in e.series.truth] if on_a_line else []
   return Section(
-    "series", "In time", lead, html_page.table(["", *COLUMNS.values()], rows) + note, panels
+    "series",
+    "In time",
+    lead,
+    html_page.table(["", *COLUMNS.values()], rows) + note,
+    panels,
   )
 
 
@@ -70,5 +76,8 @@ def _hovmoeller(e: Evidence, name: str) -> Panel:
     f"new member every frame."
   )
   return Panel(
-    f"hovmoeller_{name.replace('+', '_')}", draw, f"Hovmöller diagrams, {label(name)}", text
+    f"hovmoeller_{name.replace('+', '_')}",
+    draw,
+    f"Hovmöller diagrams, {label(name)}",
+    text,
   )

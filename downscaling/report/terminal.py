@@ -72,7 +72,13 @@ def between(floor: list[float] | None) -> str:
   """.042–.061: the ends of a floor."""
   if floor is None:
     return "–"
-  digits = min(5, max(1, 1 - math.floor(math.log10(max(floor[2], 1e-5)))))
+  digits = min(
+    5,
+    max(
+      1,
+      1 - math.floor(math.log10(max(floor[2], 1e-5))),
+    ),
+  )
   return f"{_short(floor[0], digits)}–{_short(floor[2], digits)}"
 
 
@@ -104,13 +110,17 @@ def summary(metrics: Mapping) -> str:
   return "\n".join(lines)
 
 
-def _table(metrics: Mapping, part: str, columns: Mapping[str, str], title: str) -> list[str]:
+def _table(
+  metrics: Mapping, part: str, columns: Mapping[str, str], title: str
+) -> list[str]:
   table = metrics[part]
   head = f"{title:<{NAME}}" + "".join(f"{name:>{CELL}}" for name in columns.values())
   lines = [head]
   for name, row in table.items():
     lines.append(
-      _line(_titled(name, row, metrics.get("default")), [_cell(row, key) for key in columns])
+      _line(
+        _titled(name, row, metrics.get("default")), [_cell(row, key) for key in columns]
+      )
     )
     paper = published.beside(metrics["experiment"], name)
     if columns is DEBIAS_COLUMNS and paper:
@@ -118,12 +128,16 @@ def _table(metrics: Mapping, part: str, columns: Mapping[str, str], title: str) 
       lines.append(_line(f"  the paper's {published.NAMES[name]}", cells))
   if any(key in scoring.COMPARED for key in columns):
     for (count, _), floor in scoring.floors(table).items():
-      lines.append(_line(f"true data, n={count}", [_floor_cell(floor, key) for key in columns]))
+      lines.append(
+        _line(f"true data, n={count}", [_floor_cell(floor, key) for key in columns])
+      )
   return lines
 
 
 def _line(title: str, cells: list[str]) -> str:
-  return (f"{title[:NAME]:<{NAME}}" + "".join(f" {cell:>{CELL - 1}}" for cell in cells)).rstrip()
+  return (
+    f"{title[:NAME]:<{NAME}}" + "".join(f" {cell:>{CELL - 1}}" for cell in cells)
+  ).rstrip()
 
 
 def _titled(name: str, row: Mapping, default: str | None) -> str:

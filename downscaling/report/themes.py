@@ -53,7 +53,9 @@ class Theme:
     if row.endswith("cubic"):
       colour, dashes = self.cubic, (0, (3, 1.2, 1, 1.2))
     else:
-      colour, dashes = kinds.get(row.split("+")[0].split()[0], (self.cubic, (0, (2, 1))))
+      colour, dashes = kinds.get(
+        row.split("+")[0].split()[0], (self.cubic, (0, (2, 1)))
+      )
     if row.endswith("in-sample"):
       return {"color": colour, "linestyle": (0, (2, 1.5)), "linewidth": 1.1}
     return {"color": colour, "linestyle": dashes, "linewidth": 1.5}

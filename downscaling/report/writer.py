@@ -36,9 +36,13 @@ def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
       png = themes.render(panel.draw)
       (folder / f"{panel.name}.png").write_bytes(png)
       pictures.append(html_page.picture(png, panel.alt, panel.caption))
-    inner = part.html + (f'<div class="figures">{"".join(pictures)}</div>' if pictures else "")
+    inner = part.html + (
+      f'<div class="figures">{"".join(pictures)}</div>' if pictures else ""
+    )
     body.append(html_page.section(part.anchor, part.title, part.lead, inner))
-  html = html_page.document(f"{evidence.title}: statistical downscaling", "\n".join(body))
+  html = html_page.document(
+    f"{evidence.title}: statistical downscaling", "\n".join(body)
+  )
   with files.all_or_nothing(folder / "report.html") as file:
     file.write(html.encode("utf-8"))
   files.write_json(folder / "metrics.json", metrics)
@@ -52,13 +56,17 @@ def write_index(folder: str | os.PathLike, title: str, channels: Sequence[str]) 
   """
   folder = pathlib.Path(folder)
   metrics = {
-    "channels": {name: files.read_json(folder / name / "metrics.json") for name in channels}
+    "channels": {
+      name: files.read_json(folder / name / "metrics.json") for name in channels
+    }
   }
   links = "".join(
     f'<li><a href="{html_page.escape(name)}/report.html">{html_page.escape(name)}</a></li>'
     for name in channels
   )
-  html = html_page.document(title, f"<h1>{html_page.escape(title)}</h1><ul>{links}</ul>")
+  html = html_page.document(
+    title, f"<h1>{html_page.escape(title)}</h1><ul>{links}</ul>"
+  )
   with files.all_or_nothing(folder / "report.html") as file:
     file.write(html.encode("utf-8"))
   files.write_json(folder / "metrics.json", metrics)
@@ -66,7 +74,9 @@ def write_index(folder: str | os.PathLike, title: str, channels: Sequence[str]) 
 
 
 def _head(e: Evidence, parts: list[sections.Section]) -> str:
-  links = "".join(f'<a href="#{p.anchor}">{html_page.escape(p.title)}</a>' for p in parts)
+  links = "".join(
+    f'<a href="#{p.anchor}">{html_page.escape(p.title)}</a>' for p in parts
+  )
   tiles = "".join(_tiles(e))
   if tiles:
     tiles = f'<div class="tiles">{tiles}</div>'
@@ -80,7 +90,12 @@ def _head(e: Evidence, parts: list[sections.Section]) -> str:
 def headline(e: Evidence) -> str:
   """One or two sentences on what was run."""
   said = []
-  coarse = np.shape(next(iter(e.coarse.values()), np.zeros((0, 0))))
+  coarse = np.shape(
+    next(
+      iter(e.coarse.values()),
+      np.zeros((0, 0)),
+    )
+  )
   if e.coarse:
     kind = e.metrics["rows"].get("lflr", "").strip()
     by = f"the {e.default} map" if e.default else "several maps"
@@ -120,14 +135,18 @@ def _tiles(e: Evidence) -> list[str]:
   if {behind, "raw+diffusion"} <= {*samples}:
     out.append(
       _from_to(
-        "Spectral error, samples", samples["raw+diffusion"], samples[behind], "melr_weighted"
+        "Spectral error, samples",
+        samples["raw+diffusion"],
+        samples[behind],
+        "melr_weighted",
       )
     )
   for c in list(e.calibrations.values())[:1]:
-    below = (
-      f"of the field’s rms, a sample from true coarse values; spread / error {c.spread_error:.2f}"
+    below = "of the field’s rms, a sample from true coarse values; "
+    below += f"spread / error {c.spread_error:.2f}"
+    out.append(
+      html_page.tile(f"{100 * c.member_rmse:.3g} %", "Error against the truth", below)
     )
-    out.append(html_page.tile(f"{100 * c.member_rmse:.3g} %", "Error against the truth", below))
   return out
 
 

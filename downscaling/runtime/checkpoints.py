@@ -51,7 +51,10 @@ class Keep:
       policies.append(preservation_policy.EveryNSteps(self.every))
     if self.best:
       best = preservation_policy.BestN(
-        get_metric_fn=value, reverse=True, n=self.best, keep_checkpoints_without_metrics=False
+        get_metric_fn=value,
+        reverse=True,
+        n=self.best,
+        keep_checkpoints_without_metrics=False,
       )
       policies.append(best)
     return preservation_policy.AnyPreservationPolicy(policies)
@@ -142,7 +145,9 @@ class Checkpoints:
       FloatingPointError: a leaf is not finite; nothing is saved.
     """
     there = step in self._manager.all_steps()
-    faults = [fault for fault in self._agree(self._fault(step)) if fault] if there else []
+    faults = (
+      [fault for fault in self._agree(self._fault(step)) if fault] if there else []
+    )
     if faults:
       self._damaged[step] = faults[0]
     if step in self._damaged:
@@ -156,7 +161,8 @@ class Checkpoints:
       "step": step,
       "leaves": leaves(state),
     } | record
-    record = copy.deepcopy(record)  # orbax writes it later, when the caller's lists may have grown
+    # Orbax writes it later, when the caller's lists may have grown.
+    record = copy.deepcopy(record)
     with self._explained(), ledger.spend("saving"):
       self._manager.save(
         step,
@@ -169,7 +175,9 @@ class Checkpoints:
   def _check_finite(self, step: int, state: Any) -> None:
     """Raises FloatingPointError if a leaf of the state holds NaN or infinity."""
     dtypes = {name: _dtype(dtype) for name, (_, dtype) in leaves(state).items()}
-    numbers = [name for name, dtype in dtypes.items() if jnp.issubdtype(dtype, jnp.floating)]
+    numbers = [
+      name for name, dtype in dtypes.items() if jnp.issubdtype(dtype, jnp.floating)
+    ]
     finite = jax.device_get(_finite(state)) if numbers else []
     bad = [name for name, good in zip(numbers, finite, strict=True) if not good]
     if bad:
@@ -214,9 +222,12 @@ class Checkpoints:
         return step, self._state(step, target)
       except _WrongRun:
         raise
-      except Exception as error:  # orbax and TensorStore raise many kinds for a damaged file
+      except Exception as error:
+        # Orbax and TensorStore raise many kinds for a damaged file.
         self._damaged[step] = _first_line(error)
-        before = "trying the one before it" if step != steps[0] else "there is none before it"
+        before = (
+          "trying the one before it" if step != steps[0] else "there is none before it"
+        )
         progress.say(
           f"checkpoint {self.folder / str(step)} cannot be read ({self._damaged[step]}); {before}."
         )
@@ -239,7 +250,9 @@ class Checkpoints:
     if jax.process_index() == 0:
       for folder in self.folder.glob("*.orbax-checkpoint-tmp"):
         if not (folder / MANIFEST).exists():
-          digests = {str(f.relative_to(folder)): files.sha256(f) for f in _files(folder)}
+          digests = {
+            str(f.relative_to(folder)): files.sha256(f) for f in _files(folder)
+          }
           files.write_json(folder / MANIFEST, digests)
     ledger.saved()
 
@@ -275,7 +288,9 @@ class Checkpoints:
       )
 
   def _explained(self):
-    return files.full_disk_in_words(self.folder, "the checkpoints already there are whole")
+    return files.full_disk_in_words(
+      self.folder, "the checkpoints already there are whole"
+    )
 
 
 def fault(folder: pathlib.Path) -> str:

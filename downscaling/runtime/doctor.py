@@ -55,7 +55,9 @@ def _checks(found, mesh, workdir, facts):
   yield _hosts()
   kinds = sorted({d.device_kind for d in mesh.devices.flat})
   yield f"devices    {mesh.size} × {', '.join(kinds)}, mesh {dict(mesh.shape)}", []
-  versions = ", ".join(f"{name} {version}" for name, version in provenance.versions().items())
+  versions = ", ".join(
+    f"{name} {version}" for name, version in provenance.versions().items()
+  )
   yield f"versions   {versions}; code {provenance.commit()}", []
   try:
     yield _psum(mesh)
@@ -66,7 +68,9 @@ def _checks(found, mesh, workdir, facts):
       "drivers and network between the hosts; try the devices of one host first."
     )
     yield "psum       failed", [problem]
-  yield _workdir(workdir) if workdir else ("workdir    not looked at: add --workdir", [])
+  yield (
+    _workdir(workdir) if workdir else ("workdir    not looked at: add --workdir", [])
+  )
   differ = processes.differences(processes.gather("doctor/facts", facts, PATIENCE))
   same = "start every process with the same command, code and config."
   yield "", [f"{words}: {same}" for words in differ.values()]
@@ -121,7 +125,8 @@ def _psum(mesh: jax.sharding.Mesh) -> tuple[str, list[str]]:
     total_of, mesh=mesh, in_specs=rows.spec, out_specs=whole.spec, check_vma=False
   )
   add = jax.jit(add, out_shardings=whole)
-  total = mesh.size * (mesh.size + 1) / 2  # a whole number, exact in float32 up to 5792 devices
+  # A whole number, exact in float32 up to 5792 devices.
+  total = mesh.size * (mesh.size + 1) / 2
   wrong = []
   for shard in add(x).addressable_shards:
     if not (np.asarray(shard.data) == total).all():

@@ -89,7 +89,8 @@ def make_new(fresh: pathlib.Path, path: pathlib.Path) -> bool:
   """
   try:
     os.link(fresh, path)
-  except (FileExistsError, FileNotFoundError):  # not found: swept by who owns the folder
+  except (FileExistsError, FileNotFoundError):
+    # Not found: swept by who owns the folder.
     return False
   except OSError:  # no hard links here: a moment in which two could meet
     if path.exists():
@@ -141,7 +142,8 @@ def create_json(path: str | os.PathLike, value: Any) -> bool:
 
 def _text(value: Any, sealed: bool) -> str:
   """JSON, one key a line."""
-  value = json.loads(json.dumps(_finite(value), allow_nan=False))  # as a reader will have it
+  # As a reader will have it.
+  value = json.loads(json.dumps(_finite(value), allow_nan=False))
   if sealed and isinstance(value, dict):
     value = value | {SEAL: _seal(value)}
   return json.dumps(value, indent=1) + "\n"

@@ -63,7 +63,9 @@ def _here() -> dict:
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
   """The GPUs that a process may see, as CUDA_VISIBLE_DEVICES names them; [] if it does not."""
-  return [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+  return [
+    name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name
+  ]
 
 
 def given(environment: Mapping[str, str], driver: pathlib.Path = DRIVER) -> int:

@@ -27,7 +27,8 @@ NAMES = {
 LAUNCHED = ("Slurm", "Open MPI")
 MARGIN = 60  # seconds by which we give up before jax does
 NOTICE = 30.0  # seconds between two lines of a process that waits for others
-RESOLVE = 45.0  # seconds until a name must resolve: in Kubernetes it appears after its pod
+# Seconds until a name must resolve: in Kubernetes it appears after its pod.
+RESOLVE = 45.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,12 @@ class Found:
   processes: int
 
 
-def start(mode: str = "auto", *, timeout: int = 300, heartbeat: int = 100) -> Found:
+def start(
+  mode: str = "auto",
+  *,
+  timeout: int = 300,
+  heartbeat: int = 100,
+) -> Found:
   """Joins the processes of this job. Call it once, before anything touches a device.
 
   Rank, count and coordinator come from the variables of a launcher (launchers.py); where they do
@@ -57,7 +63,9 @@ def start(mode: str = "auto", *, timeout: int = 300, heartbeat: int = 100) -> Fo
     raise StartError(f"--distributed={mode} is unknown; use auto, on or off.")
   if jax.distributed.is_initialized():
     return Found(
-      "joined before", "jax.distributed was initialised by the caller", processes.place()[1]
+      "joined before",
+      "jax.distributed was initialised by the caller",
+      processes.place()[1],
     )
   if mode == "off":
     return Found("alone", "--distributed=off", 1)
@@ -120,7 +128,9 @@ def _join_at(here: launchers.Place, timeout: int, heartbeat: int) -> Found:
   return _join(here.launcher, why, timeout, heartbeat, arguments)
 
 
-def _join(method: str, why: str, timeout: int, heartbeat: int, arguments: dict[str, Any]) -> Found:
+def _join(
+  method: str, why: str, timeout: int, heartbeat: int, arguments: dict[str, Any]
+) -> Found:
   """Calls jax.distributed.initialize on a thread.
 
   If peers are missing, jax does not raise but aborts the program; so we stop waiting before it.
@@ -148,7 +158,9 @@ def _join(method: str, why: str, timeout: int, heartbeat: int, arguments: dict[s
     )
 
   if arguments:
-    trouble = _trouble(arguments["coordinator_address"], arguments["process_id"], timeout)
+    trouble = _trouble(
+      arguments["coordinator_address"], arguments["process_id"], timeout
+    )
     if trouble:
       raise failed(trouble)
   threading.Thread(target=work, name="joining", daemon=True).start()
@@ -159,7 +171,10 @@ def _join(method: str, why: str, timeout: int, heartbeat: int, arguments: dict[s
       break
     except queue.Empty:
       if waiting.over():
-        me, count = processes.coordination().process_id, processes.coordination().num_processes
+        me, count = (
+          processes.coordination().process_id,
+          processes.coordination().num_processes,
+        )
         raise failed(
           f"this is process {me} of {count}, and others are missing after {timeout} s"
         ) from None
@@ -181,7 +196,9 @@ class _Waiting:
     passed = time.monotonic() - self.began
     if passed > NOTICE * (self.said + 1) and passed < self.seconds:
       self.said += 1
-      words = f"downscaling: waiting for {self.what}, {passed:.0f} of {self.seconds:.0f} s"
+      words = (
+        f"downscaling: waiting for {self.what}, {passed:.0f} of {self.seconds:.0f} s"
+      )
       print(words, file=sys.stderr, flush=True)
     return passed > self.seconds
 
@@ -206,7 +223,9 @@ def _trouble(address: str, process: int, timeout: float) -> str:
   waiting = _Waiting(timeout, f"process 0 at {address}")
   while not _listens(host, int(port)):
     if waiting.over():
-      return f"nothing listens at {address}, where process 0 should, after {timeout:g} s"
+      return (
+        f"nothing listens at {address}, where process 0 should, after {timeout:g} s"
+      )
     time.sleep(0.1)
   return ""
 

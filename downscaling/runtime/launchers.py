@@ -41,7 +41,9 @@ class Launcher:
     return tuple(name for name in names if name)
 
 
-EXPLICIT = Launcher("explicit", ("JAX_PROCESS_ID",), ("JAX_NUM_PROCESSES", "JAX_PROCESS_COUNT"))
+EXPLICIT = Launcher(
+  "explicit", ("JAX_PROCESS_ID",), ("JAX_NUM_PROCESSES", "JAX_PROCESS_COUNT")
+)
 # MPI before Slurm: on the nodes of an allocation, mpirun's own daemons are Slurm tasks, and their
 # numbers are inherited.
 LAUNCHERS = (
@@ -53,23 +55,49 @@ LAUNCHERS = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_SIZE",
   ),
-  Launcher("MPI", ("PMI_RANK", "PMIX_RANK"), ("PMI_SIZE",), "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-  Launcher("Cray PALS", ("PALS_RANKID",), ("PALS_SIZE",), "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
   Launcher(
-    "Slurm", ("SLURM_PROCID",), ("SLURM_NTASKS",), "SLURM_LOCALID", needs=("SLURM_STEP_NODELIST",)
+    "MPI",
+    ("PMI_RANK", "PMIX_RANK"),
+    ("PMI_SIZE",),
+    "MPI_LOCALRANKID",
+    "MPI_LOCALNRANKS",
+  ),
+  Launcher(
+    "Cray PALS",
+    ("PALS_RANKID",),
+    ("PALS_SIZE",),
+    "PALS_LOCAL_RANKID",
+    "PALS_LOCAL_SIZE",
+  ),
+  Launcher(
+    "Slurm",
+    ("SLURM_PROCID",),
+    ("SLURM_NTASKS",),
+    "SLURM_LOCALID",
+    needs=("SLURM_STEP_NODELIST",),
   ),
   Launcher("torchrun", ("RANK",), ("WORLD_SIZE",), "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
   Launcher("NNODES", ("NODE_RANK",), ("NNODES",)),
   Launcher("SkyPilot", ("SKYPILOT_NODE_RANK",), ("SKYPILOT_NUM_NODES",)),
-  Launcher("Kubernetes", ("JOB_COMPLETION_INDEX",), ("JAX_PROCESS_COUNT", "JAX_NUM_PROCESSES")),
+  Launcher(
+    "Kubernetes", ("JOB_COMPLETION_INDEX",), ("JAX_PROCESS_COUNT", "JAX_NUM_PROCESSES")
+  ),
 )
 COORDINATOR = (ADDRESS, "JAX_COORDINATOR_IP", "JAX_COORDINATOR_PORT")
 OTHERS = (
-  *("MASTER_ADDR", "MASTER_PORT", "SKYPILOT_NODE_IPS", "SLURM_JOB_ID", "OMPI_MCA_orte_hnp_uri"),
+  *(
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SKYPILOT_NODE_IPS",
+    "SLURM_JOB_ID",
+    "OMPI_MCA_orte_hnp_uri",
+  ),
   *("TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS", "JOBSET_NAME"),
 )
 VARIABLES = tuple(
-  dict.fromkeys([*COORDINATOR, *(name for each in LAUNCHERS for name in each.variables), *OTHERS])
+  dict.fromkeys(
+    [*COORDINATOR, *(name for each in LAUNCHERS for name in each.variables), *OTHERS]
+  )
 )
 
 
@@ -103,10 +131,14 @@ def place(environment: Mapping[str, str]) -> Place | None:
       f"{_said(environment, (*found.rank, *found.count))}: number the processes 0 to "
       f"{max(count, 1) - 1}."
     )
-  return Place(found.name, rank, count, _local(environment, found), address(environment, found))
+  return Place(
+    found.name, rank, count, _local(environment, found), address(environment, found)
+  )
 
 
-def address(environment: Mapping[str, str], launcher: Launcher | None = None) -> str | None:
+def address(
+  environment: Mapping[str, str], launcher: Launcher | None = None
+) -> str | None:
   """host:port of the coordinator as variables say, or None.
 
   launcher: the one that numbers the processes, whose own address counts if jax's is not set.
@@ -157,7 +189,9 @@ def seen(environment: Mapping[str, str]) -> str:
 
 def _said(environment: Mapping[str, str], names) -> str:
   there = [name for name in names if environment.get(name)]
-  return ", ".join(f"{name}={environment[name][:60]!s}" for name in there).replace("\n", " ")
+  return ", ".join(f"{name}={environment[name][:60]!s}" for name in there).replace(
+    "\n", " "
+  )
 
 
 def _complete(launcher: Launcher, environment: Mapping[str, str]) -> bool:

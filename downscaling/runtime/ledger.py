@@ -49,7 +49,8 @@ class Attempt:
   def add(self, kind: str, began: float, ended: float) -> None:
     """Counts the time between two readings of time.time() as one of KINDS."""
     with self._lock:
-      if kind == "compiling":  # threads compile at a time, and one compilation may hold another
+      # Threads compile at a time, and one compilation may hold another.
+      if kind == "compiling":
         self._compiled = merged([*self._compiled, (began, ended)])
       else:
         self._seconds[kind] += ended - began - overlap(self._compiled, began, ended)
@@ -153,7 +154,11 @@ def merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
   return found
 
 
-def overlap(spans: Sequence[tuple[float, float]], began: float, ended: float) -> float:
+def overlap(
+  spans: Sequence[tuple[float, float]],
+  began: float,
+  ended: float,
+) -> float:
   """Seconds of [began, ended] that lie in disjoint spans."""
   return sum(max(0.0, min(b, ended) - max(a, began)) for a, b in spans)
 
@@ -217,7 +222,9 @@ def account(folder: pathlib.Path, now: float | None = None) -> Account | None:
   return Account(
     attempts=sum(r["process"] == 0 for r in records),
     hosts=len({r["host"] for r in records}),
-    under_way=sum(lives and r["process"] == 0 for r, lives in zip(records, alive, strict=True)),
+    under_way=sum(
+      lives and r["process"] == 0 for r, lives in zip(records, alive, strict=True)
+    ),
     wall=wall,
     apart=wall - sum(b - a for a, b in at_work),
     busy=busy,

@@ -24,7 +24,9 @@ SMALL = 1024  # elements; a smaller leaf is cheaper to replicate than to gather
 Device = Any
 
 
-def make(data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
+def make(
+  data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None
+) -> Mesh:
   """The mesh data × fsdp.
 
   "fsdp", whose gathers come in every step, stays within a slice of TPUs or a host of GPUs where
@@ -39,7 +41,9 @@ def make(data: int = -1, fsdp: int = 1, devices: Sequence[Device] | None = None)
   total = len(devices)
   if fsdp < 1 or (data == -1 and total % fsdp):
     fits = [n for n in range(1, total + 1) if total % n == 0]
-    raise ValueError(f"config.mesh.fsdp={fsdp} does not divide {total} devices: use one of {fits}.")
+    raise ValueError(
+      f"config.mesh.fsdp={fsdp} does not divide {total} devices: use one of {fits}."
+    )
   if data == -1:
     data = total // fsdp
   if not 1 <= data * fsdp <= total:

@@ -60,12 +60,16 @@ class MetricWriter:
       return
     rows = csv.writer(self._files[kind])
     for name, value in scalars.items():
-      self._board.add_scalar(f"speed/{name}" if kind == "speed" else name, float(value), step)
+      self._board.add_scalar(
+        f"speed/{name}" if kind == "speed" else name, float(value), step
+      )
       rows.writerow([step, name, repr(float(value))])
     self._files[kind].flush()
     if self._tracker:
       before = "speed/" if kind == "speed" else ""
-      self._tracker.log(step, {f"{before}{name}": float(v) for name, v in scalars.items()})
+      self._tracker.log(
+        step, {f"{before}{name}": float(v) for name, v in scalars.items()}
+      )
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Adds images {name: [height, width, 3] uint8} to TensorBoard."""
@@ -102,7 +106,10 @@ def _keep_rows(path: pathlib.Path, after: int, evaluated: bool) -> None:
       return step <= after
     return step < after  # an evaluation at the resumed step is made again
 
-  with open(path, newline="") as old, files.all_or_nothing(path, "w", newline="") as new:
+  with (
+    open(path, newline="") as old,
+    files.all_or_nothing(path, "w", newline="") as new,
+  ):
     csv.writer(new).writerows(row for row in csv.reader(old) if stays(row))
 
 

@@ -15,7 +15,8 @@ import jax
 
 from downscaling.runtime import supervision
 
-LONG = 7 * 86_400.0  # seconds: no limit in practice; a dead or hung peer is noticed otherwise
+# Seconds: no limit in practice; a dead or hung peer is noticed otherwise.
+LONG = 7 * 86_400.0
 
 _calls: collections.Counter[str] = collections.Counter()
 
@@ -97,7 +98,11 @@ def barrier(name: str, timeout: float = 3600.0) -> None:
   gather(f"barrier/{name}", 0, timeout)
 
 
-def main_first(name: str, work: Callable[[], Any], timeout: float = 3600.0) -> Any:
+def main_first(
+  name: str,
+  work: Callable[[], Any],
+  timeout: float = 3600.0,
+) -> Any:
   """Calls work() on process 0, then on the others if that went well; returns this one's result.
 
   Args:
@@ -112,14 +117,19 @@ def main_first(name: str, work: Callable[[], Any], timeout: float = 3600.0) -> A
     return work()
   try:
     result = work()
-  except BaseException as error:  # also when it is told to stop: the others would wait for it
+  except BaseException as error:
+    # Also when it is told to stop: the others would wait for it.
     gather(name, str(error) or type(error).__name__, timeout)
     raise
   gather(name, "", timeout)
   return result
 
 
-def main_only(name: str, work: Callable[[], Any], timeout: float = LONG) -> Any:
+def main_only(
+  name: str,
+  work: Callable[[], Any],
+  timeout: float = LONG,
+) -> Any:
   """Calls work() on process 0 while the others wait; returns its result (JSON) on every process.
 
   Raises: see main_first.
@@ -132,7 +142,8 @@ def main_only(name: str, work: Callable[[], Any], timeout: float = LONG) -> Any:
     return result
   try:
     result = work()
-  except BaseException as error:  # also when it is told to stop: the others would wait for it
+  except BaseException as error:
+    # Also when it is told to stop: the others would wait for it.
     gather(name, [str(error) or type(error).__name__, None], timeout)
     raise
   return gather(name, ["", result], timeout)[0][1]
@@ -183,5 +194,7 @@ def differences(values: list[dict[str, Any]]) -> dict[str, str]:
     for key in dict.fromkeys([*values[0], *other]):
       ours, theirs = (facts.get(key, "absent") for facts in (values[0], other))
       if ours != theirs:
-        found.setdefault(key, f"{key} is {ours} on process 0 and {theirs} on process {process}")
+        found.setdefault(
+          key, f"{key} is {ours} on process 0 and {theirs} on process {process}"
+        )
   return found

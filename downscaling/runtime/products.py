@@ -18,7 +18,8 @@ SMALL = 2**20  # bytes of a file that is always read
 _FOLDERS = ("attempts", "checkpoints", "plugins")  # plugins: of a profile
 _EVENTS = "events.out."
 DAMAGED = ".damaged"  # behind the name of a file or checkpoint that was moved aside
-_STORES = (".units",)  # folders of markers; the store beside each is looked at through them
+# Folders of markers; the store beside each is looked at through them.
+_STORES = (".units",)
 
 
 class Damaged(ValueError):
@@ -73,7 +74,9 @@ def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
   return found
 
 
-def changed(folder: pathlib.Path, told: dict[str, list], whole: bool = False) -> dict[str, str]:
+def changed(
+  folder: pathlib.Path, told: dict[str, list], whole: bool = False
+) -> dict[str, str]:
   """{name: what is wrong with it} of files that are not those that were written.
 
   told: see `measure`. whole: read every file, and name those that are missing as well.

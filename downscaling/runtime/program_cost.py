@@ -7,8 +7,16 @@ from typing import Any
 
 import jax
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_LINE = re.compile(rf"= (?P<shape>[^%\"]*?) (?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\(")
+KINDS = (
+  "all-reduce",
+  "all-gather",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+)
+_LINE = re.compile(
+  rf"= (?P<shape>[^%\"]*?) (?P<kind>{'|'.join(KINDS)})(?P<half>-start|-done)?\("
+)
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d\w*)\[([\d,<=]*)\]")
 
 
@@ -88,10 +96,12 @@ def _group_size(line: str, devices: int) -> int:
   if m:
     groups = re.findall(r"\{([\d,]*)\}", m.group(1))
     return max(len(group.split(",")) for group in groups)
-  m = re.search(r"replica_groups=\[\d+,(\d+)\]", line)  # [groups,size]<=[...], perhaps T(...)
+  # [groups,size]<=[...], perhaps T(...)
+  m = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
   if m:
     return int(m.group(1))
-  m = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)  # axes of a named mesh
+  # Axes of a named mesh.
+  m = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
   if m:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", m.group(1)))
     axes = re.findall(r"'([^']+)'", m.group(2))
@@ -124,7 +134,10 @@ def memory(compiled: Any) -> dict[str, int]:
   """
   m = compiled.memory_analysis()
   together = (
-    m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+    m.argument_size_in_bytes
+    + m.output_size_in_bytes
+    + m.temp_size_in_bytes
+    - m.alias_size_in_bytes
   )
   return {
     "arguments": m.argument_size_in_bytes,
@@ -156,7 +169,9 @@ def _equation_flops(e) -> float:
   if e.primitive.name == "dot_general":
     (contract, _), _ = e.params["dimension_numbers"]
     summed = e.invars[0].aval.shape
-    return 2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(summed[a] for a in contract)
+    return (
+      2.0 * math.prod(e.outvars[0].aval.shape) * math.prod(summed[a] for a in contract)
+    )
   if e.primitive.name == "conv_general_dilated":
     kernel = e.invars[1].aval.shape
     out = e.params["dimension_numbers"].rhs_spec[0]
@@ -196,7 +211,8 @@ PEAKS = {
   "H100": (989.0, 494.5),  # NVIDIA H100 data sheet, SXM
   "A100": (312.0, 156.0),  # NVIDIA A100 data sheet, SXM and PCIe
   "L4": (121.0, 60.0),  # NVIDIA L4 data sheet
-  "V100-PCIE": (None, 14.0),  # NVIDIA V100 data sheet; its tensor cores know float16 alone
+  # NVIDIA V100 data sheet; its tensor cores know float16 alone.
+  "V100-PCIE": (None, 14.0),
   "V100": (None, 15.7),  # NVIDIA V100 data sheet, SXM2
   "TPU7x": (
     1153.5,
@@ -226,7 +242,9 @@ def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
     return None
   for name, peaks in PEAKS.items():
     words = rf"(?<!\w){re.escape(name)}(?!\w)"
-    if device_kind == name or (not name.startswith("TPU") and re.search(words, device_kind)):
+    if device_kind == name or (
+      not name.startswith("TPU") and re.search(words, device_kind)
+    ):
       peak = peaks[("bfloat16", "float32").index(dtype)]
       return None if peak is None else 1e12 * peak
   return None

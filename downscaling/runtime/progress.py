@@ -20,7 +20,9 @@ class Progress:
     bar.advance(1, loss=0.3)
   """
 
-  def __init__(self, name: str, total: int, unit: str, done: int = 0, seconds: float = 15.0):
+  def __init__(
+    self, name: str, total: int, unit: str, done: int = 0, seconds: float = 15.0
+  ):
     self.name, self.total, self.unit, self.seconds = name, total, unit, seconds
     self.done = self.start = done
     self._began = self._said = time.monotonic()
@@ -56,7 +58,9 @@ class Progress:
     self._notes |= notes
     words = []
     for name, value in self._notes.items():
-      words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+      words.append(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+      )
     text = " ".join(words)
     if self._bar:
       self._bar.update(self._task, completed=self.done, notes=text)

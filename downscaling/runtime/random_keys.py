@@ -12,7 +12,16 @@ import jax
 
 GENERATOR = "threefry2x32"
 PURPOSES = (
-  *("training", "error table", "watching", "ensemble", "filters", "network", "plans", "benchmark"),
+  *(
+    "training",
+    "error table",
+    "watching",
+    "ensemble",
+    "filters",
+    "network",
+    "plans",
+    "benchmark",
+  ),
   "classifier",
 )
 # What stands in a stage's identity: results drawn by other keys are other results.

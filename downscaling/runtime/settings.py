@@ -50,7 +50,9 @@ def shown(value: Any) -> str:
   """A value as a person would type it."""
   if isinstance(value, float):
     return f"{value:g}"
-  return repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
+  return (
+    repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
+  )
 
 
 def _made(default: Any, rule: Rule) -> Any:
@@ -84,7 +86,9 @@ def _listed(value: Any) -> tuple:
     try:
       value = ast.literal_eval(value)
     except (ValueError, SyntaxError):
-      value = tuple(part.strip() for part in value.strip("()").split(",") if part.strip())
+      value = tuple(
+        part.strip() for part in value.strip("()").split(",") if part.strip()
+      )
   return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
@@ -108,7 +112,16 @@ def _within(value, above, least, below, most) -> bool:
   )
 
 
-def number(default: float, help: str, *, above=None, least=None, below=None, most=None, free=False):
+def number(
+  default: float,
+  help: str,
+  *,
+  above=None,
+  least=None,
+  below=None,
+  most=None,
+  free=False,
+):
   """A finite real number."""
 
   def read(value):
@@ -117,11 +130,19 @@ def number(default: float, help: str, *, above=None, least=None, below=None, mos
     return found
 
   return _made(
-    default, Rule(_range("a finite number", above, least, below, most), help, read, free)
+    default,
+    Rule(_range("a finite number", above, least, below, most), help, read, free),
   )
 
 
-def count(default: int, help: str, *, least=1, most=WHOLE[1], free=False):
+def count(
+  default: int,
+  help: str,
+  *,
+  least=1,
+  most=WHOLE[1],
+  free=False,
+):
   """A whole number."""
 
   def read(value):
@@ -130,10 +151,19 @@ def count(default: int, help: str, *, least=1, most=WHOLE[1], free=False):
     return found
 
   limit = None if most == WHOLE[1] else most
-  return _made(default, Rule(_range("a whole number", None, least, None, limit), help, read, free))
+  return _made(
+    default, Rule(_range("a whole number", None, least, None, limit), help, read, free)
+  )
 
 
-def numbers(default: tuple, help: str, *, least=None, below=None, free=False):
+def numbers(
+  default: tuple,
+  help: str,
+  *,
+  least=None,
+  below=None,
+  free=False,
+):
   """One finite number or several."""
 
   def read(value):
@@ -141,23 +171,35 @@ def numbers(default: tuple, help: str, *, least=None, below=None, free=False):
     _refuse(not found or not all(_within(v, None, least, below, None) for v in found))
     return found
 
-  words = _range("a finite number", None, least, below, None) + ", or several in brackets"
+  words = (
+    _range("a finite number", None, least, below, None) + ", or several in brackets"
+  )
   return _made(default, Rule(words, help, read, free))
 
 
-def counts(default: tuple, help: str, *, least=1, length: int | None = None, free=False):
+def counts(
+  default: tuple, help: str, *, least=1, length: int | None = None, free=False
+):
   """Several whole numbers."""
 
   def read(value):
     found = tuple(_whole(v) for v in _listed(value))
-    _refuse(not found or min(found) < least or (length is not None and len(found) != length))
+    _refuse(
+      not found or min(found) < least or (length is not None and len(found) != length)
+    )
     return found
 
   many = "whole numbers" if length is None else f"{length} whole numbers"
   return _made(default, Rule(f"{many} of at least {least}", help, read, free))
 
 
-def choice(default: str, known: tuple[str, ...], help: str, *, free=False):
+def choice(
+  default: str,
+  known: tuple[str, ...],
+  help: str,
+  *,
+  free=False,
+):
   """One of several words."""
 
   def read(value):
@@ -167,16 +209,27 @@ def choice(default: str, known: tuple[str, ...], help: str, *, free=False):
   return _made(default, Rule(f"one of {', '.join(known)}", help, read, free))
 
 
-def names(default: tuple, help: str, *, known: tuple[str, ...] | None = None, least=0, free=False):
+def names(
+  default: tuple,
+  help: str,
+  *,
+  known: tuple[str, ...] | None = None,
+  least=0,
+  free=False,
+):
   """Several different words."""
 
   def read(value):
     found = _listed(value)
     _refuse(not all(isinstance(v, str) and v for v in found) or len(found) < least)
-    _refuse(len({*found}) < len(found) or (known is not None and not {*found} <= {*known}))
+    _refuse(
+      len({*found}) < len(found) or (known is not None and not {*found} <= {*known})
+    )
     return found
 
-  words = "different names" if known is None else f"different names out of {', '.join(known)}"
+  words = (
+    "different names" if known is None else f"different names out of {', '.join(known)}"
+  )
   return _made(default, Rule(words, help, read, free))
 
 
@@ -185,7 +238,11 @@ def flag(default: bool, help: str, *, free=False):
 
   def read(value):
     if isinstance(value, str):
-      value = {"true": True, "false": False}[value.lower()] if value.lower() in _BOOLEANS else value
+      value = (
+        {"true": True, "false": False}[value.lower()]
+        if value.lower() in _BOOLEANS
+        else value
+      )
     _refuse(not isinstance(value, bool))
     return value
 
@@ -222,7 +279,9 @@ class Settings:
     for field in dataclasses.fields(self):
       rule = field.metadata.get("rule")
       if rule is not None:
-        found = rule.check(joined(self.KEY, field.name), getattr(self, field.name), field.default)
+        found = rule.check(
+          joined(self.KEY, field.name), getattr(self, field.name), field.default
+        )
         object.__setattr__(self, field.name, found)
 
   @classmethod
@@ -258,7 +317,9 @@ class Settings:
 
   def everything(self) -> dict[str, Any]:
     """All keys with their values, nested, as JSON has them."""
-    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    values = {
+      field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+    }
     return {
       name: value.everything() if isinstance(value, Settings) else plain(value)
       for name, value in values.items()
@@ -273,7 +334,9 @@ def _block(kind: type[Settings], key: str, value: Any) -> Settings:
   if isinstance(value, kind):
     return value
   if not hasattr(value, "items"):
-    raise ValueError(f"config.{key}={shown(value)}: need a block of keys, e.g. dict(...).")
+    raise ValueError(
+      f"config.{key}={shown(value)}: need a block of keys, e.g. dict(...)."
+    )
   return kind.of(value)
 
 

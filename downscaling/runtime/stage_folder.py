@@ -21,7 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from downscaling.runtime import files, ledger, locks, processes, products, progress, provenance
+from downscaling.runtime import (
+  files,
+  ledger,
+  locks,
+  processes,
+  products,
+  progress,
+  provenance,
+)
 from downscaling.runtime import mesh as meshes
 
 # In the first schema, markers held whole blocks of the config; now they hold what differs from the
@@ -54,7 +62,9 @@ def config_hash(config: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def differences(old: Any, new: Any, defaults: Any = None, path: str = "") -> Iterator[str]:
+def differences(
+  old: Any, new: Any, defaults: Any = None, path: str = ""
+) -> Iterator[str]:
   """Keys whose values differ, as 'block.key: old -> new'.
 
   defaults: values of keys that one of them lacks, nested; "absent" where there is none.
@@ -64,9 +74,13 @@ def differences(old: Any, new: Any, defaults: Any = None, path: str = "") -> Ite
     for key in sorted({*old, *new}):
       default = known.get(key)
       either = old.get(key, new.get(key))
-      fallback = {} if isinstance(either, dict) else ("absent" if default is None else default)
+      fallback = (
+        {} if isinstance(either, dict) else ("absent" if default is None else default)
+      )
       inner = f"{path}.{key}" if path else key
-      yield from differences(old.get(key, fallback), new.get(key, fallback), default, inner)
+      yield from differences(
+        old.get(key, fallback), new.get(key, fallback), default, inner
+      )
   elif old != new:
     yield f"{path}: {old} -> {new}"
 
@@ -102,7 +116,9 @@ class Stage:
   @property
   def seconds(self) -> float:
     """Wall time of all attempts at it. Interrupted time counts, and work that is done again."""
-    return files.read_json(self.path / MARKER).get("seconds", 0.0) + ledger.seconds(self.path)
+    return files.read_json(self.path / MARKER).get("seconds", 0.0) + ledger.seconds(
+      self.path
+    )
 
   @property
   def devices(self) -> list[str]:
@@ -111,7 +127,10 @@ class Stage:
     return sorted({*told, *ledger.devices(self.path)})
 
   @contextlib.contextmanager
-  def owned(self, lost: Callable[[str], object] = lambda why: None) -> Iterator[None]:
+  def owned(
+    self,
+    lost: Callable[[str], object] = lambda why: None,
+  ) -> Iterator[None]:
     """The block in which this job alone works on the stage. Every process calls it.
 
     It sweeps what dead owners left, and accounts for the time (ledger.py).
@@ -126,7 +145,9 @@ class Stage:
         held.enter_context(locks.hold(self.path / LOCK, what, lost=lost))
         swept = files.sweep(self.path)
         if swept:
-          progress.say(f"{self.path}: removed {swept} unfinished files of an attempt that died.")
+          progress.say(
+            f"{self.path}: removed {swept} unfinished files of an attempt that died."
+          )
 
       processes.main_only(f"own/{self.name}", take)
       with self.accounted():
@@ -201,7 +222,9 @@ def open_stage(
   return Stage(path, name, identity, record["config_hash"])
 
 
-def _check_same(path: pathlib.Path, record: dict, identity: dict, converted, defaults) -> None:
+def _check_same(
+  path: pathlib.Path, record: dict, identity: dict, converted, defaults
+) -> None:
   """Raises ValueError if the marker's settings are not `identity`."""
   schema = record.get("schema")
   if schema not in (FIRST, SCHEMA):

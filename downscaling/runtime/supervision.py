@@ -50,7 +50,9 @@ class PeerFailed(RuntimeError):
 class Store(Protocol):
   """The methods we use of jax's coordination client."""
 
-  def key_value_set(self, key: str, value: str, allow_overwrite: bool = ...) -> None: ...
+  def key_value_set(
+    self, key: str, value: str, allow_overwrite: bool = ...
+  ) -> None: ...
   def key_value_try_get(self, key: str) -> str: ...
   def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
 
@@ -131,7 +133,8 @@ class Stop:
       return self._asked.is_set()
     if not told:
       return False
-    self._agreed.wait()  # bounded by the thread, which gives up on peers that do not answer
+    # Bounded by the thread, which gives up on peers that do not answer.
+    self._agreed.wait()
     return polls >= self._leave_at
 
   def told(self) -> bool:
@@ -179,7 +182,9 @@ class Stop:
     if store is not None:
       self._told = True  # so that our own thread leaves the last word to us
       with contextlib.suppress(Exception):
-        store.key_value_set(_FAILED, f"process {self._process}: {text}", allow_overwrite=True)
+        store.key_value_set(
+          _FAILED, f"process {self._process}: {text}", allow_overwrite=True
+        )
       self._outlast_peers()
 
   def end(self, why: str) -> NoReturn:
@@ -197,7 +202,10 @@ class Stop:
         if self._asked.is_set():
           with self._lock:
             if self._safe:
-              self._end(STOPPED, f"stopped while {self._safe[-1]}; run the same command to go on")
+              self._end(
+                STOPPED,
+                f"stopped while {self._safe[-1]}; run the same command to go on",
+              )
       elif not self._told:
         self._look_at_peers()
       quiet = time.monotonic() - self._beat
@@ -231,12 +239,18 @@ class Stop:
     try:
       self._store.key_value_set(f"{_AT}{self._process}", json.dumps(mine))
       keys = [f"{_AT}{p}" for p in range(self._processes)]
-      told = [json.loads(self._store.blocking_key_value_get(key, 60_000)) for key in keys]
+      told = [
+        json.loads(self._store.blocking_key_value_get(key, 60_000)) for key in keys
+      ]
     except Exception as error:
-      self._end(STOPPED, f"stopped; a peer did not answer ({str(error).splitlines()[0][:100]})")
+      self._end(
+        STOPPED, f"stopped; a peer did not answer ({str(error).splitlines()[0][:100]})"
+      )
     if all(safe for _, safe in told):
       self._outlast_peers()
-      self._end(STOPPED, "stopped while nothing could be lost; run the same command to go on")
+      self._end(
+        STOPPED, "stopped while nothing could be lost; run the same command to go on"
+      )
     self._leave_at = max(polls for polls, _ in told) + 1
     self._agreed.set()
 
@@ -248,7 +262,8 @@ class Stop:
   def _get(self, key: str) -> str | None:
     try:
       return self._store.key_value_try_get(key)
-    except Exception:  # not there, or the store is gone: then jax ends the process itself
+    except Exception:
+      # Not there, or the store is gone: then jax ends the process itself.
       return None
 
   def _end(self, code: int, text: str) -> NoReturn:

@@ -108,7 +108,9 @@ def devices(name: str) -> list[meshes.Device]:
       os.environ.setdefault(key, value)
     found = list(topologies.get_topology_desc(name, "tpu").devices)
   except jax.errors.JaxRuntimeError as error:
-    raise ValueError(f"--devices={name}: {str(error).splitlines()[0]}. {known}") from None
+    raise ValueError(
+      f"--devices={name}: {str(error).splitlines()[0]}. {known}"
+    ) from None
   except RuntimeError:
     needed = metadata.requires("jax") or []
     libtpu = next(line for line in needed if line.startswith("libtpu"))

@@ -24,7 +24,9 @@ class _Wandb:
   def __init__(self, name: str, key: str, config: Mapping[str, Any]):
     import wandb  # pyright: ignore[reportMissingImports]
 
-    self._run = wandb.init(project=PROJECT, name=name, id=key, resume="allow", config=dict(config))
+    self._run = wandb.init(
+      project=PROJECT, name=name, id=key, resume="allow", config=dict(config)
+    )
 
   def log(self, step: int, scalars: Mapping[str, float]) -> None:
     self._run.log(dict(scalars), step=step)
@@ -57,10 +59,16 @@ def missing(kind: str) -> str:
   """What to install for a tracker, in words; "" if nothing."""
   if kind == "none" or importlib.util.find_spec(kind):
     return ""
-  return f"--tracker={kind} needs its package: pip install {kind}, or leave the flag out."
+  return (
+    f"--tracker={kind} needs its package: pip install {kind}, or leave the flag out."
+  )
 
 
-def make(kind: str, folder: pathlib.Path, config: Mapping[str, Any]) -> Tracker | None:
+def make(
+  kind: str,
+  folder: pathlib.Path,
+  config: Mapping[str, Any],
+) -> Tracker | None:
   """The tracker of a stage's folder; None for "none". Only the main process may make one.
 
   Raises: ValueError, with what the tracker says, if it cannot be reached.

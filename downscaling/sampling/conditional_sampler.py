@@ -13,7 +13,8 @@ from downscaling.sampling import gaussian_gain, guidance, solvers
 from downscaling.sampling.resampling import Resampling
 
 STARTS = ("noise", "gaussian")
-SELECTING = ("euler_maruyama", "dpm_solver_pp_2m_sde")  # solvers that draw noise and take `select`
+# Solvers that draw noise and take `select`.
+SELECTING = ("euler_maruyama", "dpm_solver_pp_2m_sde")
 # rms of a field over the data's standard deviation, beyond which it is a runaway and not a field
 DIVERGED = 100.0
 
@@ -81,7 +82,9 @@ def sampler(recipe: Recipe) -> Callable:
   """
   r = recipe
   if r.start not in STARTS:
-    raise ValueError(f"config.sampling.start={r.start!r} is unknown; use {' or '.join(STARTS)}.")
+    raise ValueError(
+      f"config.sampling.start={r.start!r} is unknown; use {' or '.join(STARTS)}."
+    )
   possible = 0 < r.spread < math.inf and (r.spread == 1 or r.members >= 2)
   if not possible:
     raise ValueError(
@@ -112,7 +115,12 @@ def sampler(recipe: Recipe) -> Callable:
       raise FileNotFoundError(r.missing)
     y = r.normalise(y)
     guided = guidance.make(
-      denoise=denoise, operator=prior.operator, y=y, gain=guide, one_level=True, **r.guidance
+      denoise=denoise,
+      operator=prior.operator,
+      y=y,
+      gain=guide,
+      one_level=True,
+      **r.guidance,
     )
     if r.start == "gaussian":
       x = gaussian_gain.gaussian_start(keys, prior, y, float(r.levels[0]))
@@ -121,7 +129,14 @@ def sampler(recipe: Recipe) -> Callable:
     step, among = guided.denoise, {}
     if r.select is not None:
       step, among = guided.scored, {"select": r.select, "values": y[0].size}
-    fields, misfit = r.solve(step, x, r.levels, keys, last=guided.last_scored, **among)
+    fields, misfit = r.solve(
+      step,
+      x,
+      r.levels,
+      keys,
+      last=guided.last_scored,
+      **among,
+    )
     return r.restore(rescale(in_range(fields), r.members, r.spread)), misfit
 
   return draw

@@ -49,7 +49,12 @@ from downscaling.runtime import (
   random_keys,
   supervision,
 )
-from downscaling.sampling import conditional_sampler, drawers, ensemble_store, ensemble_units
+from downscaling.sampling import (
+  conditional_sampler,
+  drawers,
+  ensemble_store,
+  ensemble_units,
+)
 from downscaling.sampling.ensemble_store import Coordinates, Layout, Unit
 from downscaling.sampling.ensemble_units import read
 
@@ -97,7 +102,9 @@ def write_ensemble(
   coordinates: Coordinates | None = None,
   sample_attrs: Mapping[str, str] | None = None,
   weights: Any = None,
-  interruptible: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+  interruptible: Callable[
+    [str], contextlib.AbstractContextManager
+  ] = contextlib.nullcontext,
   frames: int = 1,
   max_failed: float = 0.0,
   stored: Mapping[str, Any] | None = None,
@@ -155,12 +162,17 @@ def write_ensemble(
   layout = _layout(conditions, members, space, channels, unit, frames)
   ids = _ids(condition_ids, layout.conditions)
   layout = layout._replace(misfit=_has_misfit(sampler, layout, weights))
-  about = {"sample": {"long_name": "sampled field"} | dict(sample_attrs or {}), "misfit": MISFIT}
+  about = {
+    "sample": {"long_name": "sampled field"} | dict(sample_attrs or {}),
+    "misfit": MISFIT,
+  }
   about["sample"] |= {"ancillary_variables": "misfit"} if layout.misfit else {}
   variables = ensemble_store.variables(
     layout, ids, conditions, coordinates or {}, about["sample"].get("units", "1")
   )
-  processes.same_everywhere({f"conditions of {path.name}": ensemble_store.digest(ids, conditions)})
+  processes.same_everywhere(
+    {f"conditions of {path.name}": ensemble_store.digest(ids, conditions)}
+  )
   drawn = 0
   kind = devices[0].device_kind
   with contextlib.ExitStack() as held:
@@ -182,13 +194,20 @@ def write_ensemble(
     if found.missing:
       with interruptible("compiling the sampler"):
         programs = compiled(sampler, seed, layout, weights, devices)
-      extra = [() if weights is None else (jax.device_put(weights, device),) for device in devices]
+      extra = [
+        () if weights is None else (jax.device_put(weights, device),)
+        for device in devices
+      ]
 
       def draw(count, unit):
         """Unit number `count` of this process, on the device whose turn it is."""
         i = count % len(devices)
         return programs[i](
-          *jax.device_put(block(layout, unit, ids, conditions), devices[i]), *extra[i]
+          *jax.device_put(
+            block(layout, unit, ids, conditions),
+            devices[i],
+          ),
+          *extra[i],
         )
 
       toll = Toll(path, layout, max_failed)
@@ -221,13 +240,22 @@ def _agree(
     locked.append(lock)
     absent = {*found.missing}
     bits = np.packbits([u in absent for u in units]).tobytes().hex()
-    return [bits, {str(place): list(part) for place, part in found.parts.items()}, start]
+    return [
+      bits,
+      {str(place): list(part) for place, part in found.parts.items()},
+      start,
+    ]
 
   with files.full_disk_in_words(path, "its finished units are whole"):
     bits, parts, start = processes.main_only("ensemble", work)
-  absent = np.unpackbits(np.frombuffer(bytes.fromhex(bits), np.uint8), count=len(units))
+  absent = np.unpackbits(
+    np.frombuffer(bytes.fromhex(bits), np.uint8),
+    count=len(units),
+  )
   missing = [u for u, is_absent in zip(units, absent, strict=True) if is_absent]
-  found = ensemble_store.Found(missing, {int(place): Unit(*part) for place, part in parts.items()})
+  found = ensemble_store.Found(
+    missing, {int(place): Unit(*part) for place, part in parts.items()}
+  )
   return found, locked[0] if locked else None, start
 
 
@@ -235,7 +263,9 @@ def _conclude(path, layout, drawn: int, began: float, max_failed: float) -> dict
   """Marks the ensemble complete, or says how far it is; the same on every process."""
   total = len(layout.units())
   seconds = time.monotonic() - began
-  missing = processes.main_only("ensemble/missing", lambda: ensemble_store.say_done(path, layout))
+  missing = processes.main_only(
+    "ensemble/missing", lambda: ensemble_store.say_done(path, layout)
+  )
   if missing:
     raise supervision.Interrupted(
       f"sample stopped after {total - missing} of {total} units, which are on disk"
@@ -262,7 +292,9 @@ def _conclude(path, layout, drawn: int, began: float, max_failed: float) -> dict
   return summary | {"failed": failed, "seconds": seconds, "drawn": drawn}
 
 
-def _check_failed(failed: int, layout: Layout, max_failed: float, where: str = "") -> None:
+def _check_failed(
+  failed: int, layout: Layout, max_failed: float, where: str = ""
+) -> None:
   """Raises FloatingPointError if more members of an ensemble have failed than may."""
   fields = layout.conditions * layout.members
   if failed <= max_failed * fields:
@@ -288,25 +320,42 @@ def keys(seed: int, condition_ids, member_ids) -> jax.Array:
   return jax.vmap(fold)(condition_ids, member_ids)
 
 
-def block(layout: Layout, unit: Unit, ids: np.ndarray, conditions: np.ndarray | None) -> tuple:
+def block(
+  layout: Layout, unit: Unit, ids: np.ndarray, conditions: np.ndarray | None
+) -> tuple:
   """(condition ids [B], member ids [B], conditions [B, ...] or None) of a unit at its full size.
 
   At the edge of the ensemble the last condition is repeated, and members go on beyond it: what is
   drawn of the others is then the same once there are more.
   """
   kc, km = layout.unit
-  c = np.minimum(np.arange(unit.c0, unit.c0 + kc), unit.c1 - 1).repeat(km)
+  c = np.minimum(
+    np.arange(unit.c0, unit.c0 + kc),
+    unit.c1 - 1,
+  ).repeat(km)
   m = np.tile(np.arange(unit.m0, unit.m0 + km), kc)
   y = (
     None
     if conditions is None
-    else np.asarray(conditions[unit.c0 : unit.c1], np.float32)[c - unit.c0]
+    else np.asarray(
+      conditions[unit.c0 : unit.c1],
+      np.float32,
+    )[c - unit.c0]
   )
   return ids[c].astype(np.uint32), m.astype(np.uint32), y
 
 
 def layout_of(
-  sampler: Sampler, weights, *, conditions, members, space, coarse, unit, channels=1, frames=1
+  sampler: Sampler,
+  weights,
+  *,
+  conditions,
+  members,
+  space,
+  coarse,
+  unit,
+  channels=1,
+  frames=1,
 ) -> Layout:
   """The layout of a store from sizes alone, as write_ensemble has it. coarse: shape of a condition,
   or None.
@@ -320,9 +369,18 @@ def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
   not the store's.
   """
   count = math.prod(layout.unit)
-  y = None if layout.coarse is None else jax.ShapeDtypeStruct((count, *layout.coarse), jnp.float32)
+  y = (
+    None
+    if layout.coarse is None
+    else jax.ShapeDtypeStruct((count, *layout.coarse), jnp.float32)
+  )
   key = jax.eval_shape(lambda: jax.random.split(random_keys.key(0, "plans"), count))
-  made = jax.eval_shape(sampler, key, y, *(() if weights is None else (weights,)))
+  made = jax.eval_shape(
+    sampler,
+    key,
+    y,
+    *(() if weights is None else (weights,)),
+  )
   fields, *misfit = made if isinstance(made, tuple) else (made,)
   need = (count, *layout.made)
   if fields.shape != need or [m.shape for m in misfit] not in ([], [(count,)]):
@@ -334,7 +392,9 @@ def _has_misfit(sampler: Sampler, layout: Layout, weights) -> bool:
   return bool(misfit) and layout.coarse is not None
 
 
-def program(sampler: Sampler, seed: int, layout: Layout) -> Callable[..., dict[str, jax.Array]]:
+def program(
+  sampler: Sampler, seed: int, layout: Layout
+) -> Callable[..., dict[str, jax.Array]]:
   """Jitted (condition ids [B], member ids [B], conditions[, weights]) -> {array of the store:
   values [B, ...]}.
   """
@@ -374,12 +434,16 @@ def _compiled(sampler, seed, layout, form, kinds, devices):
     y = None if layout.coarse is None else array((rows, *layout.coarse), jnp.float32)
     weights = jax.tree.unflatten(form, [array(*kind) for kind in kinds])
     extra = () if weights is None else (weights,)
-    return draw.lower(array((rows,), jnp.uint32), array((rows,), jnp.uint32), y, *extra)
+    return draw.lower(
+      array((rows,), jnp.uint32),
+      array((rows,), jnp.uint32),
+      y,
+      *extra,
+    )
 
   first, *others = map(lower, devices)
-  first = (
-    first.compile()
-  )  # before the others, which find it in jax's cache on disk if there is one and they are GPUs
+  # Before the others, which find it in jax's cache on disk if there is one and they are GPUs.
+  first = first.compile()
   with concurrent.futures.ThreadPoolExecutor(max(1, len(others))) as pool:
     return first, *pool.map(lambda lowered: lowered.compile(), others)
 
@@ -425,8 +489,14 @@ def _draw(
   next unit before it has finished one.
   """
   path, total = writer.path, len(writer.layout.units())
-  ahead = 2 * devices - 1  # units under way on the devices while the host waits for the oldest
-  take, before, begun, count = processes.counter("ensemble"), total - len(found.missing), 0, 0
+  # Units under way on the devices while the host waits for the oldest.
+  ahead = 2 * devices - 1
+  take, before, begun, count = (
+    processes.counter("ensemble"),
+    total - len(found.missing),
+    0,
+    0,
+  )
   drawing, writing = collections.deque(), collections.deque()
   first = int(start * len(found.missing))
   said = time.monotonic()
@@ -478,7 +548,9 @@ def _draw(
   return count
 
 
-def _to_host(layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def _to_host(
+  layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]
+) -> dict[str, np.ndarray]:
   """Blocks [c1 − c0, m1 − m0, ...] with the members that failed marked: NaN fields, infinite
   misfits.
 
@@ -503,7 +575,9 @@ def _to_host(layout: Layout, unit: Unit, arrays: Mapping[str, jax.Array]) -> dic
 # ---------------------------------------------------------------- the door
 
 
-def _layout(conditions, members: int, space, channels: int, unit, frames: int) -> Layout:
+def _layout(
+  conditions, members: int, space, channels: int, unit, frames: int
+) -> Layout:
   space, unit = tuple(space), tuple(unit)
   if members < 1 or channels < 1 or len(unit) != 2 or min(unit) < 1:
     raise ValueError(
@@ -535,5 +609,7 @@ def _layout(conditions, members: int, space, channels: int, unit, frames: int) -
 def _ids(condition_ids, count: int) -> np.ndarray:
   ids = np.arange(count) if condition_ids is None else np.asarray(condition_ids)
   if ids.shape != (count,) or len(np.unique(ids)) != count or (ids < 0).any():
-    raise ValueError(f"condition_ids of shape {ids.shape}: need {count} different numbers >= 0.")
+    raise ValueError(
+      f"condition_ids of shape {ids.shape}: need {count} different numbers >= 0."
+    )
   return ids

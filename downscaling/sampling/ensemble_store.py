@@ -93,8 +93,18 @@ class Layout(NamedTuple):
 
   def units(self) -> list[Unit]:
     kc, km = self.unit
-    starts = ((c, m) for c in range(0, self.conditions, kc) for m in range(0, self.members, km))
-    return [Unit(c, min(c + kc, self.conditions), m, min(m + km, self.members)) for c, m in starts]
+    starts = (
+      (c, m) for c in range(0, self.conditions, kc) for m in range(0, self.members, km)
+    )
+    return [
+      Unit(
+        c,
+        min(c + kc, self.conditions),
+        m,
+        min(m + km, self.members),
+      )
+      for c, m in starts
+    ]
 
 
 class Found(NamedTuple):
@@ -121,7 +131,9 @@ def open_stage(
   stored: converted and defaults, as for stage_folder.open_stage.
   """
   fixed = {
-    k: v for k, v in layout._asdict().items() if k not in ("conditions", "members", "frames")
+    k: v
+    for k, v in layout._asdict().items()
+    if k not in ("conditions", "members", "frames")
   }
   fixed |= (
     {"frames": layout.frames} if layout.frames > 1 else {}
@@ -142,7 +154,9 @@ def open_stage(
 
 def locked(path: pathlib.Path) -> contextlib.AbstractContextManager[locks.Lock]:
   """A block in which this job alone changes what several jobs share. It must be short."""
-  return locks.hold(path.with_suffix(".units") / stage_folder.LOCK, str(path), wait=True)
+  return locks.hold(
+    path.with_suffix(".units") / stage_folder.LOCK, str(path), wait=True
+  )
 
 
 def sweep(path: pathlib.Path) -> None:
@@ -200,7 +214,10 @@ def grow(
       )
   if old:
     count = old["conditions"]
-    if digest(ids[:count], None if conditions is None else conditions[:count]) != old["digest"]:
+    if (
+      digest(ids[:count], None if conditions is None else conditions[:count])
+      != old["digest"]
+    ):
       raise ValueError(
         f"{path} was drawn from other conditions: the first {count} must be those that it holds "
         "(fields and ids), new ones come after them. Nothing was touched: use another "
@@ -230,7 +247,10 @@ def create(
   known = set(group.array_keys())
   root = files.read_json(path / "zarr.json")
   last = (
-    (root.get("consolidated_metadata") or {}).get("metadata", {}).get("sample", {}).get("shape")
+    (root.get("consolidated_metadata") or {})
+    .get("metadata", {})
+    .get("sample", {})
+    .get("shape")
   )  # made last
   if last == [layout.conditions, layout.members, *layout.fields]:
     return
@@ -269,7 +289,9 @@ def create(
     "Conventions": "CF-1.11",
     "source": f"downscaling {provenance.versions().get('downscaling', '')}".strip(),
   }
-  group.attrs.update(about_it | dict(attrs) | {"history": history, "done_fraction": 0.0})
+  group.attrs.update(
+    about_it | dict(attrs) | {"history": history, "done_fraction": 0.0}
+  )
   with warnings.catch_warnings():
     # xarray warns where consolidated metadata is missing, zarr where it is made: it lies outside
     # the v3 text.
@@ -291,7 +313,9 @@ def find(path: pathlib.Path, layout: Layout) -> Found:
     part = Unit(*map(int, words.groups()))
     place = starts.get((part.c0, part.m0))
     if place is not None:
-      parts[place] = max(part, parts.get(place, part), key=lambda u: (u.c1 - u.c0) * (u.m1 - u.m0))
+      parts[place] = max(
+        part, parts.get(place, part), key=lambda u: (u.c1 - u.c0) * (u.m1 - u.m0)
+      )
   return Found(missing, parts)
 
 
@@ -311,7 +335,9 @@ def say_done(path: pathlib.Path, layout: Layout, **attributes: int) -> int:
   return missing
 
 
-def complete(path: pathlib.Path, layout: Layout, summary: dict, attributes: dict) -> None:
+def complete(
+  path: pathlib.Path, layout: Layout, summary: dict, attributes: dict
+) -> None:
   """Marks the store complete, with the digests of its metadata, unless another job has."""
   units = path.with_suffix(".units")
   if files.read_json(units / stage_folder.MARKER)["complete"]:
@@ -326,7 +352,11 @@ def complete(path: pathlib.Path, layout: Layout, summary: dict, attributes: dict
 
 def fixed(path: pathlib.Path) -> dict[str, list]:
   """Digests of the files of a store that no unit writes; see products.measure."""
-  names = [str(each.relative_to(path)) for each in sorted(path.rglob("*")) if _fixed(path, each)]
+  names = [
+    str(each.relative_to(path))
+    for each in sorted(path.rglob("*"))
+    if _fixed(path, each)
+  ]
   return products.describe(path, names)
 
 
@@ -350,8 +380,11 @@ def failures(path: pathlib.Path) -> tuple[int, int]:
   """(members that failed, conditions that they are of) in the finished units of a store."""
   units, found = path.with_suffix(".units"), collections.Counter()
   for file in units.glob(FAILED + MARKERS):
-    if (units / file.name.removeprefix(FAILED)).exists():  # else its unit was broken off
-      found.update({int(place): count for place, count in files.read_json(file).items()})
+    # Else its unit was broken off.
+    if (units / file.name.removeprefix(FAILED)).exists():
+      found.update(
+        {int(place): count for place, count in files.read_json(file).items()}
+      )
   return found.total(), len(found)
 
 
@@ -369,7 +402,11 @@ def variables(
   layout: Layout, ids, conditions, coordinates: Coordinates, units: str
 ) -> dict[str, tuple]:
   """Everything but what is drawn: name -> (values, dimensions, attributes)."""
-  member = {"long_name": "ensemble member", "standard_name": "realization", "units": "1"}
+  member = {
+    "long_name": "ensemble member",
+    "standard_name": "realization",
+    "units": "1",
+  }
   found = {
     "condition": (ids, ("condition",), {"long_name": "condition id", "units": "1"}),
     "member": (np.arange(layout.members), ("member",), member),
@@ -380,7 +417,11 @@ def variables(
     time, space = layout.axes[: -len(layout.space)], layout.axes[-len(layout.space) :]
     axes = (
       *time,
-      *(tuple(f"{a}_coarse" for a in space) if len(coarse) == len(layout.axes) else ("place",)),
+      *(
+        tuple(f"{a}_coarse" for a in space)
+        if len(coarse) == len(layout.axes)
+        else ("place",)
+      ),
     )
     points |= dict(zip(axes, coarse, strict=True))
     field = np.asarray(conditions, np.float32)

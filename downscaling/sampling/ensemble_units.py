@@ -13,7 +13,14 @@ import numpy as np
 import tensorstore
 
 from downscaling.runtime import files, products, stage_folder
-from downscaling.sampling.ensemble_store import FAILED, MARKERS, Layout, Unit, failed, find
+from downscaling.sampling.ensemble_store import (
+  FAILED,
+  MARKERS,
+  Layout,
+  Unit,
+  failed,
+  find,
+)
 
 
 class Writer:
@@ -30,7 +37,11 @@ class Writer:
     for name, fields in layout.drawn.items():
       array, shape = self.arrays[name], (layout.conditions, layout.members, *fields)
       shard = array.chunk_layout.write_chunk.shape
-      if array.shape != shape or shard != (*layout.unit, *fields) or array.dtype.name != "float32":
+      if (
+        array.shape != shape
+        or shard != (*layout.unit, *fields)
+        or array.dtype.name != "float32"
+      ):
         raise ValueError(
           f"{path}/{name} is {array.dtype.name} {array.shape} in shards of {shard}; need float32 "
           f"{shape} in shards of {(*layout.unit, *fields)}, a unit each: it was changed by another "
@@ -41,7 +52,9 @@ class Writer:
     """The file that says that a unit is finished."""
     return self.units / unit.name
 
-  def begin(self, unit: Unit, blocks: Mapping[str, np.ndarray], part: Unit | None) -> list:
+  def begin(
+    self, unit: Unit, blocks: Mapping[str, np.ndarray], part: Unit | None
+  ) -> list:
     """Starts the writing of a unit's blocks [c1 − c0, m1 − m0, ...]; what `part` of it holds
     already stays.
     """
@@ -56,7 +69,9 @@ class Writer:
         )
       if name == "sample":
         counts = failed(block).sum(axis=1)
-        found = {str(unit.c0 + i): int(count) for i, count in enumerate(counts) if count}
+        found = {
+          str(unit.c0 + i): int(count) for i, count in enumerate(counts) if count
+        }
         files.write_json(record, found) if found else record.unlink(missing_ok=True)
       begun.append(array[unit.c0 : unit.c1, unit.m0 : unit.m1].write(block))
     return begun
@@ -66,7 +81,9 @@ class Writer:
     for future in begun:
       future.result()
     written = products.describe(self.path, shards(self.path, self.layout, unit))
-    files.write_json(self.marker(unit), unit._asdict() | self.about | {"files": written})
+    files.write_json(
+      self.marker(unit), unit._asdict() | self.about | {"files": written}
+    )
     if part:
       for name in (part.name, FAILED + part.name):
         (self.units / name).unlink(missing_ok=True)
@@ -82,7 +99,12 @@ def shards(path: pathlib.Path, layout: Layout, unit: Unit) -> list[str]:
   place = (unit.c0 // layout.unit[0], unit.m0 // layout.unit[1])
   found = []
   for name, fields in layout.drawn.items():
-    chunk = "/".join(map(str, (*place, *itertools.repeat(0, len(fields)))))
+    chunk = "/".join(
+      map(
+        str,
+        (*place, *itertools.repeat(0, len(fields))),
+      )
+    )
     found.append(f"{name}/c/{chunk}")
   return [name for name in found if (path / name).exists()]
 
@@ -134,7 +156,8 @@ def read(path: pathlib.Path):
   found = files.read_json(marker)
   if not found["complete"]:
     fixed: dict[str, Any] = {
-      k: tuple(v) if isinstance(v, list) else v for k, v in found["config"]["layout"].items()
+      k: tuple(v) if isinstance(v, list) else v
+      for k, v in found["config"]["layout"].items()
     }
     size = found.get("size", {"conditions": 0, "members": 0})
     layout = Layout(size["conditions"], size["members"], **fixed)
@@ -145,7 +168,9 @@ def read(path: pathlib.Path):
     )
   wrong = damaged(path)
   if wrong:
-    together = {name: what for of_unit in wrong.values() for name, what in of_unit.items()}
+    together = {
+      name: what for of_unit in wrong.values() for name, what in of_unit.items()
+    }
     raise products.Damaged(
       f"{path}: {products.words(together)}. `downscaling verify WORKDIR --repair` moves aside what "
       "is damaged; `downscaling sample` then draws that again."

@@ -30,7 +30,8 @@ from downscaling.sampling import solvers
 # σ [B] -> e(σ) [B, *space, C or 1], a table of the basis
 Variance = Callable[[jax.Array], jax.Array]
 
-ROUNDING = 1  # of a matrix's trace, in units in the last place: what its eigenvalues are good to
+# Of a matrix's trace, in units in the last place: what its eigenvalues are good to.
+ROUNDING = 1
 _LARGEST_DENSE = 4096  # coarse points: A is [B, C, n, n]
 # of ln E a unit of ln σ, in `levels`: where nothing falls the path of σ itself is worth a step
 _LEAST_FALL = 0.2
@@ -43,12 +44,17 @@ def prior_variance(spectrum: np.ndarray) -> Variance:
   are lifted to 1e-14 of the largest, so that A can be inverted whatever the misfit.
   """
   spectrum = np.asarray(spectrum, np.float64)
-  if not (np.isfinite(spectrum).all() and (spectrum >= 0).all() and (spectrum > 0).any()):
+  if not (
+    np.isfinite(spectrum).all() and (spectrum >= 0).all() and (spectrum > 0).any()
+  ):
     raise ValueError(
       "the spectrum holds negative or non-finite values, or only zeros: need the variance of every "
       "mode of the data."
     )
-  s = jnp.asarray(np.maximum(spectrum, 1e-14 * spectrum.max()), jnp.float32)[None]
+  s = jnp.asarray(
+    np.maximum(spectrum, 1e-14 * spectrum.max()),
+    jnp.float32,
+  )[None]
   return lambda sigma: s / (1 + s / _column(sigma, s.ndim) ** 2)
 
 
@@ -75,14 +81,23 @@ def measured_variance(sigmas: np.ndarray, table: np.ndarray) -> Variance:
       "the error table or its noise levels hold values <= 0 or not finite; tabulate the error "
       "again."
     )
-  grid, logs = jnp.asarray(np.log(sigmas), jnp.float32), jnp.asarray(np.log(table), jnp.float32)
+  grid, logs = (
+    jnp.asarray(np.log(sigmas), jnp.float32),
+    jnp.asarray(np.log(table), jnp.float32),
+  )
   low = float(sigmas[0]) * (1 - schedules.ROUNDING)
   high = float(sigmas[-1]) * (1 + schedules.ROUNDING)
 
   def variance(sigma):
     known = (sigma >= low) & (sigma <= high)
     place = jnp.clip(
-      jnp.interp(jnp.log(sigma), grid, jnp.arange(len(grid), dtype=grid.dtype)), 0, len(grid) - 1
+      jnp.interp(
+        jnp.log(sigma),
+        grid,
+        jnp.arange(len(grid), dtype=grid.dtype),
+      ),
+      0,
+      len(grid) - 1,
     )
     below = jnp.clip(place.astype(jnp.int32), 0, len(grid) - 2)
     share = _column(place - below, logs.ndim)
@@ -140,7 +155,9 @@ class Gain:
     assert self.error is not None
     coarse, came = self.operator.coarse, jnp.shape(self.error)
     fits = len(came) == len(coarse) + 1
-    fits = fits and all(n in (1, full) for n, full in zip(came[:-1], coarse, strict=True))
+    fits = fits and all(
+      n in (1, full) for n, full in zip(came[:-1], coarse, strict=True)
+    )
     if not fits:
       raise ValueError(
         f"an observation error of shape {came} came, need variances that broadcast against "
@@ -183,9 +200,14 @@ class Gain:
     """
     spread = self._variance(sigma)
     if self._circulant:
-      known = self._fold(spread**2) / (self._fold(spread) + self.variance_of_noise(spread))
+      known = self._fold(spread**2) / (
+        self._fold(spread) + self.variance_of_noise(spread)
+      )
     else:
-      known = jax.scipy.linalg.cho_solve(self._factor(spread), self._outer(spread**2))
+      known = jax.scipy.linalg.cho_solve(
+        self._factor(spread),
+        self._outer(spread**2),
+      )
       known = jnp.trace(known, axis1=2, axis2=3)
 
     def summed(table):  # one spectrum may serve channels of different noise
@@ -202,7 +224,9 @@ class Gain:
   @functools.cached_property
   def _circulant(self) -> bool:
     op = self.operator
-    repeats = isinstance(op, Strided) or (isinstance(op, BlockMean) and op.weights is None)
+    repeats = isinstance(op, Strided) or (
+      isinstance(op, BlockMean) and op.weights is None
+    )
     waves = isinstance(self.basis, Trigonometric) and self.basis.waves
     return repeats and waves and not self.dense
 
@@ -231,7 +255,9 @@ class Gain:
     """The eigenvalues of R, broadcasting against `like` [B, *coarse, C]."""
     if self.error is not None:
       return jnp.asarray(self.error, like.dtype)[None]
-    variance = jnp.asarray(np.square(np.asarray(self.noise, np.float64)).reshape(-1), like.dtype)
+    variance = jnp.asarray(
+      np.square(np.asarray(self.noise, np.float64)).reshape(-1), like.dtype
+    )
     return variance.reshape((1,) * (like.ndim - 1) + (-1,))
 
   def apply_noise(self, z: jax.Array) -> jax.Array:
@@ -255,21 +281,26 @@ class Gain:
     *coarse, C].
     """
     op = self.operator
-    for axis, (fine, coarse) in enumerate(zip(op.fine, op.coarse, strict=True), start=1):
+    for axis, (fine, coarse) in enumerate(
+      zip(op.fine, op.coarse, strict=True), start=1
+    ):
       if isinstance(op, BlockMean):
         shape = [fine if a == axis else 1 for a in range(spread.ndim)]
-        spread = spread * jnp.asarray(_block_mean_gain(fine, fine // coarse), spread.dtype).reshape(
-          shape
-        )
+        spread = spread * jnp.asarray(
+          _block_mean_gain(fine, fine // coarse), spread.dtype
+        ).reshape(shape)
       split = (*spread.shape[:axis], fine // coarse, coarse, *spread.shape[axis + 1 :])
       spread = spread.reshape(split).mean(axis)
     return spread
 
   def adjoint(self, z: jax.Array) -> jax.Array:
     """C′ᵀ z, [B, *space, C]."""
-    if self._circulant:  # C′C′ᵀ = κ I, so C′ᵀ = κ C′⁺ with κ = 1, or 1 over the points of a block
+    # C′C′ᵀ = κ I, so C′ᵀ = κ C′⁺ with κ = 1, or 1 over the points of a block.
+    if self._circulant:
       op = self.operator
-      return op.pinv(z) * (1 / math.prod(op.factors) if isinstance(op, BlockMean) else 1)
+      return op.pinv(z) * (
+        1 / math.prod(op.factors) if isinstance(op, BlockMean) else 1
+      )
     matrix = jnp.asarray(self._matrix, z.dtype)
     flat = jnp.einsum(
       "nN,bnc->bNc", matrix, z.reshape(len(z), -1, z.shape[-1]), precision="highest"
@@ -285,7 +316,9 @@ class Gain:
     levels, channels = len(spread), r.shape[-1]
     spread = jnp.broadcast_to(spread, (*spread.shape[:-1], channels))
     flat = r.reshape(levels, len(r) // levels, -1, channels)
-    z = jax.scipy.linalg.cho_solve(self._factor(spread), jnp.moveaxis(flat, (1, 3), (3, 1)))
+    z = jax.scipy.linalg.cho_solve(
+      self._factor(spread), jnp.moveaxis(flat, (1, 3), (3, 1))
+    )
     return jnp.moveaxis(z, (1, 3), (3, 1)).reshape(r.shape)
 
   def _factor(self, spread):
@@ -295,7 +328,9 @@ class Gain:
     all get as much as rounding can take away.
     """
     a = self._outer(spread)
-    noise = jnp.broadcast_to(self.variance_of_noise(spread).reshape(-1), (spread.shape[-1],))
+    noise = jnp.broadcast_to(
+      self.variance_of_noise(spread).reshape(-1), (spread.shape[-1],)
+    )
     rounding = ROUNDING * jnp.finfo(a.dtype).eps * jnp.trace(a, axis1=2, axis2=3)
     diagonal = (noise[None] + rounding)[..., None, None]
     a = a + diagonal * jnp.eye(a.shape[-1], dtype=a.dtype)[None, None]
@@ -321,12 +356,15 @@ def levels(gain: Gain, steps: int, sigma_max: float, sigma_min: float) -> np.nda
   sigma_min. Raises: as schedules.levels, and ValueError where the gain knows no variance of a
   level.
   """
-  fine = schedules.levels("exponential", max(256, 4 * steps), sigma_max, sigma_min).astype(
-    np.float64
-  )
-  left = jax.jit(lambda sigmas: jax.lax.map(lambda sigma: gain.left(sigma[None])[0], sigmas))(
-    jnp.float32(fine)
-  )
+  fine = schedules.levels(
+    "exponential", max(256, 4 * steps), sigma_max, sigma_min
+  ).astype(np.float64)
+  left = jax.jit(
+    lambda sigmas: jax.lax.map(
+      lambda sigma: gain.left(sigma[None])[0],
+      sigmas,
+    )
+  )(jnp.float32(fine))
   if not np.isfinite(left).all():
     raise ValueError(
       f"noise levels from {sigma_max:g} to {sigma_min:g} lie beyond the table of the prior's "
@@ -336,14 +374,28 @@ def levels(gain: Gain, steps: int, sigma_max: float, sigma_min: float) -> np.nda
     np.log(np.maximum(np.asarray(left, np.float64), 1e-30))
   )  # rounding may leave nothing, or less
   path = np.concatenate(
-    [[0.0], np.cumsum(np.maximum(falls, _LEAST_FALL * np.log(fine[:-1] / fine[1:])))]
+    [
+      [0.0],
+      np.cumsum(
+        np.maximum(
+          falls,
+          _LEAST_FALL * np.log(fine[:-1] / fine[1:]),
+        )
+      ),
+    ]
   )
-  return np.exp(np.interp(np.linspace(0, path[-1], steps + 1), path, np.log(fine))).astype(
-    np.float32
-  )
+  return np.exp(
+    np.interp(
+      np.linspace(0, path[-1], steps + 1),
+      path,
+      np.log(fine),
+    )
+  ).astype(np.float32)
 
 
-def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> jax.Array:
+def gaussian_start(
+  keys: jax.Array, gain: Gain, y: jax.Array, sigma: float
+) -> jax.Array:
   """Where to start low: a draw of the Gaussian posterior given C′x = y, plus noise of level σ; [B,
   *space, C].
 
@@ -362,7 +414,9 @@ def gaussian_start(keys: jax.Array, gain: Gain, y: jax.Array, sigma: float) -> j
   draw = basis.fields(basis.modes(white) * colour).astype(y.dtype)
   misfit = y - op.apply(draw)
   if gain.noisy:
-    white_error = solvers.noise(keys, random_keys.stream("observation error"), y.shape[1:], y.dtype)
+    white_error = solvers.noise(
+      keys, random_keys.stream("observation error"), y.shape[1:], y.dtype
+    )
     misfit = misfit - gain.draw_noise(white_error)
   draw = draw + gain.correction(misfit, never)
   return draw + sigma * solvers.noise(keys, solvers.START, shape, y.dtype)

@@ -98,7 +98,9 @@ def make(
     if name == "paper":
       step = paper(denoise, operator, y, alpha=alpha, normalise=normalise)
     else:
-      step = scaled(denoise, operator, y, alpha=alpha, data_std=data_std, normalise=normalise)
+      step = scaled(
+        denoise, operator, y, alpha=alpha, data_std=data_std, normalise=normalise
+      )
     last = (
       step
       if gain is None or final == "overwrite"
@@ -136,7 +138,12 @@ def _scored(step: Step, gain: Gain | None, one_level: bool):
 
 
 def paper(
-  denoise: Denoise, operator: Operator, y: jax.Array, *, alpha: float, normalise: str = "none"
+  denoise: Denoise,
+  operator: Operator,
+  y: jax.Array,
+  *,
+  alpha: float,
+  normalise: str = "none",
 ) -> Step:
   """Eq. 7 of Wan et al. 2023. It draws from no posterior: a constant α is too weak at large σ.
 
@@ -173,7 +180,11 @@ def scaled(
 
 
 def along_gain(
-  denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain, one_level: bool = False
+  denoise: Denoise,
+  operator: Operator,
+  y: jax.Array,
+  gain: Gain,
+  one_level: bool = False,
 ) -> Step:
   """D + G_σ(y′ − C′D): needs no gradient and no overwriting.
 
@@ -189,7 +200,11 @@ def along_gain(
 
 
 def moment(
-  denoise: Denoise, operator: Operator, y: jax.Array, gain: Gain, one_level: bool = False
+  denoise: Denoise,
+  operator: Operator,
+  y: jax.Array,
+  gain: Gain,
+  one_level: bool = False,
 ) -> Step:
   """D + σ²Jᵀ C′ᵀ (A + R)⁻¹ (y′ − C′D), followed by a correction along the gain.
 

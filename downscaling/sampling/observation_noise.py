@@ -98,7 +98,13 @@ def fit(measure: Callable[[float], tuple[float, float]]) -> Fit:
 def _chosen(tried: list, found: tuple[float, float, float] | None = None) -> Fit:
   """The given (s, χ²/d′, corr), or the last one tried."""
   std, chi2, corr = found or tried[-1]
-  return Fit(std, chi2, corr, exact=tried[0][1:], tried=tuple(tried))
+  return Fit(
+    std,
+    chi2,
+    corr,
+    exact=tried[0][1:],
+    tried=tuple(tried),
+  )
 
 
 def _rounded(std: float) -> float:

@@ -91,7 +91,11 @@ class Resampling:
     return jnp.zeros((rows // self.members, self.members), jnp.float32)
 
   def weigh(
-    self, log_weights: jax.Array, score: jax.Array, values: int, sigma: jax.Array | float
+    self,
+    log_weights: jax.Array,
+    score: jax.Array,
+    values: int,
+    sigma: jax.Array | float,
   ) -> jax.Array:
     """Log weights after a step at level sigma, []. score: χ²/d′ [B]; values: d′."""
     score = score.reshape(log_weights.shape).astype(jnp.float32)

@@ -40,10 +40,16 @@ def noise(
   keys: jax.Array, step: jax.Array | int, shape: tuple[int, ...], dtype=jnp.float32
 ) -> jax.Array:
   """Standard normal [B, *shape], row i from fold_in(keys[i], step); keys: [B] typed PRNG keys."""
-  return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, dtype))(keys)
+  return jax.vmap(
+    lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, dtype)
+  )(keys)
 
 
-def initial(keys: jax.Array, shape: tuple[int, ...], sigma_max: float) -> jax.Array:
+def initial(
+  keys: jax.Array,
+  shape: tuple[int, ...],
+  sigma_max: float,
+) -> jax.Array:
   """Pure noise of standard deviation sigma_max to start from, [B, *shape]; σ_max must dwarf the
   data's std.
   """
@@ -89,9 +95,19 @@ def euler_maruyama(
       weights, (scaled, denoised) = select.select(keys, k, weights, (scaled, denoised))
     drift = (scale_rate + 2 * sigma_rate) * scaled - 2 * s * sigma_rate * denoised
     spread = s * sigma * jnp.sqrt(2 * sigma_rate * -dt)
-    return (scaled + drift * dt + spread * noise(keys, k, x.shape[1:], x.dtype), weights), None
+    return (
+      scaled + drift * dt + spread * noise(keys, k, x.shape[1:], x.dtype),
+      weights,
+    ), None
 
-  steps = (jnp.arange(len(dt)), dt, sigmas[:-1], scale[:-1], sigma_rate[:-1], scale_rate[:-1])
+  steps = (
+    jnp.arange(len(dt)),
+    dt,
+    sigmas[:-1],
+    scale[:-1],
+    sigma_rate[:-1],
+    scale_rate[:-1],
+  )
   weights = None if select is None else select.start(len(x))
   (scaled, _), _ = jax.lax.scan(step, (x * scale[0], weights), steps)
   return _call(last or denoise, scaled / scale[-1], sigmas[-1])
@@ -126,14 +142,20 @@ def heun(
     if gamma > 0:
       assert keys is not None
       above = sigma * (1 + gamma)
-      x = x + noise_factor * jnp.sqrt(above**2 - sigma**2) * noise(keys, k, x.shape[1:], x.dtype)
+      x = x + noise_factor * jnp.sqrt(above**2 - sigma**2) * noise(
+        keys, k, x.shape[1:], x.dtype
+      )
       sigma = above
     slope = (x - _call(denoise, x, sigma)) / sigma
     guess = x + (below - sigma) * slope
     slope_below = (guess - _call(denoise, guess, below)) / below
     return x + (below - sigma) * (slope + slope_below) / 2, None
 
-  x, _ = jax.lax.scan(step, x, (jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]))
+  x, _ = jax.lax.scan(
+    step,
+    x,
+    (jnp.arange(len(sigmas) - 1), sigmas[:-1], sigmas[1:]),
+  )
   return _call(last or denoise, x, sigmas[-1])
 
 
@@ -186,7 +208,9 @@ def dpm_solver_pp_2m_sde(
   d′. It needs η > 0: without noise, copies of a member stay copies.
   """
   if eta < 0:
-    raise ValueError(f"eta={eta:g}: need >= 0; 0 is the deterministic flow, 1 the reverse SDE.")
+    raise ValueError(
+      f"eta={eta:g}: need >= 0; 0 is the deterministic flow, 1 the reverse SDE."
+    )
   check_noise_factor(noise_factor)
   if eta > 0 and keys is None:
     raise ValueError(
@@ -199,7 +223,15 @@ def dpm_solver_pp_2m_sde(
       "strength=0."
     )
   return _multistep(
-    denoise, x, levels, keys if eta > 0 else None, eta, last, noise_factor, select, values
+    denoise,
+    x,
+    levels,
+    keys if eta > 0 else None,
+    eta,
+    last,
+    noise_factor,
+    select,
+    values,
   )
 
 
@@ -212,11 +244,16 @@ def check_noise_factor(factor: float) -> None:
     )
 
 
-def _multistep(denoise, x, levels, keys, eta, last, noise_factor=1.0, select=None, values=0):
+def _multistep(
+  denoise, x, levels, keys, eta, last, noise_factor=1.0, select=None, values=0
+):
   levels = jnp.asarray(levels, x.dtype)
   h = jnp.log(levels[:-1] / levels[1:])
   carry_on = jnp.concatenate(
-    [jnp.zeros_like(h[:1]), h[1:] / (2 * h[:-1])]
+    [
+      jnp.zeros_like(h[:1]),
+      h[1:] / (2 * h[:-1]),
+    ]
   )  # the first step has no last D
 
   def step(carry, inputs):
@@ -239,7 +276,11 @@ def _multistep(denoise, x, levels, keys, eta, last, noise_factor=1.0, select=Non
 
   inputs = (jnp.arange(len(h)), levels[:-1], levels[1:], h, carry_on)
   weights = None if select is None else select.start(len(x))
-  (x, _, _), _ = jax.lax.scan(step, (x, jnp.zeros_like(x), weights), inputs)
+  (x, _, _), _ = jax.lax.scan(
+    step,
+    (x, jnp.zeros_like(x), weights),
+    inputs,
+  )
   return _call(last or denoise, x, levels[-1])
 
 

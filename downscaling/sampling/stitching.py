@@ -75,20 +75,29 @@ class Stitching:
   @functools.cached_property
   def rows(self) -> np.ndarray:
     """[W, F]: which frames of the series each window holds."""
-    return np.arange(self.windows)[:, None] * (self.frames - self.overlap) + np.arange(self.frames)
+    return np.arange(self.windows)[:, None] * (self.frames - self.overlap) + np.arange(
+      self.frames
+    )
 
   @functools.cached_property
   def weights(self) -> np.ndarray:
     """[W, F], summing to 1 over all windows of a frame of the series; see the module."""
     rows = self.rows
-    inner = np.stack([rows - rows[:, :1], rows[:, -1:] - rows]).astype(
-      float
-    )  # distances from both edges
+    inner = np.stack(
+      [
+        rows - rows[:, :1],
+        rows[:, -1:] - rows,
+      ]
+    ).astype(float)  # distances from both edges
     inner[0, 0], inner[1, -1] = np.inf, np.inf  # the ends of the series
     depth = np.minimum(inner.min(0), self.frames)
     total = np.bincount(rows.ravel(), depth.ravel(), self.series)[rows]
     held = np.bincount(rows.ravel(), minlength=self.series)[rows]
-    return np.where(total > 0, depth / np.where(total > 0, total, 1), 1 / held)
+    return np.where(
+      total > 0,
+      depth / np.where(total > 0, total, 1),
+      1 / held,
+    )
 
   @functools.cached_property
   def sources(self) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +109,9 @@ class Stitching:
     frame, share = self.rows.ravel(), self.weights.ravel()
     told = [np.flatnonzero((frame == one) & (share > 0)) for one in range(self.series)]
     most = max(map(len, told))
-    places = np.stack([np.pad(t, (0, most - len(t)), mode="edge") for t in told], axis=1)
+    places = np.stack(
+      [np.pad(t, (0, most - len(t)), mode="edge") for t in told], axis=1
+    )
     there = np.arange(most)[:, None] < np.array([len(t) for t in told])
     return places, np.where(there, share[places], 0)
 
@@ -129,10 +140,13 @@ def stitched(denoise: Denoise, plan: Stitching) -> Denoise:
     windows = jnp.moveaxis(series[plan.rows], 1, -2)  # [W, B, *space, F, C]
     flat = windows.reshape(plan.windows * batch, *space, -1)
     denoised = denoise(flat, jnp.tile(sigma, plan.windows)).reshape(windows.shape)
-    frames = jnp.moveaxis(denoised, -2, 1).reshape(-1, *series.shape[1:])  # [W·F, B, *space, C]
+    # [W·F, B, *space, C]
+    frames = jnp.moveaxis(denoised, -2, 1).reshape(-1, *series.shape[1:])
     column = lambda share: jnp.asarray(share, x.dtype).reshape(-1, *(1,) * (x.ndim))
     # A sum over gathers, in this order: a scatter's would be another on every run of some devices.
-    mean = sum(column(share) * frames[place] for place, share in zip(places, shares, strict=True))
+    mean = sum(
+      column(share) * frames[place] for place, share in zip(places, shares, strict=True)
+    )
     return jnp.moveaxis(mean, 0, -2).reshape(x.shape)
 
   return joined
@@ -175,4 +189,8 @@ def fold(x: jax.Array) -> jax.Array:
 
 def unfold(x: jax.Array, series: int) -> jax.Array:
   """[B, *space, L·C] -> [B, L, *space, C]."""
-  return jnp.moveaxis(x.reshape(*x.shape[:-1], series, -1), -2, 1)
+  return jnp.moveaxis(
+    x.reshape(*x.shape[:-1], series, -1),
+    -2,
+    1,
+  )

@@ -45,10 +45,13 @@ def test_fourth_order(make):
 
 def test_two_axes_are_a_tensor_product():
   op = Strided.on((32, 64), 4)
-  one = lambda n: interpolation.cubic(wave(n)[None, :, None], Strided.on((4 * n,), 4))[0, :, 0]
+  one = lambda n: interpolation.cubic(wave(n)[None, :, None], Strided.on((4 * n,), 4))[
+    0, :, 0
+  ]
   y = wave(8)[:, None] * wave(16)[None]
   got = interpolation.cubic(y[None, ..., None], op)[0, ..., 0]
-  np.testing.assert_allclose(got, one(8)[:, None] * one(16)[None], rtol=1e-12)  # float64 rounding
+  # float64 rounding.
+  np.testing.assert_allclose(got, one(8)[:, None] * one(16)[None], rtol=1e-12)
 
 
 def test_shifting_the_input_shifts_the_output():

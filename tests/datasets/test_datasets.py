@@ -57,7 +57,8 @@ def test_written_examples_come_back(tmp_path):
 def test_splits_share_no_trajectory(tmp_path):
   builder = _made(tmp_path)
   train, test = (
-    set(simulated.load(builder, split)["trajectory"].tolist()) for split in ("train", "test")
+    set(simulated.load(builder, split)["trajectory"].tolist())
+    for split in ("train", "test")
   )
   assert len(train) == 10
   assert len(test) == 4
@@ -75,7 +76,9 @@ def test_stop_and_resume_redo_nothing_and_give_the_same_files(tmp_path):
   calls = []
   asked = iter([True])
   with pytest.raises(supervision.Interrupted, match="4 of 14 trajectories on disk"):
-    generate.generate(_plan(tmp_path / "cut", calls), meshes.make(), lambda: next(asked, True))
+    generate.generate(
+      _plan(tmp_path / "cut", calls), meshes.make(), lambda: next(asked, True)
+    )
   with pytest.raises(FileNotFoundError, match="missing or half made"):
     simulated.source(simulated.make("ks", "lflr", tmp_path / "cut", SPACE), "train")
   done = len(calls)
@@ -84,7 +87,8 @@ def test_stop_and_resume_redo_nothing_and_give_the_same_files(tmp_path):
   assert [0, 1, 2, 3] not in again  # the finished shard
   for path in sorted((tmp_path / "straight").rglob("*.array_record*")):
     assert (
-      path.read_bytes() == (tmp_path / "cut" / path.relative_to(tmp_path / "straight")).read_bytes()
+      path.read_bytes()
+      == (tmp_path / "cut" / path.relative_to(tmp_path / "straight")).read_bytes()
     )
   before = len(calls)
   assert generate.generate(_plan(tmp_path / "cut", calls), meshes.make(), _never) == 0
@@ -96,7 +100,8 @@ def test_one_device_equals_four(tmp_path):
   generate.generate(_plan(tmp_path / "1", shard=5), meshes.make(1), _never)
   generate.generate(_plan(tmp_path / "4", shard=5), meshes.make(4), _never)
   one, four = (
-    simulated.load(simulated.make("ks", "lflr", tmp_path / n, SPACE), "train") for n in "14"
+    simulated.load(simulated.make("ks", "lflr", tmp_path / n, SPACE), "train")
+    for n in "14"
   )
   np.testing.assert_array_equal(one["u"], four["u"])
 
@@ -119,15 +124,21 @@ def test_nan_in_the_data_is_named(tmp_path):
       raise FloatingPointError(f"trajectory {ids[0]}")
 
   plan = _plan(tmp_path, check=check)
-  bad = generate.Plan(**{**plan.__dict__, "rollout": lambda ids: plan.rollout(ids) * np.nan})
+  bad = generate.Plan(
+    **{**plan.__dict__, "rollout": lambda ids: plan.rollout(ids) * np.nan}
+  )
   with pytest.raises(FloatingPointError, match="trajectory 0"):
     generate.generate(bad, meshes.make(), _never)
-  assert not list(plan.builder.data_path.glob("*.array_record*"))  # bad input never yields output
+  # Bad input never yields output.
+  assert not list(plan.builder.data_path.glob("*.array_record*"))
   # And once more at the door, for data that were made elsewhere:
-  unchecked = generate.Plan(**{**plan.__dict__, "rollout": bad.rollout, "check": lambda *_: None})
+  unchecked = generate.Plan(
+    **{**plan.__dict__, "rollout": bad.rollout, "check": lambda *_: None}
+  )
   generate.generate(unchecked, meshes.make(), _never)
   with pytest.raises(
-    ValueError, match=r"split train: trajectory 0 at time 1 holds NaN or infinity \(30 of 30"
+    ValueError,
+    match=r"split train: trajectory 0 at time 1 holds NaN or infinity \(30 of 30",
   ):
     simulated.load(plan.builder, "train")
   with pytest.raises(ValueError, match="trajectory 0 of the training split holds NaN"):
@@ -155,7 +166,8 @@ def test_another_grid_is_another_data_set(tmp_path):
     simulated.make("ks", "hfhr", tmp_path, (192,)).data_dir
     != simulated.make("ks", "hfhr", tmp_path, (96,)).data_dir
   )
-  other = simulated.make("burgers", "hfhr", tmp_path, (192,))  # an equation without a class here
+  # An equation without a class here.
+  other = simulated.make("burgers", "hfhr", tmp_path, (192,))
   assert (other.name, other.shape) == ("burgers", (192, 1))
 
 
@@ -185,7 +197,9 @@ def test_statistics_against_numpy(tmp_path):
   )  # Parseval: N times the variance
   np.testing.assert_allclose(stats.restore(z), u, atol=1e-5)
   stats.save(tmp_path / "s.npz")
-  np.testing.assert_array_equal(statistics.load(tmp_path / "s.npz").spectrum, stats.spectrum)
+  np.testing.assert_array_equal(
+    statistics.load(tmp_path / "s.npz").spectrum, stats.spectrum
+  )
   (tmp_path / "s.npz").write_bytes(b"PK")
   with pytest.raises(ValueError, match="is damaged"):
     statistics.load(tmp_path / "s.npz")
@@ -209,7 +223,9 @@ def test_every_epoch_holds_each_example_once_and_is_shuffled_anew():
   )  # 40 rows: two epochs of 20
   assert sorted(order[:20]) == sorted(order[20:]) == list(range(20))
   assert (order[:20] != order[20:]).any()
-  assert (order != np.concatenate([_batches(seed=1).indices(s) for s in range(5)])).any()
+  assert (
+    order != np.concatenate([_batches(seed=1).indices(s) for s in range(5)])
+  ).any()
 
 
 def test_rows_do_not_depend_on_processes_or_on_where_the_stream_began():
@@ -239,7 +255,9 @@ def test_any_beginning_of_the_rows_is_spread_out():
   assert {*(order[:6] % 4)} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(("trajectories", "snapshots"), [(12, 4), (7, 3), (10, 1), (30, 2)])
+@pytest.mark.parametrize(
+  ("trajectories", "snapshots"), [(12, 4), (7, 3), (10, 1), (30, 2)]
+)
 def test_rows_are_balanced_over_trajectories_and_times(trajectories, snapshots):
   """A field's law may change with time, and neighbours of a trajectory are alike: no count may
   alias with either.
@@ -247,7 +265,10 @@ def test_rows_are_balanced_over_trajectories_and_times(trajectories, snapshots):
   for count in range(1, trajectories * snapshots + 1):
     rows = simulated.balanced(trajectories, snapshots, count)
     assert len(np.unique(rows)) == len(rows) == count
-    for place, kinds in ((rows // snapshots, trajectories), (rows % snapshots, snapshots)):
+    for place, kinds in (
+      (rows // snapshots, trajectories),
+      (rows % snapshots, snapshots),
+    ):
       often = np.bincount(place, minlength=kinds)
       assert often.max() - often.min() <= 1, count
   with pytest.raises(ValueError, match=f"1 to {trajectories * snapshots} can be had"):

@@ -44,7 +44,8 @@ def test_every_window_is_of_one_trajectory_in_order_of_time(channels):
     )
     np.testing.assert_array_equal(u[1, :, 0], first + np.arange(frames))
     seen.add((trajectory, first))
-  assert seen == {(t, s) for t in range(TRAJECTORIES) for s in range(3)}  # any start, each once
+  # Any start, each once.
+  assert seen == {(t, s) for t in range(TRAJECTORIES) for s in range(3)}
 
 
 def test_single_frames_are_the_source_itself():
@@ -67,14 +68,19 @@ def test_what_does_not_fit_is_refused():
 
 def test_batches_and_statistics_of_windows():
   """The pipeline normalises every frame by the statistics of its channel."""
-  stats = statistics.Statistics(np.float32([1.0]), np.float32([2.0]), np.ones((2, 1), np.float32))
+  stats = statistics.Statistics(
+    np.float32([1.0]), np.float32([2.0]), np.ones((2, 1), np.float32)
+  )
   assert stats.repeated(1) is stats
   many = stats.repeated(3)
   assert (many.mean.shape, many.std.shape, many.spectrum.shape) == ((3,), (3,), (2, 3))
-  batches = training_batches.Batches(time_windows.view(Rows(), SNAPSHOTS, 3), many, 8, seed=0)
+  batches = training_batches.Batches(
+    time_windows.view(Rows(), SNAPSHOTS, 3), many, 8, seed=0
+  )
   x = batches.rows(0, np.arange(8))["x"]
   assert x.shape == (8, 2, 3)
-  np.testing.assert_allclose(np.diff(x[:, 1], axis=1), 0.5)  # times are 1 apart, divided by the std
+  # Times are 1 apart, divided by the std.
+  np.testing.assert_allclose(np.diff(x[:, 1], axis=1), 0.5)
   np.testing.assert_array_equal(x[:, 0], x[:, 0, :1].repeat(3, 1))
 
 

@@ -36,7 +36,12 @@ def test_subgroups_by_name():
   sizes = lambda group, space: {
     name: len(part) for name, part in bias_symmetry.subgroups(group, space).items()
   }
-  assert sizes(ks.group(24), (24,)) == {"full": 48, "shifts": 24, "reflection": 2, "trivial": 1}
+  assert sizes(ks.group(24), (24,)) == {
+    "full": 48,
+    "shifts": 24,
+    "reflection": 2,
+    "trivial": 1,
+  }
   found = sizes(kolmogorov.group(16), (16, 16))
   # 16 shifts of x, 8 glides, 2 turns; half of the glides keep the sign, and are shifts of y
   assert found == {
@@ -50,14 +55,21 @@ def test_subgroups_by_name():
   assert sizes(symmetry.trivial(5), (5,)) == {"full": 1, "trivial": 1}
 
 
-@pytest.mark.parametrize(("group", "space"), [(ks.group(6), (6,)), (kolmogorov.group(8), (8, 8))])
+@pytest.mark.parametrize(
+  ("group", "space"), [(ks.group(6), (6,)), (kolmogorov.group(8), (8, 8))]
+)
 def test_subgroups_are_closed(group, space):
   """The product of two elements is one of the elements."""
   for part in bias_symmetry.subgroups(group, space).values():
-    known = {(index.tobytes(), sign) for index, sign in zip(part.index, part.sign, strict=True)}
+    known = {
+      (index.tobytes(), sign) for index, sign in zip(part.index, part.sign, strict=True)
+    }
     for i in range(0, len(part), 5):
       for j in range(0, len(part), 3):
-        assert (part.index[j][part.index[i]].tobytes(), part.sign[i] * part.sign[j]) in known
+        assert (
+          part.index[j][part.index[i]].tobytes(),
+          part.sign[i] * part.sign[j],
+        ) in known
 
 
 @pytest.mark.parametrize(
@@ -69,7 +81,8 @@ def test_subgroups_are_closed(group, space):
     (lambda u: u + 0.1 * u**2, "shifts"),  # not odd, alike everywhere
     (lambda u: u + 0.2, "shifts"),
     (lambda u: u * (1 + 0.3 * np.sin(TURN)) + 0.4 * np.cos(TURN), "trivial"),
-    (lambda u: u * (1 + 0.3 * np.cos(TURN)), "reflection"),  # even about the first point
+    # Even about the first point.
+    (lambda u: u * (1 + 0.3 * np.cos(TURN)), "reflection"),
   ],
 )
 def test_the_largest_group_that_the_bias_respects(bias, expected):
@@ -105,7 +118,9 @@ def test_false_alarms(tails):
   """
   trajectories, snapshots, alarms = 24, 2, 0
   for trial in range(150):
-    (raw, ids), (true, _) = (fields(2 * trial + k, trajectories, snapshots) for k in (0, 1))
+    (raw, ids), (true, _) = (
+      fields(2 * trial + k, trajectories, snapshots) for k in (0, 1)
+    )
     raw, true = raw + tails * raw**3, true + tails * true**3
     alarms += not verdicts(raw, true, ids)[0].passes
   assert alarms <= 2
@@ -118,16 +133,27 @@ def test_rows_of_a_trajectory_are_one_unit():
   (raw, _), (true, _) = fields(0, 40, 1), fields(1, 40, 1)
   ids = np.arange(40)
   once = verdicts(raw, true, ids)[0]
-  again = verdicts(np.repeat(raw, 8, axis=0), np.repeat(true, 8, axis=0), np.repeat(ids, 8))[0]
+  again = verdicts(
+    np.repeat(raw, 8, axis=0), np.repeat(true, 8, axis=0), np.repeat(ids, 8)
+  )[0]
   assert again.worst == pytest.approx(
     once.worst, rel=0.02
   )  # the limits of REACH interpolate between other rows
 
 
 def test_units():
-  assert bias_symmetry.units(6, np.array([7, 7, 3, 3, 9, 9])).tolist() == [1, 1, 0, 0, 2, 2]
+  assert bias_symmetry.units(6, np.array([7, 7, 3, 3, 9, 9])).tolist() == [
+    1,
+    1,
+    0,
+    0,
+    2,
+    2,
+  ]
   assert bias_symmetry.units(6, None).tolist() == [0, 1, 2, 3, 4, 5]
-  assert np.bincount(bias_symmetry.units(6400, None)).tolist() == [100] * bias_symmetry.RUNS
+  assert (
+    np.bincount(bias_symmetry.units(6400, None)).tolist() == [100] * bias_symmetry.RUNS
+  )
   assert bias_symmetry.units(10_000, np.arange(10_000)).max() == bias_symmetry.UNITS - 1
 
 
@@ -140,6 +166,7 @@ def test_a_point_that_never_varies_is_left_out():
 
 def test_an_unknown_name():
   with pytest.raises(
-    ValueError, match=r"config.debias.group='flips' is unknown on this grid; use one of auto, full"
+    ValueError,
+    match=r"config.debias.group='flips' is unknown on this grid; use one of auto, full",
   ):
     bias_symmetry.check_name("flips", GROUP, (N,))

@@ -41,7 +41,12 @@ def debiased(folder, bias, **given):
   given = {"towards": "stationary"} | given
   term = quadratic_terms.burgers((N,))
   setting = maps.Setting(ks.group(N), quadratic=term, recipe="GMQM", **given)
-  how = {"space": (N,), "maps": ("equivariant",), "chosen": "equivariant", "setting": setting}
+  how = {
+    "space": (N,),
+    "maps": ("equivariant",),
+    "chosen": "equivariant",
+    "setting": setting,
+  }
   report = fit.debias(folder, biased[0], fields(1, ROWS), biased[1], **how)
   return report, maps.load(folder / "equivariant")(biased[1])[..., 0]
 

@@ -15,7 +15,9 @@ from downscaling.runtime import files, supervision
 
 
 def rows(n, seed, scale, space=(6,)):
-  return (scale * np.random.default_rng(seed).normal(size=(n, *space, 1))).astype(np.float32)
+  return (scale * np.random.default_rng(seed).normal(size=(n, *space, 1))).astype(
+    np.float32
+  )
 
 
 SOURCE, TARGET, HELD = rows(120, 0, 1.0), rows(130, 1, 1.6), rows(50, 2, 1.0)
@@ -41,7 +43,9 @@ def setting(group=None, stop=lambda: False, **sinkhorn):
   )
 
 
-def debias(folder, held=HELD, *, names=("entropic",), chosen=None, given=None, **kwargs):
+def debias(
+  folder, held=HELD, *, names=("entropic",), chosen=None, given=None, **kwargs
+):
   return fit.debias(
     folder,
     SOURCE,
@@ -57,15 +61,25 @@ def debias(folder, held=HELD, *, names=("entropic",), chosen=None, given=None, *
 
 def test_writes_the_maps_the_rows_and_the_diagnostics(tmp_path):
   report = debias(
-    tmp_path, names=EVERY, chosen="equivariant", evaluators={"spread": spread}, in_sample=PICKED
+    tmp_path,
+    names=EVERY,
+    chosen="equivariant",
+    evaluators={"spread": spread},
+    in_sample=PICKED,
   )
   assert files.read_json(tmp_path / "diagnostics.json") == report
   assert report["map"] == "equivariant"
   assert report["maps"]["entropic"]["converged"] is True
   facts = report["maps"]["equivariant"]
-  assert facts["letters"] + facts["dropped"] == "GQ"  # Gaussian rows: Q has nothing to give
+  # Gaussian rows: Q has nothing to give.
+  assert facts["letters"] + facts["dropped"] == "GQ"
   assert facts["steps"][0] == "gaussian"
-  assert report["sizes"] == {"source": 120, "target": 130, "held_out": 50, "dimensions": 6}
+  assert report["sizes"] == {
+    "source": 120,
+    "target": 130,
+    "held_out": 50,
+    "dimensions": 6,
+  }
   fitted = SOURCE[PICKED]
   for name, source in (("held_out", HELD), ("in_sample", fitted)):
     assert report[name]["rows"] == len(source)
@@ -75,7 +89,9 @@ def test_writes_the_maps_the_rows_and_the_diagnostics(tmp_path):
       for kind in EVERY:
         assert data[kind].dims == ("row", "x")
         assert data[kind].dtype == np.float32
-        np.testing.assert_array_equal(data[kind].values, maps.load(tmp_path / kind)(source)[..., 0])
+        np.testing.assert_array_equal(
+          data[kind].values, maps.load(tmp_path / kind)(source)[..., 0]
+        )
   for kind in EVERY:
     found = report["held_out"][kind]["spread"]
     # every map must widen 1 to 1.6; the barycentric mean at this ε takes some of it back, the gains
@@ -110,7 +126,8 @@ def test_a_stopped_job_goes_on_to_the_same_map(tmp_path):
     debias(tmp_path / "cut", names=names, given=setting(stop=lambda: next(asked, True)))
   assert not (tmp_path / "cut" / "diagnostics.json").exists()
   first = (tmp_path / "cut" / "gaussian" / "arrays.npz").stat()
-  for _ in range(2):  # the second run finds the fits done and writes over its own stores
+  # The second run finds the fits done and writes over its own stores.
+  for _ in range(2):
     debias(tmp_path / "cut", names=names)
   assert (
     tmp_path / "cut" / "gaussian" / "arrays.npz"
@@ -128,7 +145,8 @@ def test_a_map_without_its_record_is_fitted_again(tmp_path):
 
 def test_two_dimensions_and_channels(tmp_path):
   source, target, held = (
-    np.concatenate([rows(n, s, 1.0, (4, 3))] * 2, -1) for n, s in ((40, 0), (50, 1), (11, 2))
+    np.concatenate([rows(n, s, 1.0, (4, 3))] * 2, -1)
+    for n, s in ((40, 0), (50, 1), (11, 2))
   )
   given = setting(symmetry.trivial(24), epsilon=0.01)
   fit.debias(
@@ -149,7 +167,8 @@ def test_not_converged_is_said(tmp_path, capfd):
   report = debias(tmp_path, given=setting(max_iterations=5))
   assert report["maps"]["entropic"]["converged"] is False
   assert (
-    "debias: entropic not converged after 5 iterations, marginal error" in capfd.readouterr().err
+    "debias: entropic not converged after 5 iterations, marginal error"
+    in capfd.readouterr().err
   )
 
 
@@ -162,10 +181,12 @@ def test_rescaled_gains_come_from_rows_outside_the_fit(tmp_path):
   debias(tmp_path, names=("gaussian", "entropic", "rescaled"), given=given)
   assert files.read_json(tmp_path / "rescaled" / "facts.json")["spare_rows"] == 15
   spreads = {
-    name: maps.load(tmp_path / name)(HELD).std() / TARGET.std() for name in ("entropic", "rescaled")
+    name: maps.load(tmp_path / name)(HELD).std() / TARGET.std()
+    for name in ("entropic", "rescaled")
   }
   assert spreads["entropic"] < 0.8
-  assert spreads["rescaled"] == pytest.approx(1, abs=0.25)  # 15 rows for each of 4 gains
+  # 15 rows for each of 4 gains.
+  assert spreads["rescaled"] == pytest.approx(1, abs=0.25)
 
 
 def test_rows_outside_the_fit_are_counted_and_said(tmp_path, capfd):
@@ -183,7 +204,9 @@ def test_rows_outside_the_fit_are_counted_and_said(tmp_path, capfd):
 
 
 def test_wrong_arrays_are_refused_before_the_fit(tmp_path):
-  with pytest.raises(ValueError, match=r"held_out is \(50, 5, 1\), need \[rows, 6, channels\]"):
+  with pytest.raises(
+    ValueError, match=r"held_out is \(50, 5, 1\), need \[rows, 6, channels\]"
+  ):
     debias(tmp_path, HELD[:, :5])
   held = HELD.copy()
   held[7] = np.nan
@@ -196,7 +219,9 @@ def test_wrong_arrays_are_refused_before_the_fit(tmp_path):
     match=r"config.debias.map='rescaled' is not among config.debias.maps=\('entropic',\)",
   ):
     debias(tmp_path, chosen="rescaled")
-  with pytest.raises(ValueError, match=r"config.debias.maps has 'sinkhorn', which is unknown"):
+  with pytest.raises(
+    ValueError, match=r"config.debias.maps has 'sinkhorn', which is unknown"
+  ):
     debias(tmp_path, names=("sinkhorn",))
   assert list(tmp_path.iterdir()) == []
 
@@ -205,7 +230,9 @@ def test_a_map_of_an_unknown_kind(tmp_path):
   debias(tmp_path, names=("gaussian",))
   record = files.read_json(tmp_path / "gaussian" / "map.json")
   files.write_json(tmp_path / "gaussian" / "map.json", record | {"kind": "linear"})
-  with pytest.raises(ValueError, match="holds a map of kind 'linear', this version reads"):
+  with pytest.raises(
+    ValueError, match="holds a map of kind 'linear', this version reads"
+  ):
     maps.load(tmp_path / "gaussian")
   with pytest.raises(FileNotFoundError, match="run `downscaling debias` first"):
     maps.load(tmp_path / "nothing")

@@ -17,7 +17,9 @@ from downscaling.runtime import files
 def fitted():
   """ott's dense solve in float32 and the map from its potentials."""
   rng = np.random.default_rng(0)
-  x, y = (s * rng.normal(size=(n, 6)).astype(np.float32) for n, s in ((90, 1.0), (110, 1.3)))
+  x, y = (
+    s * rng.normal(size=(n, 6)).astype(np.float32) for n, s in ((90, 1.0), (110, 1.3))
+  )
   cloud = pointcloud.PointCloud(jnp.asarray(x), jnp.asarray(y), epsilon=0.5)
   with jax.numpy_rank_promotion("allow"):  # ott's own
     out = ott_sinkhorn.Sinkhorn(threshold=1e-5, max_iterations=2000)(
@@ -32,7 +34,9 @@ def test_equals_otts_dual_potentials_on_rows_not_in_the_fit(fitted):
   with jax.numpy_rank_promotion("allow"):
     theirs = out.to_dual_potentials().transport(jnp.asarray(new))
   # two float32 paths to y − ½∇f: exponents of up to 40/.5 round by 1e-5
-  np.testing.assert_allclose(ours(new.reshape(-1, 3, 2)).reshape(-1, 6), theirs, atol=1e-4)
+  np.testing.assert_allclose(
+    ours(new.reshape(-1, 3, 2)).reshape(-1, 6), theirs, atol=1e-4
+  )
 
 
 def test_equals_the_barycentric_projection_on_the_fit(fitted):
@@ -49,7 +53,8 @@ def test_blocks_change_nothing_and_one_program_serves_any_count(fitted, monkeypa
   whole = ours(rows)
   monkeypatch.setattr(entropic_map, "BLOCK", 16)
   before = entropic_map._average._cache_size()
-  np.testing.assert_allclose(ours(rows), whole, atol=1e-6)  # another block size, the same sums
+  # Another block size, the same sums.
+  np.testing.assert_allclose(ours(rows), whole, atol=1e-6)
   np.testing.assert_array_equal(ours(rows[:7]), ours(rows)[:7])
   assert entropic_map._average._cache_size() == before + 1
   assert ours(rows[:0]).shape == (0, 3, 2)
@@ -59,7 +64,9 @@ def test_blocks_change_nothing_and_one_program_serves_any_count(fitted, monkeypa
 def test_effective_targets(fitted):
   _, y, out, ours = fitted
   rows = np.random.default_rng(3).normal(size=(30, 3, 2)).astype(np.float32)
-  t = np.asarray(out.g, np.float64) - ((rows.reshape(-1, 1, 6).astype(np.float64) - y) ** 2).sum(-1)
+  t = np.asarray(out.g, np.float64) - (
+    (rows.reshape(-1, 1, 6).astype(np.float64) - y) ** 2
+  ).sum(-1)
   w = scipy.special.softmax(t / 0.5, axis=1)
   np.testing.assert_allclose(
     ours.effective_targets(rows), np.exp(scipy.special.entr(w).sum(1)), rtol=1e-4
@@ -69,9 +76,9 @@ def test_effective_targets(fitted):
   assert entropic_map.EntropicMap(y, flat, 1e-3, (3, 2)).effective_targets(
     y[:5].reshape(5, 3, 2)
   ) == pytest.approx(1)
-  assert entropic_map.EntropicMap(y, flat, 1e6, (3, 2)).effective_targets(rows) == pytest.approx(
-    110, rel=1e-3
-  )
+  assert entropic_map.EntropicMap(y, flat, 1e6, (3, 2)).effective_targets(
+    rows
+  ) == pytest.approx(110, rel=1e-3)
 
 
 def test_rows_that_cannot_be_mapped(fitted):
@@ -79,7 +86,8 @@ def test_rows_that_cannot_be_mapped(fitted):
   rows = np.zeros((20, 3, 2), np.float32)
   rows[[2, 19], 1, 0] = np.nan, np.inf
   with pytest.raises(
-    ValueError, match=r"the rows to map hold NaN or infinities in 2 of 20 rows \(2, 19\)"
+    ValueError,
+    match=r"the rows to map hold NaN or infinities in 2 of 20 rows \(2, 19\)",
   ):
     ours(rows)
   with pytest.raises(
@@ -96,7 +104,10 @@ def test_saved_and_loaded_is_the_same_map(fitted, tmp_path):
   loaded = entropic_map.EntropicMap.load(tmp_path / "map")
   np.testing.assert_array_equal(loaded(rows), ours(rows))
   assert (loaded.epsilon, loaded.grid) == (0.5, (3, 2))
-  assert sorted(p.name for p in (tmp_path / "map").iterdir()) == ["arrays.npz", "map.json"]
+  assert sorted(p.name for p in (tmp_path / "map").iterdir()) == [
+    "arrays.npz",
+    "map.json",
+  ]
 
 
 def test_damaged_maps_are_named(fitted, tmp_path):
@@ -124,6 +135,7 @@ def test_damaged_maps_are_named(fitted, tmp_path):
     entropic_map.EntropicMap.load(folder)
   files.write_json(folder / "map.json", record | {"schema": 99})
   with pytest.raises(
-    ValueError, match=r"schema and kind \(99, 'entropic'\), this version reads \(1, 'entropic'\)"
+    ValueError,
+    match=r"schema and kind \(99, 'entropic'\), this version reads \(1, 'entropic'\)",
   ):
     entropic_map.EntropicMap.load(folder)

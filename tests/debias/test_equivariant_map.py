@@ -14,7 +14,10 @@ from downscaling.runtime import files
 
 EVERY = ("G", "Q", ("A", 2), ("S", 3), "G")
 GRIDS = {"ks": (ks.group(24), (24,)), "kolmogorov": (kolmogorov.group(8), (8, 8))}
-TERM = {"ks": quadratic_terms.burgers((24,)), "kolmogorov": quadratic_terms.advection((8, 8))}
+TERM = {
+  "ks": quadratic_terms.burgers((24,)),
+  "kolmogorov": quadratic_terms.advection((8, 8)),
+}
 
 
 def rows(space, seed, *, size=400, slope=1.5, skew=0.0):
@@ -33,7 +36,9 @@ def fitted(request):
   source, target = rows(space, 0, skew=0.05), rows(space, 1, slope=1.2)
   return (
     group,
-    recipes.fit(source, target, group=group, recipe=EVERY, quadratic=TERM[request.param]),
+    recipes.fit(
+      source, target, group=group, recipe=EVERY, quadratic=TERM[request.param]
+    ),
     source,
   )
 
@@ -51,7 +56,8 @@ def test_optimal_map_of_gaussians(kind):
   """T is PSD and carries A onto B: no other matrix is and does."""
   rng = np.random.default_rng(0)
   a, b = (
-    rng.normal(size=(3, 6, 6)) + (1j * rng.normal(size=(3, 6, 6)) if kind is complex else 0)
+    rng.normal(size=(3, 6, 6))
+    + (1j * rng.normal(size=(3, 6, 6)) if kind is complex else 0)
     for _ in range(2)
   )
   a, b = (x @ x.conj().transpose(0, 2, 1) for x in (a, b))
@@ -66,7 +72,9 @@ def test_optimal_map_of_gaussians(kind):
 def test_modes_without_variance_are_left_out():
   """A mode of A at 1e-12 of the largest is rounding: its gain would be 1e6."""
   a, b = np.diag([4.0, 1.0, 4e-12])[None], np.diag([1.0, 9.0, 1.0])[None]
-  np.testing.assert_allclose(moments.optimal(a, b)[0], np.diag([0.5, 3.0, 0.0]), atol=1e-12)
+  np.testing.assert_allclose(
+    moments.optimal(a, b)[0], np.diag([0.5, 3.0, 0.0]), atol=1e-12
+  )
 
 
 def test_with_shifts_the_gaussian_map_is_a_gain_for_each_wave():
@@ -92,9 +100,12 @@ def test_blocks_are_the_dense_map(name, monkeypatch):
   other = recipes.fit(source, target, group=group)
   assert len(other.steps[0].matrix) == 1
   assert (len(blocks.steps[0].matrix) > 1) == (name != "none")
-  np.testing.assert_allclose(blocks(source), other(source), atol=3e-6)  # float32 of values to 10
+  # float32 of values to 10.
+  np.testing.assert_allclose(blocks(source), other(source), atol=3e-6)
   # and it does what it is for: group-averaged moments of the fit's own rows become the target's
-  mapped, goal = (x.reshape(len(x), -1).astype(np.float64) for x in (blocks(source), target))
+  mapped, goal = (
+    x.reshape(len(x), -1).astype(np.float64) for x in (blocks(source), target)
+  )
   mean = lambda x: (group.sign[:, None] * x.mean(0)[group.index]).mean(0)
   np.testing.assert_allclose(mean(mapped), mean(goal), atol=1e-6)
   a, b = (group.average_covariance(covariance(x)) for x in (mapped, goal))
@@ -132,7 +143,9 @@ def test_quantiles_are_the_sorted_ones():
   inner = np.abs(source) < 3
   np.testing.assert_allclose(mapped[inner], target[inner], atol=2e-3)
   pooled = lambda x: np.sort(np.concatenate([x.ravel(), -x.ravel()]))
-  np.testing.assert_allclose(pooled(mapped)[1000:-1000], pooled(target)[1000:-1000], atol=2e-3)
+  np.testing.assert_allclose(
+    pooled(mapped)[1000:-1000], pooled(target)[1000:-1000], atol=2e-3
+  )
   np.testing.assert_array_equal(
     found(-source), -mapped
   )  # the group has a sign: the law is symmetric, so is q
@@ -185,7 +198,8 @@ def test_filters_commute_up_to_a_sign():
 
 def test_one_slice_sets_the_law_of_its_filtered_field():
   source, target = rows((24,), 0, size=3000, skew=0.1), rows((24,), 1, size=3000)
-  found = recipes.fit(source, target, group=ks.group(24), recipe="S", seed=2)  # an even filter
+  # An even filter.
+  found = recipes.fit(source, target, group=ks.group(24), recipe="S", seed=2)
   step = found.steps[0]
   assert np.allclose(np.abs(step.filter[1:-1]), 1)
   levels = np.linspace(0.01, 0.99, 50)
@@ -205,7 +219,9 @@ def test_filters_follow_the_seed_and_their_number():
   for a, b in zip(three.steps, five.steps[:3], strict=True):
     np.testing.assert_array_equal(a.filter, b.filter)
     np.testing.assert_array_equal(a.y, b.y)
-  assert any((a.filter != b.filter).any() for a, b in zip(three.steps, other.steps, strict=True))
+  assert any(
+    (a.filter != b.filter).any() for a, b in zip(three.steps, other.steps, strict=True)
+  )
 
 
 # ---------------------------------------------------------------- A
@@ -222,7 +238,9 @@ def test_transfer_becomes_the_targets(name):
   target = (y + 0.2 * term * (y.std() / term.std()))[..., None].astype(np.float32)
 
   def gap(x):
-    a, b = (moments.Transfer.of(v[..., 0].astype(np.float64), quadratic) for v in (x, target))
+    a, b = (
+      moments.Transfer.of(v[..., 0].astype(np.float64), quadratic) for v in (x, target)
+    )
     return np.linalg.norm(a.transfer - b.transfer) / np.linalg.norm(b.transfer)
 
   plain, with_a = (
@@ -242,7 +260,8 @@ def test_response_is_the_derivative(name):
   y = rows(space, 0, size=50)[..., 0].astype(np.float64)
   matrix, h = moments.response(y, quadratic), 1e-6
   at = lambda tau: (
-    moments.Transfer.of(equivariant_map.Transfer(tau, quadratic)(y), quadratic).transfer / len(y)
+    moments.Transfer.of(equivariant_map.Transfer(tau, quadratic)(y), quadratic).transfer
+    / len(y)
   )
   steps = h * np.eye(len(matrix))
   found = np.stack([(at(s) - at(-s)) / (2 * h) for s in steps], axis=1)
@@ -254,7 +273,9 @@ def test_response_is_the_derivative(name):
 def test_quadratic_terms():
   """−½ ∂ₓ sin² x = −½ sin 2x; ω = cos x + cos 2y: −u·∇ω = 3/2 sin x sin 2y."""
   x = np.arange(24) * 2 * np.pi / 24
-  np.testing.assert_allclose(TERM["ks"](np.sin(x)[None])[0], -np.sin(2 * x) / 2, atol=1e-14)
+  np.testing.assert_allclose(
+    TERM["ks"](np.sin(x)[None])[0], -np.sin(2 * x) / 2, atol=1e-14
+  )
   x, y = x[None, :], x[:, None]
   found = quadratic_terms.advection((24, 24))((np.cos(x) + np.cos(2 * y))[None])[0]
   # ψ = cos x + ¼ cos 2y, u = ψ_y = −½ sin 2y, v = −ψ_x = sin x; −u ω_x − v ω_y = −½ sin 2y sin x +
@@ -269,7 +290,9 @@ def test_every_element_of_the_group_commutes(fitted):
   group, found, source = fitted
   y = source[:4]
   moved = lambda x, g: (
-    (group.sign[g] * x.reshape(len(x), -1)[:, group.index[g]]).reshape(x.shape).astype(np.float32)
+    (group.sign[g] * x.reshape(len(x), -1)[:, group.index[g]])
+    .reshape(x.shape)
+    .astype(np.float32)
   )
   mapped = found(y)
   for g in range(len(group)):
@@ -310,7 +333,10 @@ def test_saved_and_loaded_is_the_same_map(fitted, tmp_path):
   loaded = equivariant_map.EquivariantMap.load(tmp_path / "map")
   np.testing.assert_array_equal(loaded(source), found(source))
   assert (loaded.grid, len(loaded.steps)) == (found.grid, 10)
-  assert sorted(p.name for p in (tmp_path / "map").iterdir()) == ["arrays.npz", "map.json"]
+  assert sorted(p.name for p in (tmp_path / "map").iterdir()) == [
+    "arrays.npz",
+    "map.json",
+  ]
 
 
 def test_damaged_maps_are_named(fitted, tmp_path):
@@ -343,7 +369,8 @@ def test_damaged_maps_are_named(fitted, tmp_path):
     load(folder)
   files.write_json(folder / "map.json", record | {"kind": "entropic"})
   with pytest.raises(
-    ValueError, match=r"schema and kind \(1, 'entropic'\), this version reads \(1, 'equivariant'\)"
+    ValueError,
+    match=r"schema and kind \(1, 'entropic'\), this version reads \(1, 'equivariant'\)",
   ):
     load(folder)
 
@@ -356,10 +383,13 @@ def test_rows_that_cannot_be_mapped(fitted):
   y = source[:20].copy()
   y[[2, 19], 1] = np.nan
   with pytest.raises(
-    ValueError, match=r"the rows to map hold NaN or infinities in 2 of 20 rows \(2, 19\)"
+    ValueError,
+    match=r"the rows to map hold NaN or infinities in 2 of 20 rows \(2, 19\)",
   ):
     found(y)
-  with pytest.raises(ValueError, match=r"rows of shape \(7, 1\) came, the map was fitted on"):
+  with pytest.raises(
+    ValueError, match=r"rows of shape \(7, 1\) came, the map was fitted on"
+  ):
     found(np.zeros((5, 7, 1), np.float32))
 
 
@@ -369,10 +399,22 @@ def test_clouds_that_cannot_be_fitted():
   bad[3, 2] = np.inf
   for source, target, message in (
     (bad, good, r"the source rows hold NaN or infinities in 1 of 20 rows \(3\)"),
-    (good, good[:1], r"the target rows are \(1, 24, 1\): need \[S, \*space, C\], 2 rows or more"),
+    (
+      good,
+      good[:1],
+      r"the target rows are \(1, 24, 1\): need \[S, \*space, C\], 2 rows or more",
+    ),
     (good[..., 0], good, r"fields without a channel axis one, rows\[..., None\]"),
-    (np.repeat(good, 2, -1), good, r"\(24, 2\), target rows \(24, 1\): bring both to one grid"),
-    (np.repeat(good[:1], 9, 0), good, "all 9 source rows are the same: there is nothing to fit"),
+    (
+      np.repeat(good, 2, -1),
+      good,
+      r"\(24, 2\), target rows \(24, 1\): bring both to one grid",
+    ),
+    (
+      np.repeat(good[:1], 9, 0),
+      good,
+      "all 9 source rows are the same: there is nothing to fit",
+    ),
     (
       good,
       good[:, ::2],
@@ -401,16 +443,21 @@ def test_steps_that_know_one_channel_are_refused_for_two():
 def test_recipes_that_cannot_be_read(recipe):
   y = rows((24,), 0, size=20)
   with pytest.raises(
-    ValueError, match=r"recipe=.* cannot be read: need letters of G, Q, A, S, M and N, as 'GQG'"
+    ValueError,
+    match=r"recipe=.* cannot be read: need letters of G, Q, A, S, M and N, as 'GQG'",
   ):
     recipes.fit(y, y, group=ks.group(24), recipe=recipe, quadratic=TERM["ks"])
 
 
 def test_transfer_needs_the_equation():
   y = rows((24,), 0, size=20)
-  with pytest.raises(ValueError, match=r"quadratic=None: A needs the equation's quadratic term"):
+  with pytest.raises(
+    ValueError, match=r"quadratic=None: A needs the equation's quadratic term"
+  ):
     recipes.fit(y, y, group=ks.group(24), recipe="GA")
-  with pytest.raises(ValueError, match=r"damping=2: a share of a Newton step, in \(0, 1\]"):
+  with pytest.raises(
+    ValueError, match=r"damping=2: a share of a Newton step, in \(0, 1\]"
+  ):
     recipes.fit(y, y, group=ks.group(24), recipe="GA", quadratic=TERM["ks"], damping=2)
 
 

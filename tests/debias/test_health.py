@@ -12,7 +12,9 @@ SPACE = (6,)
 
 
 def rows(n, seed, scale=1.0):
-  return (scale * np.random.default_rng(seed).normal(size=(n, *SPACE, 1))).astype(np.float32)
+  return (scale * np.random.default_rng(seed).normal(size=(n, *SPACE, 1))).astype(
+    np.float32
+  )
 
 
 def debias(folder, source, target, *, names=("gaussian",), calibration=None, **given):
@@ -48,7 +50,8 @@ def test_one_row_of_ten_thousand_is_refused_before_anything_is_written(tmp_path)
   source = rows(200, 0)
   source[17] = 1e4
   with pytest.raises(
-    ValueError, match=r"1 of 200 source rows hold values beyond .* \(rows 17; the largest is 1e\+04"
+    ValueError,
+    match=r"1 of 200 source rows hold values beyond .* \(rows 17; the largest is 1e\+04",
   ):
     debias(tmp_path, source, rows(200, 1), names=("entropic",))
   assert list(tmp_path.iterdir()) == []
@@ -63,7 +66,8 @@ def test_a_stray_row_is_named(tmp_path, capfd):
   report = debias(tmp_path, rows(200, 0), target)
   assert levels(report)["outliers in target"] == "warning"
   assert (
-    "debias: warning: 1 of 200 target rows hold values beyond 30 robust" in capfd.readouterr().err
+    "debias: warning: 1 of 200 target rows hold values beyond 30 robust"
+    in capfd.readouterr().err
   )
 
 
@@ -72,13 +76,19 @@ def test_a_constant_column_is_named(tmp_path, capfd):
   source[:, 4] = 1.0
   report = debias(tmp_path, source, rows(200, 1))
   assert levels(report)["constant points in source"] == "warning"
-  assert "1 of 6 points have one value in all source rows (points 4)" in capfd.readouterr().err
+  assert (
+    "1 of 6 points have one value in all source rows (points 4)"
+    in capfd.readouterr().err
+  )
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 100.0])
-def test_an_epsilon_without_information_is_an_error_of_the_chosen_map(tmp_path, epsilon):
+def test_an_epsilon_without_information_is_an_error_of_the_chosen_map(
+  tmp_path, epsilon
+):
   with pytest.raises(
-    ValueError, match=r"map entropic has lost \d+% of the variance .*epsilon is too large"
+    ValueError,
+    match=r"map entropic has lost \d+% of the variance .*epsilon is too large",
   ):
     debias(tmp_path, rows(200, 0), rows(200, 1), names=("entropic",), epsilon=epsilon)
   found = files.read_json(tmp_path / "diagnostics.json")["health"]
@@ -88,7 +98,9 @@ def test_an_epsilon_without_information_is_an_error_of_the_chosen_map(tmp_path, 
 
 
 def test_of_a_map_that_is_only_shown_it_is_a_warning(tmp_path, capfd):
-  report = debias(tmp_path, rows(200, 0), rows(200, 1), names=("gaussian", "entropic"), epsilon=1.0)
+  report = debias(
+    tmp_path, rows(200, 0), rows(200, 1), names=("gaussian", "entropic"), epsilon=1.0
+  )
   assert levels(report)["shrinkage of the barycentric map"] == "warning"
   assert "debias: warning: map entropic has lost" in capfd.readouterr().err
 
@@ -123,7 +135,9 @@ def test_outlying_rows_are_named_where_they_inflate_the_cost(tmp_path, capfd):
 
 
 def test_a_broken_symmetry_is_said_on_one_line(tmp_path, capfd):
-  source = rows(400, 0) + np.float32(0.5) * (np.arange(6) == 2).astype(np.float32)[:, None]
+  source = (
+    rows(400, 0) + np.float32(0.5) * (np.arange(6) == 2).astype(np.float32)[:, None]
+  )
   report = debias(tmp_path, source, rows(400, 1))
   assert report["group"] == {"name": "trivial", "elements": 1}
   lines = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]

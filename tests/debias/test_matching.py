@@ -14,7 +14,10 @@ from downscaling.fields import symmetry
 from downscaling.metrics import higher_order
 
 GRIDS = {"ks": (ks.group(12), (12,)), "kolmogorov": (kolmogorov.group(8), (8, 8))}
-TERM = {"ks": quadratic_terms.burgers((12,)), "kolmogorov": quadratic_terms.advection((8, 8))}
+TERM = {
+  "ks": quadratic_terms.burgers((12,)),
+  "kolmogorov": quadratic_terms.advection((8, 8)),
+}
 
 
 def fields(space, seed, *, size=600, bend=0.0):
@@ -43,7 +46,10 @@ def test_matching_converges_like_newton(name):
   left = []
   for count in range(4):
     mapped = dataclasses.replace(found, steps=found.steps[: 1 + count])(source)
-    left.append(np.abs(values(mapped, TERM[name]) - values(target, TERM[name]))[kept].max() / scale)
+    left.append(
+      np.abs(values(mapped, TERM[name]) - values(target, TERM[name]))[kept].max()
+      / scale
+    )
   # measured .26, .028, 3e-5 (1-D: RIDGE) and .16, 1.2e-3, 1.3e-5 (2-D); a gradient step of fixed
   # length leaves half
   assert left[1] < 0.7 * left[0]
@@ -62,7 +68,9 @@ def test_one_statistic_moves_by_the_least_displacement():
   step = matching.solve(now, goal, matching.gram(y, name, kept) / len(y), kept)
   moved = matching.Matching(step, np.zeros(space), np.inf, name)(y)
   before, after = np.fft.rfft(y), np.fft.rfft(moved)
-  np.testing.assert_allclose(np.delete(after, 2, 1), np.delete(before, 2, 1), atol=1e-12)
+  np.testing.assert_allclose(
+    np.delete(after, 2, 1), np.delete(before, 2, 1), atol=1e-12
+  )
   # gap of .1025 of the energy by a factor 1 + s of the wave, to first order in s: s = .05125, but
   # for RIDGE, 1e-6
   np.testing.assert_allclose(after[:, 2], before[:, 2] * (1 + 0.1025 / 2), rtol=2e-6)
@@ -72,7 +80,11 @@ def test_one_statistic_moves_by_the_least_displacement():
 def test_the_group_commutes(name):
   group, space = GRIDS[name]
   found = recipes.fit(
-    fields(space, 0), fields(space, 1, bend=0.1), group=group, recipe="GMQM", quadratic=TERM[name]
+    fields(space, 0),
+    fields(space, 1, bend=0.1),
+    group=group,
+    recipe="GMQM",
+    quadratic=TERM[name],
   )
   y = fields(space, 2, size=5)
   flat = found(y).reshape(5, -1)
@@ -90,7 +102,9 @@ def test_statistics_that_the_group_flips_are_left_out():
   """
   space = (12,)
   shifts = symmetry.Group(*(part[:12] for part in ks.group(12)))
-  some, both = (matching.invariant(group, space, TERM["ks"]) for group in (shifts, ks.group(12)))
+  some, both = (
+    matching.invariant(group, space, TERM["ks"]) for group in (shifts, ks.group(12))
+  )
   triads = sum(1 for j in range(1, 5) for k in range(1, j + 1) if j + k <= 5)
   assert (
     len(values(fields(space, 0), TERM["ks"])) - len(some) == 1
@@ -108,7 +122,9 @@ def test_what_is_matched_holds_out_of_sample():
   truth = higher_order.higher_order(reference[..., 0], TERM["ks"], group)
   error = {}
   for recipe in ("G", "GM"):
-    mapped = recipes.fit(source, target, group=group, recipe=recipe, quadratic=TERM["ks"])(new)
+    mapped = recipes.fit(
+      source, target, group=group, recipe=recipe, quadratic=TERM["ks"]
+    )(new)
     found = higher_order.higher_order(mapped[..., 0], TERM["ks"], group)
     error[recipe] = higher_order.errors(found, truth)["bispectrum"]
   floor = higher_order.higher_order(
@@ -129,7 +145,9 @@ def test_rows_far_outside_are_held():
     source, fields(space, 1, bend=0.1), group=group, recipe="M", quadratic=TERM["ks"]
   )
   far = 30 * source[:4]
-  moved = np.linalg.norm((found(far) - far)[..., 0], axis=1) / np.linalg.norm(far[..., 0], axis=1)
+  moved = np.linalg.norm((found(far) - far)[..., 0], axis=1) / np.linalg.norm(
+    far[..., 0], axis=1
+  )
   assert (moved <= found.steps[0].most * (1 + 1e-5)).all()
   assert found.outside(far).all()
   assert not found.outside(source).any()

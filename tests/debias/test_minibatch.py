@@ -23,7 +23,9 @@ passes = minibatch.shuffled
 def test_passes_show_every_row_once_and_each_in_another_order():
   x = np.arange(10)[:, None]
   batch = minibatch.shuffled(x, 3, seed=1)
-  first, second = (np.concatenate([batch(step) for step in range(k, k + 3)])[:, 0] for k in (0, 3))
+  first, second = (
+    np.concatenate([batch(step) for step in range(k, k + 3)])[:, 0] for k in (0, 3)
+  )
   assert len(set(first)) == len(set(second)) == 9
   assert list(first) != list(second)
   np.testing.assert_array_equal(
@@ -32,23 +34,30 @@ def test_passes_show_every_row_once_and_each_in_another_order():
   assert not np.array_equal(
     first, np.concatenate([minibatch.shuffled(x, 3)(step) for step in range(3)])[:, 0]
   )
-  with pytest.raises(ValueError, match="batches of 11 from 10 rows: need 1 <= size <= 10"):
+  with pytest.raises(
+    ValueError, match="batches of 11 from 10 rows: need 1 <= size <= 10"
+  ):
     minibatch.shuffled(x, 11)
 
 
 def weights(x, y, g, epsilon):
   """w_ij of the plan's rows, [n, m], float64."""
   x, y, g = (np.asarray(a, np.float64) for a in (x, y, g))
-  return scipy.special.softmax((g - ((x[:, None] - y[None]) ** 2).sum(-1)) / epsilon, axis=1)
+  return scipy.special.softmax(
+    (g - ((x[:, None] - y[None]) ** 2).sum(-1)) / epsilon, axis=1
+  )
 
 
 @pytest.mark.parametrize("rule", minibatch.RULES)
 def test_converges_to_the_full_solve(rule):
-  x, y = normal(200, 3, 0), normal(150, 3, 1, 1.4) + 300  # far from the origin: centred inside
+  # Far from the origin: centred inside.
+  x, y = normal(200, 3, 0), normal(150, 3, 1, 1.4) + 300
   x = x + 300
   full = sinkhorn.fit(x, y, epsilon=0.05, threshold=1e-5, max_iterations=5000)
   assert full.converged
-  result = minibatch.fit(passes(x, 50), y, held_out=x, epsilon=0.05, steps=1000, rule=rule)
+  result = minibatch.fit(
+    passes(x, 50), y, held_out=x, epsilon=0.05, steps=1000, rule=rule
+  )
   assert result.rows == 50_000
   assert result.epsilon == pytest.approx(full.epsilon, rel=1e-5)
   gap = np.asarray(result.g, np.float64) - np.asarray(full.g, np.float64)
@@ -74,7 +83,8 @@ def test_gaussian_stream_closed_form():
   a, b, sigma2 = mix_a @ mix_a.T, np.cov(y.T, ddof=0), result.epsilon / 2
   half, eye = root(a), np.eye(2)
   cross = (
-    half @ root(4 * half @ b @ half + sigma2**2 * eye) @ np.linalg.inv(half) / 2 - sigma2 / 2 * eye
+    half @ root(4 * half @ b @ half + sigma2**2 * eye) @ np.linalg.inv(half) / 2
+    - sigma2 / 2 * eye
   )
   inside = (
     np.linalg.norm((held_out - [3.0, 0.0]) @ np.linalg.inv(half), axis=1) < 2
@@ -94,7 +104,8 @@ def test_steps_equal_dense_numpy(rule, monkeypatch):
   """The formulas of the module's docstring in float64, tiles of rows with a rest, the schedule's
   ends, the average.
   """
-  monkeypatch.setattr(minibatch, "TILE_NUMBERS", 40 * 9)  # 9 rows a tile, 3 tiles for 25 rows
+  # 9 rows a tile, 3 tiles for 25 rows.
+  monkeypatch.setattr(minibatch, "TILE_NUMBERS", 40 * 9)
   minibatch._update.clear_cache()
   steps, m, y = 10, 40, normal(40, 3, 1)
   batch, held_out = passes(normal(100, 3, 0), 25), normal(30, 3, 2)
@@ -131,10 +142,16 @@ def test_history_is_what_the_held_out_rows_say():
   )
   history = result.history
   assert history["step"] == [50, 100, 130]
-  assert history["epsilon"][0] > history["epsilon"][1] == history["epsilon"][2] == result.epsilon
+  assert (
+    history["epsilon"][0]
+    > history["epsilon"][1]
+    == history["epsilon"][2]
+    == result.epsilon
+  )
   g = np.asarray(result.g)
   a, b = (
-    60 * weights(rows, y, g, result.epsilon).mean(0) for rows in (held_out[:150], held_out[150:300])
+    60 * weights(rows, y, g, result.epsilon).mean(0)
+    for rows in (held_out[:150], held_out[150:300])
   )
   cost = ((held_out[:300, None].astype(np.float64) - y[None]) ** 2).sum(-1)
   soft = result.epsilon * (
@@ -142,14 +159,18 @@ def test_history_is_what_the_held_out_rows_say():
   )
   # float32 exponents
   assert history["error"][-1] == pytest.approx(np.abs((a + b) / 2 - 1).mean(), rel=1e-3)
-  assert history["rms"][-1] ** 2 == pytest.approx(max(0, ((a - 1) * (b - 1)).mean()), abs=1e-4)
+  assert history["rms"][-1] ** 2 == pytest.approx(
+    max(0, ((a - 1) * (b - 1)).mean()), abs=1e-4
+  )
   assert history["dual"][-1] == pytest.approx(g.mean() - soft.mean(), rel=1e-4)
 
 
 def test_dual_and_rms_tell_a_good_potential_from_none():
   x, y, held_out = normal(4000, 3, 0), normal(100, 3, 1, 1.4), normal(4000, 3, 2)
   fit = lambda steps: (
-    minibatch.fit(passes(x, 100), y, held_out=held_out, epsilon=0.05, steps=steps).history
+    minibatch.fit(
+      passes(x, 100), y, held_out=held_out, epsilon=0.05, steps=steps
+    ).history
   )
   short, long = fit(2), fit(400)
   assert long["dual"][-1] > short["dual"][-1]
@@ -179,7 +200,9 @@ def test_stopped_and_resumed_is_undisturbed_bit_for_bit(tmp_path, asked):
     supervision.Interrupted,
     match=rf"stopped after {8 * asked} of 36 steps.*; the same command goes on",
   ):
-    minibatch.fit(passes(x, 30), y, **options, checkpoints=saver, stop=stop_after(asked))
+    minibatch.fit(
+      passes(x, 30), y, **options, checkpoints=saver, stop=stop_after(asked)
+    )
   assert saver.steps() == [8 * asked]
   saver.close()
   saver = saved(tmp_path / "c")
@@ -193,12 +216,22 @@ def test_stopped_and_resumed_is_undisturbed_bit_for_bit(tmp_path, asked):
   assert resumed.history == whole.history
   np.testing.assert_array_equal(resumed.g, whole.g)
   again = minibatch.fit(
-    passes(x, 30), y, **options, checkpoints=saver, stop=lambda: pytest.fail("nothing is left")
+    passes(x, 30),
+    y,
+    **options,
+    checkpoints=saver,
+    stop=lambda: pytest.fail("nothing is left"),
   )
   np.testing.assert_array_equal(again.g, whole.g)
   assert again.history == whole.history
-  for changed in (dict(steps=40), dict(held_out=held_out + 1e-3), dict(rates=(0.9, 0.1))):
-    with pytest.raises(ValueError, match="belong to other rows, steps or rates than these"):
+  for changed in (
+    dict(steps=40),
+    dict(held_out=held_out + 1e-3),
+    dict(rates=(0.9, 0.1)),
+  ):
+    with pytest.raises(
+      ValueError, match="belong to other rows, steps or rates than these"
+    ):
       minibatch.fit(passes(x, 30), y, **options | changed, checkpoints=saver)
   with pytest.raises(ValueError, match="belong to other rows"):
     minibatch.fit(passes(x + 1e-3, 30), y, **options, checkpoints=saver)
@@ -245,7 +278,10 @@ GOOD = normal(20, 3, 0)
     ),
     (dict(target=with_nan(GOOD, 7)), r"target rows hold NaN .* \(7\)"),
     (dict(target=GOOD[:1]), r"target rows of shape \(1, 3\) came, need .* at least 2"),
-    (dict(target=np.ones((20, 3))), "all 20 target rows are the same: a constant cloud"),
+    (
+      dict(target=np.ones((20, 3))),
+      "all 20 target rows are the same: a constant cloud",
+    ),
     (dict(held_out=with_nan(GOOD, 7)), "held-out rows hold NaN"),
     (
       dict(held_out=GOOD[:, :2]),
@@ -261,13 +297,17 @@ GOOD = normal(20, 3, 0)
     (dict(rule="adam"), r"rule='adam' is unknown; known: \['mixed', 'online', 'sgd'\]"),
     (dict(rates=(1.0, 0.1)), r"rates=\(1.0, 0.1\): need 1 > first >= last > 0"),
     (dict(rates=(0.1, 0.5)), "need 1 > first >= last > 0"),
-    (dict(anneal=(0.5, 0.5)), "need .first ε over last >= 1, share of the steps, 0 <= share < 1"),
+    (
+      dict(anneal=(0.5, 0.5)),
+      "need .first ε over last >= 1, share of the steps, 0 <= share < 1",
+    ),
     (dict(anneal=(8.0, 1.0)), "0 <= share < 1"),
   ],
 )
 def test_refusals_say_what_to_change(change, message):
   options = (
-    dict(batch=lambda step: GOOD, target=GOOD + 1, held_out=GOOD, epsilon=0.1, steps=8) | change
+    dict(batch=lambda step: GOOD, target=GOOD + 1, held_out=GOOD, epsilon=0.1, steps=8)
+    | change
   )
   with pytest.raises(ValueError, match=message) as caught:
     minibatch.fit(options.pop("batch"), options.pop("target"), **options)
@@ -275,8 +315,11 @@ def test_refusals_say_what_to_change(change, message):
 
 
 def test_divergence_is_said(monkeypatch):
-  monkeypatch.setattr(minibatch, "_update", lambda x, y, g, mean, *_: (g * np.nan, mean * np.nan))
+  monkeypatch.setattr(
+    minibatch, "_update", lambda x, y, g, mean, *_: (g * np.nan, mean * np.nan)
+  )
   with pytest.raises(
-    FloatingPointError, match=r"diverged by step 8, at ε = .*: lower rates \(now \(0.9, 0.05\)\)"
+    FloatingPointError,
+    match=r"diverged by step 8, at ε = .*: lower rates \(now \(0.9, 0.05\)\)",
   ):
     minibatch.fit(lambda step: GOOD, GOOD + 1, held_out=GOOD, epsilon=0.1, steps=8)

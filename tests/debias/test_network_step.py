@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from downscaling.debias.equivariant import equivariant_map, moments, network_step, recipes
+from downscaling.debias.equivariant import (
+  equivariant_map,
+  moments,
+  network_step,
+  recipes,
+)
 from downscaling.equations import kolmogorov, ks
 from downscaling.fields import symmetry
 
@@ -92,8 +97,12 @@ def test_far_outside_a_row_moves_by_a_limited_share(fitted):
 def test_on_disk_and_back_and_again(fitted, tmp_path, quick):
   fitted.save(tmp_path)
   y = fields(7, 20)
-  np.testing.assert_array_equal(equivariant_map.EquivariantMap.load(tmp_path)(y), fitted(y))
+  np.testing.assert_array_equal(
+    equivariant_map.EquivariantMap.load(tmp_path)(y), fitted(y)
+  )
   again = recipes.fit(fields(0), fields(1, hinge=0.5), group=GROUP, recipe="GNN")
   np.testing.assert_array_equal(again(y), fitted(y))  # the same seed, the same networks
-  other = recipes.fit(fields(0), fields(1, hinge=0.5), group=GROUP, recipe="GNN", seed=1)
+  other = recipes.fit(
+    fields(0), fields(1, hinge=0.5), group=GROUP, recipe="GNN", seed=1
+  )
   assert not np.array_equal(other(y), fitted(y))

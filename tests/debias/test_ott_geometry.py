@@ -42,11 +42,15 @@ def kernel_both_ways(x, y, f, g, eps, tile):
 def test_lse_kernel_equals_dense_float64(n, m, tile):
   x, y = clouds(n, m, 6)
   rng = np.random.default_rng(1)
-  f, g, eps = rng.normal(size=n).astype(np.float32), rng.normal(size=m).astype(np.float32), 0.3
+  f, g, eps = (
+    rng.normal(size=n).astype(np.float32),
+    rng.normal(size=m).astype(np.float32),
+    0.3,
+  )
   for axis, (got, sign) in enumerate(kernel_both_ways(x, y, f, g, eps, tile)):
-    want = eps * scipy.special.logsumexp(dense_exponents(x, y, f, g, eps), axis=axis) - (
-      f if axis == 1 else g
-    )
+    want = eps * scipy.special.logsumexp(
+      dense_exponents(x, y, f, g, eps), axis=axis
+    ) - (f if axis == 1 else g)
     # rounding: costs up to 60 in float32, 2⁻²⁴ · 60 · a few. A padded column that counts: up to log
     # 2 · ε = .2.
     np.testing.assert_allclose(got, want, atol=3e-5)
@@ -97,19 +101,27 @@ def test_closed_forms_equal_dense_cost():
   np.testing.assert_allclose(cloud.mean_cost_matrix, cost.mean(), rtol=1e-5)
   v = np.random.default_rng(3).normal(size=(53, 2)).astype(np.float32)
   np.testing.assert_allclose(
-    cloud.apply_cost(jnp.asarray(v), axis=1), cost @ v, atol=1e-4 * np.abs(cost).sum(1).max()
+    cloud.apply_cost(jnp.asarray(v), axis=1),
+    cost @ v,
+    atol=1e-4 * np.abs(cost).sum(1).max(),
   )
   w = np.ones(37, np.float32)
-  np.testing.assert_allclose(cloud.apply_cost(jnp.asarray(w), axis=0), w @ cost, rtol=1e-4)
+  np.testing.assert_allclose(
+    cloud.apply_cost(jnp.asarray(w), axis=0), w @ cost, rtol=1e-4
+  )
   assert cloud.shape == (37, 53)
-  with pytest.raises(TypeError, match=r"37 × 53 cost matrix .* never makes: use lse_mode=True"):
+  with pytest.raises(
+    TypeError, match=r"37 × 53 cost matrix .* never makes: use lse_mode=True"
+  ):
     _ = cloud.cost_matrix
 
 
 def test_ott_solver_gives_the_same_potentials_on_its_dense_cloud_and_on_ours():
   x, y = clouds(150, 170, 8)
   eps = 0.2
-  solver = ott_sinkhorn.Sinkhorn(threshold=1e-4, max_iterations=400, recenter_potentials=True)
+  solver = ott_sinkhorn.Sinkhorn(
+    threshold=1e-4, max_iterations=400, recenter_potentials=True
+  )
   vec = jnp.asarray(np.random.default_rng(4).normal(size=(3, 150)), jnp.float32)
 
   @jax.jit
@@ -153,4 +165,6 @@ def test_soft_average_equals_dense():
     w = scipy.special.softmax(dense_exponents(x, y, np.zeros(37), g, eps), axis=1)
     # weights err by the exponents' rounding, 60/ε · 2⁻²⁴ · a few = 5e-4 at the smallest ε
     np.testing.assert_allclose(mean, w @ y, atol=1e-5 + 3e-5 / eps)
-    np.testing.assert_allclose(entropy, scipy.special.entr(w).sum(1), atol=1e-5 + 3e-5 / eps)
+    np.testing.assert_allclose(
+      entropy, scipy.special.entr(w).sum(1), atol=1e-5 + 3e-5 / eps
+    )

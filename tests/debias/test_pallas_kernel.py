@@ -12,13 +12,16 @@ import scipy.special
 
 from downscaling.debias.entropic import pallas_kernel, soft_min
 
-TILES = {"cuda": (16, 16), "tpu": (8, 128)}  # the smallest, so that small clouds are several
+# The smallest, so that small clouds are several.
+TILES = {"cuda": (16, 16), "tpu": (8, 128)}
 FORMS = pytest.mark.parametrize("form", ["cuda", "tpu"])
 
 
 def clouds(n, m, d, seed=0):
   rng = np.random.default_rng(seed)
-  x, y = (scale * rng.normal(size=(k, d)) / np.sqrt(d) for k, scale in ((n, 3.0), (m, 3.5)))
+  x, y = (
+    scale * rng.normal(size=(k, d)) / np.sqrt(d) for k, scale in ((n, 3.0), (m, 3.5))
+  )
   f, g = rng.normal(size=n), rng.normal(size=m)
   return tuple(jnp.asarray(a, jnp.float32) for a in (x, y, f, g))
 
@@ -38,7 +41,9 @@ def interpreted(form, x, y, f, g, eps, tile=None):
 @FORMS
 # several tiles and a rest either way; less than one tile; one row; d of several products and a rest
 # (cuda), of one
-@pytest.mark.parametrize(("n", "m", "d"), [(37, 153, 24), (5, 7, 3), (1, 300, 24), (37, 153, 100)])
+@pytest.mark.parametrize(
+  ("n", "m", "d"), [(37, 153, 24), (5, 7, 3), (1, 300, 24), (37, 153, 100)]
+)
 def test_equals_dense_float64_and_geometry(form, n, m, d):
   x, y, f, g = clouds(n, m, d)
   eps = 0.3
@@ -60,7 +65,9 @@ def test_tiles_change_nothing(form):
   other = {"cuda": (32, 128), "tpu": (24, 384)}[form]
   # another order of 290 sums, ulps of exponents up to 130
   np.testing.assert_allclose(
-    interpreted(form, x, y, f, g, 0.3, other), interpreted(form, x, y, f, g, 0.3), atol=6e-5
+    interpreted(form, x, y, f, g, 0.3, other),
+    interpreted(form, x, y, f, g, 0.3),
+    atol=6e-5,
   )
 
 
@@ -98,11 +105,14 @@ def test_a_column_of_no_weight_does_not_count():
   np.testing.assert_allclose(got, dense(x, y[:100], f, g[:100], 0.1), atol=2e-4)
 
 
-@pytest.mark.parametrize(("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")])
+@pytest.mark.parametrize(
+  ("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")]
+)
 @pytest.mark.parametrize("d", [24, 100, 1024])
 def test_lowers_without_the_hardware(platform, mark, d):
   shapes = [
-    jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1000, d), (3000, d), (1000,), (3000,), ())
+    jax.ShapeDtypeStruct(s, jnp.float32)
+    for s in ((1000, d), (3000, d), (1000,), (3000,), ())
   ]
   traced = jax.jit(
     lambda x, y, f, g, eps: pallas_kernel.log_sum_exp(x, y, f, g, eps, backend=platform)
@@ -155,7 +165,9 @@ def test_supported():
 def test_refusals_say_what_to_change(change, options, error, message):
   shapes = {"x": (20, 4), "y": (30, 4), "f": (20,), "g": (30,)} | change
   with pytest.raises(error, match=message) as caught:
-    pallas_kernel.log_sum_exp(*(np.zeros(s, np.float32) for s in shapes.values()), 0.1, **options)
+    pallas_kernel.log_sum_exp(
+      *(np.zeros(s, np.float32) for s in shapes.values()), 0.1, **options
+    )
   assert "\n" not in str(caught.value)
 
 

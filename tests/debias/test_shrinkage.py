@@ -20,15 +20,22 @@ def folds(covariance, rows, seed=0):
   n = len(covariance)
   group = symmetry.trivial(n)
   frame = moments.Frame.of(group, (n,))
-  y = np.random.default_rng(seed).normal(size=(rows, n)) @ np.linalg.cholesky(covariance).T
-  parts = [moments.Moments.of(part, frame) for part in np.array_split(y, shrinkage.FOLDS)]
+  y = (
+    np.random.default_rng(seed).normal(size=(rows, n))
+    @ np.linalg.cholesky(covariance).T
+  )
+  parts = [
+    moments.Moments.of(part, frame) for part in np.array_split(y, shrinkage.FOLDS)
+  ]
   return parts, group, frame
 
 
 def test_a_stationary_law_with_varying_spread_is_its_own_structure():
   std = 1 + 0.3 * np.sin(2 * np.pi * np.arange(N) / N)
   covariance = circulant() * std[:, None] * std
-  np.testing.assert_allclose(shrinkage.stationary(covariance, (N,)), covariance, atol=1e-14)
+  np.testing.assert_allclose(
+    shrinkage.stationary(covariance, (N,)), covariance, atol=1e-14
+  )
 
 
 def test_stationary_is_the_mean_over_all_shifts():
@@ -85,7 +92,8 @@ def test_without_a_periodic_grid_a_taper_is_chosen():
   apart = np.abs(np.arange(N)[:, None] - np.arange(N))
   found = shrinkage.shrink(*folds(np.exp(-apart / 2.0), 100), "tapered")
   assert found.structure.startswith("tapered to ")
-  assert found.weight > 0.2  # 100 rows for 300 covariances: much of what is far apart is noise
+  # 100 rows for 300 covariances: much of what is far apart is noise.
+  assert found.weight > 0.2
   with pytest.raises(ValueError, match="towards='identity' is unknown"):
     shrinkage.shrink(*folds(circulant(), 20), "identity")
 

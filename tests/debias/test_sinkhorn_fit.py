@@ -29,7 +29,9 @@ def plan(x, y, result):
 
 
 def map_of(y, result):
-  return entropic_map.EntropicMap(y, np.asarray(result.g), result.epsilon, (y.shape[1],))
+  return entropic_map.EntropicMap(
+    y, np.asarray(result.g), result.epsilon, (y.shape[1],)
+  )
 
 
 def root(a):
@@ -51,7 +53,9 @@ def test_gaussian_to_gaussian_closed_form():
   half, sigma2 = root(a), result.epsilon / 2
   inner = root(4 * half @ b @ half + sigma2**2 * np.eye(2))
   cross = half @ inner @ np.linalg.inv(half) / 2 - sigma2 / 2 * np.eye(2)
-  cost = ((mean_a - mean_b) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * np.trace(cross)
+  cost = (
+    ((mean_a - mean_b) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * np.trace(cross)
+  )
   p = plan(x, y, result)
   # samples' own moments go into the closed form, so what is left is their non-Gaussianity: cost .03
   # %, map 1–2.6 % (4 seeds). ε for σ² = ε/2 moves the cost by 5 % and the map by 25 %, no ε by 10 %
@@ -69,7 +73,9 @@ def test_gaussian_to_gaussian_closed_form():
 
 def test_small_epsilon_is_the_assignment():
   x, y = normal(60, 3, 1), normal(60, 3, 2, 1.5)
-  result = sinkhorn.fit(x, y, epsilon=1e-3, momentum=1.0, max_iterations=4000, threshold=2e-3)
+  result = sinkhorn.fit(
+    x, y, epsilon=1e-3, momentum=1.0, max_iterations=4000, threshold=2e-3
+  )
   assert result.converged
   cost = cost_matrix(x, y)
   best = cost[scipy.optimize.linear_sum_assignment(cost)].mean()
@@ -113,10 +119,16 @@ def test_weights_are_as_many_copies_of_a_row():
   x, y, rng = normal(60, 3, 20), normal(50, 3, 21, 1.4), np.random.default_rng(22)
   many, often = rng.integers(1, 5, 60), rng.integers(1, 5, 50)
   copies = sinkhorn.fit(
-    x.repeat(many, 0), y.repeat(often, 0), epsilon=0.05, threshold=1e-6, max_iterations=5000
+    x.repeat(many, 0),
+    y.repeat(often, 0),
+    epsilon=0.05,
+    threshold=1e-6,
+    max_iterations=5000,
   )
   weights = many / many.sum(), (often / often.sum()).astype(np.float32)
-  once = sinkhorn.fit(x, y, epsilon=0.05, threshold=1e-6, max_iterations=5000, weights=weights)
+  once = sinkhorn.fit(
+    x, y, epsilon=0.05, threshold=1e-6, max_iterations=5000, weights=weights
+  )
   assert once.converged
   assert copies.converged
   assert once.mean_cost == pytest.approx(
@@ -127,7 +139,8 @@ def test_weights_are_as_many_copies_of_a_row():
   assert np.abs(p.sum(1) - weights[0]).sum() < 3e-5
   assert np.abs(p.sum(0) - weights[1]).sum() < 3e-5
   gap = np.abs(map_of(y, once)(x) - map_of(y.repeat(often, 0), copies)(x)).max()
-  assert gap < 1e-3  # of values of 1.4: marginals to 1e-6 leave potentials to 1e-4 ε or so
+  # Of values of 1.4: marginals to 1e-6 leave potentials to 1e-4 ε or so.
+  assert gap < 1e-3
   plain = sinkhorn.fit(x, y, epsilon=0.05, threshold=1e-6, max_iterations=5000)
   assert np.abs(map_of(y, plain)(x) - map_of(y, once)(x)).max() > 30 * gap
 
@@ -153,13 +166,20 @@ def test_float32_potentials_against_float64_numpy():
   cost, eps = cost_matrix(x, y), result.epsilon
   g = np.asarray(result.g, np.float64)
   for _ in range(3000):
-    f = -eps * (np.log(120) + scipy.special.logsumexp((g[None, :] - cost) / eps, axis=1))
-    g = -eps * (np.log(110) + scipy.special.logsumexp((f[:, None] - cost) / eps, axis=0))
+    f = -eps * (
+      np.log(120) + scipy.special.logsumexp((g[None, :] - cost) / eps, axis=1)
+    )
+    g = -eps * (
+      np.log(110) + scipy.special.logsumexp((f[:, None] - cost) / eps, axis=0)
+    )
   # the L1 error of 1e-5 times ε/(slowest rate) and 2⁻²⁴ of the cost; measured 2.6e-5 of the mean
   # cost. Without centring the products are 5e5 and their rounding .06, 3e-3 of it.
   for ours, exact in ((result.f, f), (result.g, g)):
     ours = np.asarray(ours, np.float64)
-    assert np.abs((ours - ours.mean()) - (exact - exact.mean())).max() < 1e-4 * result.mean_cost
+    assert (
+      np.abs((ours - ours.mean()) - (exact - exact.mean())).max()
+      < 1e-4 * result.mean_cost
+    )
 
 
 def test_float64_is_kept_where_it_is_on(x64):
@@ -176,7 +196,9 @@ def test_one_compilation_serves_the_ladder():
   result = sinkhorn.fit(x, y, epsilon=0.01)
   assert len(set(result.history["epsilon"])) == 7  # 64, 32, ..., 1
   np.testing.assert_allclose(np.diff(np.log2(result.history["epsilon"][:7])), -1)
-  chunk = sinkhorn_steps.make_chunk(iterations=10, momentum=1.5, path="dense", mesh=meshes.make(1))
+  chunk = sinkhorn_steps.make_chunk(
+    iterations=10, momentum=1.5, path="dense", mesh=meshes.make(1)
+  )
   assert chunk._cache_size() == 1
 
 
@@ -228,7 +250,11 @@ def test_stopped_and_resumed_is_undisturbed_bit_for_bit(tmp_path):
   np.testing.assert_array_equal(resumed.f, whole.f)
   np.testing.assert_array_equal(resumed.g, whole.g)
   again = sinkhorn.fit(
-    x, y, **options, checkpoints=saver, progress=lambda *call: pytest.fail("nothing is left to do")
+    x,
+    y,
+    **options,
+    checkpoints=saver,
+    progress=lambda *call: pytest.fail("nothing is left to do"),
   )
   np.testing.assert_array_equal(again.g, whole.g)
   with pytest.raises(ValueError, match="belong to other rows or another ladder"):
@@ -240,7 +266,11 @@ def test_stop_before_the_first_chunk_saves_nothing(tmp_path):
   saver = saved(tmp_path / "c")
   with pytest.raises(supervision.Interrupted, match="after 0 iterations"):
     sinkhorn.fit(
-      normal(9, 2, 0), normal(9, 2, 1), epsilon=0.1, checkpoints=saver, stop=lambda: True
+      normal(9, 2, 0),
+      normal(9, 2, 1),
+      epsilon=0.1,
+      checkpoints=saver,
+      stop=lambda: True,
     )
   assert saver.steps() == []
   saver.close()
@@ -364,7 +394,8 @@ def test_divergence_is_said():
   """1.95 straight at a small ε diverges; the potentials before it are left as they were."""
   x, y = normal(100, 8, 16), normal(100, 8, 17, 2.0)
   with pytest.raises(
-    FloatingPointError, match=r"potentials diverged after .* set momentum=1 \(it is 1.95\)"
+    FloatingPointError,
+    match=r"potentials diverged after .* set momentum=1 \(it is 1.95\)",
   ):
     sinkhorn.fit(x, y, epsilon=1e-3, momentum=1.95, anneal=(1.0, 0.5))
 
@@ -374,7 +405,8 @@ def test_stall_is_said(monkeypatch, tmp_path):
   monkeypatch.setattr(sinkhorn, "_rounding", lambda *_: 0.0)
   saver = saved(tmp_path / "c")
   with pytest.raises(
-    ValueError, match=r"no longer falls \(\d+ iterations, .*\), threshold 1e-09: raise epsilon"
+    ValueError,
+    match=r"no longer falls \(\d+ iterations, .*\), threshold 1e-09: raise epsilon",
   ):
     sinkhorn.fit(
       normal(64, 2, 18),
@@ -389,7 +421,15 @@ def test_stall_is_said(monkeypatch, tmp_path):
 
 
 def test_verdict_is_the_last_error_at_the_last_epsilon():
-  history = {"iteration": [10, 20, 30], "epsilon": [4.0, 2.0, 1.0], "error": [1e-9, 1e-9, 0.5]}
-  assert sinkhorn._verdict(history, 1.0, 1e-3, 100) == ""  # small errors at a larger ε do not count
+  history = {
+    "iteration": [10, 20, 30],
+    "epsilon": [4.0, 2.0, 1.0],
+    "error": [1e-9, 1e-9, 0.5],
+  }
+  # Small errors at a larger ε do not count.
+  assert sinkhorn._verdict(history, 1.0, 1e-3, 100) == ""
   assert sinkhorn._verdict(history, 1.0, 1e-3, 30) == "spent"
-  assert sinkhorn._verdict(history | {"error": [1.0, 1.0, 1e-4]}, 1.0, 1e-3, 30) == "converged"
+  assert (
+    sinkhorn._verdict(history | {"error": [1.0, 1.0, 1e-4]}, 1.0, 1e-3, 30)
+    == "converged"
+  )

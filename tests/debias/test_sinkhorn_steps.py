@@ -17,22 +17,32 @@ from downscaling.runtime import mesh as meshes
 
 def clouds(n, m, d, seed=0, spread=1.3):
   rng = np.random.default_rng(seed)
-  return rng.normal(size=(n, d)).astype(np.float32), (spread * rng.normal(size=(m, d))).astype(
-    np.float32
-  )
+  return rng.normal(size=(n, d)).astype(np.float32), (
+    spread * rng.normal(size=(m, d))
+  ).astype(np.float32)
 
 
 def uniform(*clouds):
   return tuple(np.full(len(c), 1 / len(c), np.float32) for c in clouds)
 
 
-def chunk(path, devices, x, y, f, g, epsilon, count, momentum, group=None, weights=None):
+def chunk(
+  path, devices, x, y, f, g, epsilon, count, momentum, group=None, weights=None
+):
   """One chunk, on host arrays; path "costs": dense, with the costs kept."""
   mesh, kept = meshes.make(devices), path == "costs"
   path = "dense" if kept else path
-  placed = [jax.device_put(a, meshes.rows(mesh)) for a in (x, y, *(weights or uniform(x, y)), f, g)]
-  step = sinkhorn_steps.make_chunk(iterations=count, momentum=momentum, path=path, mesh=mesh)
-  moves = group and (jnp.asarray(group.index, jnp.int32), jnp.asarray(group.sign, jnp.float32))
+  placed = [
+    jax.device_put(a, meshes.rows(mesh))
+    for a in (x, y, *(weights or uniform(x, y)), f, g)
+  ]
+  step = sinkhorn_steps.make_chunk(
+    iterations=count, momentum=momentum, path=path, mesh=mesh
+  )
+  moves = group and (
+    jnp.asarray(group.index, jnp.int32),
+    jnp.asarray(group.sign, jnp.float32),
+  )
   costs = sinkhorn_steps.make_costs(mesh)(*placed[:2]) if kept else None
   return [np.asarray(a) for a in step(*placed, jnp.float32(epsilon), moves, costs)]
 
@@ -41,10 +51,16 @@ def reference(x, y, f, g, epsilon, count, momentum, weights=None):
   """The same in float64 with all pairs at once: (f, g, error)."""
   a, b = weights or uniform(x, y)
   x, y, f, g = (np.asarray(a, np.float64) for a in (x, y, f, g))
-  exponents = lambda: (f[:, None] + g[None] - ((x[:, None] - y[None]) ** 2).sum(-1)) / epsilon
+  exponents = lambda: (
+    (f[:, None] + g[None] - ((x[:, None] - y[None]) ** 2).sum(-1)) / epsilon
+  )
   for _ in range(count):
-    f = f - momentum * epsilon * (scipy.special.logsumexp(exponents(), axis=1) - np.log(a))
-    g = g - momentum * epsilon * (scipy.special.logsumexp(exponents(), axis=0) - np.log(b))
+    f = f - momentum * epsilon * (
+      scipy.special.logsumexp(exponents(), axis=1) - np.log(a)
+    )
+    g = g - momentum * epsilon * (
+      scipy.special.logsumexp(exponents(), axis=0) - np.log(b)
+    )
   plan = np.exp(exponents())
   error = max(np.abs(plan.sum(1) - a).sum(), np.abs(plan.sum(0) - b).sum())
   return f - f.mean(), g + f.mean(), error
@@ -124,7 +140,9 @@ def test_every_path_on_any_devices_ends_at_the_same_potentials():
   found = {}
   for path in sinkhorn_steps.PATHS:
     for devices in (1, 4):
-      fit = sinkhorn.fit(x, y, epsilon=0.02, threshold=1e-5, path=path, mesh=meshes.make(devices))
+      fit = sinkhorn.fit(
+        x, y, epsilon=0.02, threshold=1e-5, path=path, mesh=meshes.make(devices)
+      )
       assert fit.converged
       assert fit.path == path
       found[path, devices] = fit
@@ -175,13 +193,21 @@ def test_what_the_paths_hold():
       program.memory_analysis().argument_size_in_bytes
       < 0.26 * compiled(path, 1).memory_analysis().argument_size_in_bytes
     )
-  dense = [compiled("dense", devices).memory_analysis().temp_size_in_bytes for devices in (1, 4)]
+  dense = [
+    compiled("dense", devices).memory_analysis().temp_size_in_bytes
+    for devices in (1, 4)
+  ]
   assert dense[0] > 4 * n * m
-  assert dense[1] < 0.35 * dense[0]  # a quarter of the plan, and the tiles that it is made of
+  # A quarter of the plan, and the tiles that it is made of.
+  assert dense[1] < 0.35 * dense[0]
 
 
-@pytest.mark.parametrize(("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")])
-def test_a_chunk_by_the_kernel_lowers_for_four_accelerators(monkeypatch, platform, mark):
+@pytest.mark.parametrize(
+  ("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")]
+)
+def test_a_chunk_by_the_kernel_lowers_for_four_accelerators(
+  monkeypatch, platform, mark
+):
   """Inside shard_map, without the hardware; between devices only parts of the other cloud go."""
   monkeypatch.setattr(meshes, "platform", lambda mesh: platform)
   mesh = meshes.make(4)
@@ -190,7 +216,9 @@ def test_a_chunk_by_the_kernel_lowers_for_four_accelerators(monkeypatch, platfor
     for s in ((1024, 24),) * 2 + ((1024,),) * 4
   ]
   sinkhorn_steps.make_chunk.cache_clear()
-  program = sinkhorn_steps.make_chunk(iterations=10, momentum=1.5, path="pallas", mesh=mesh)
+  program = sinkhorn_steps.make_chunk(
+    iterations=10, momentum=1.5, path="pallas", mesh=mesh
+  )
   text = (
     program.trace(*rows, jax.ShapeDtypeStruct((), jnp.float32))
     .lower(lowering_platforms=(platform,))
@@ -228,11 +256,13 @@ def test_a_wide_solve_keeps_its_costs(monkeypatch):
 
 def test_an_unknown_path_and_rows_that_do_not_divide():
   with pytest.raises(
-    ValueError, match=r"config.debias.path='rings' is unknown; use one of \['auto', 'dense'"
+    ValueError,
+    match=r"config.debias.path='rings' is unknown; use one of \['auto', 'dense'",
   ):
     sinkhorn.fit(*clouds(8, 8, 2), epsilon=0.1, path="rings")
   with pytest.raises(
-    ValueError, match=r"a source cloud of 10 over 4 devices.* --config.debias.points=8 or 12"
+    ValueError,
+    match=r"a source cloud of 10 over 4 devices.* --config.debias.points=8 or 12",
   ):
     sinkhorn.fit(*clouds(10, 8, 2), epsilon=0.1, mesh=meshes.make(4))
 
@@ -248,9 +278,9 @@ def test_tiles_are_those_of_the_geometry():
 
 def orbit_reference(x, y, f, g, epsilon, count, group):
   """Float64, on all pairs of x with the whole orbits of y."""
-  orbit = np.concatenate([np.asarray(group.act(k, y)) for k in range(len(group))]).astype(
-    np.float64
-  )
+  orbit = np.concatenate(
+    [np.asarray(group.act(k, y)) for k in range(len(group))]
+  ).astype(np.float64)
   x, f, g = (np.asarray(a, np.float64) for a in (x, f, g))
   cost = ((x[:, None] - orbit[None]) ** 2).sum(-1).reshape(len(x), len(group), len(y))
   kernel = lambda: (
@@ -262,7 +292,9 @@ def orbit_reference(x, y, f, g, epsilon, count, group):
     f = f - epsilon * (scipy.special.logsumexp(kernel(), axis=1) + np.log(len(x)))
     g = g - epsilon * (scipy.special.logsumexp(kernel(), axis=0) + np.log(len(y)))
   plan = np.exp(kernel())
-  error = max(np.abs(plan.sum(1) - 1 / len(x)).sum(), np.abs(plan.sum(0) - 1 / len(y)).sum())
+  error = max(
+    np.abs(plan.sum(1) - 1 / len(x)).sum(), np.abs(plan.sum(0) - 1 / len(y)).sum()
+  )
   return f - f.mean(), g + f.mean(), error
 
 
@@ -291,7 +323,9 @@ def test_the_map_between_orbits_is_that_onto_all_images_and_equivariant():
   rows = x[:20, :, None]
   got, effective = mapped.transport(rows)
   images = np.concatenate([np.asarray(group.act(k, y)) for k in range(len(group))])
-  whole = entropic_map.EntropicMap(images, np.tile(done.g, len(group)), done.epsilon, (8, 1))
+  whole = entropic_map.EntropicMap(
+    images, np.tile(done.g, len(group)), done.epsilon, (8, 1)
+  )
   want, many = whole.transport(rows)
   # exponents of up to 60/ε = 400 err by 2⁻²⁴ of that; the images are the same numbers
   np.testing.assert_allclose(got, want, atol=5e-4)
@@ -315,6 +349,7 @@ def test_a_map_with_its_group_comes_back(tmp_path):
 
 def test_a_group_of_another_grid_is_refused():
   with pytest.raises(
-    ValueError, match=r"the group acts on 8 values, rows have 6: .*--config.debias.symmetric=False"
+    ValueError,
+    match=r"the group acts on 8 values, rows have 6: .*--config.debias.symmetric=False",
   ):
     sinkhorn.fit(*clouds(8, 8, 6), epsilon=0.1, group=ks.group(8))

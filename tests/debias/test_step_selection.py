@@ -25,7 +25,9 @@ def fields(seed, size, slope=1.0, bend=0.0):
 
 def chosen(source, target, order="GM", **kwargs):
   term = quadratic_terms.burgers((N,))
-  return step_selection.select(source, target, order, group=GROUP, quadratic=term, **kwargs)
+  return step_selection.select(
+    source, target, order, group=GROUP, quadratic=term, **kwargs
+  )
 
 
 def test_matching_is_taken_with_many_rows_and_dropped_with_few():
@@ -43,7 +45,8 @@ def test_no_bias_no_step():
   in most draws.
   """
   dropped = [
-    chosen(fields(2 * k, 200), fields(2 * k + 1, 200), "G").letters == "" for k in range(6)
+    chosen(fields(2 * k, 200), fields(2 * k + 1, 200), "G").letters == ""
+    for k in range(6)
   ]
   # each with a probability of about .8; fewer than 3 of 6 once in sixty
   assert sum(dropped) >= 3
@@ -62,7 +65,9 @@ def test_a_step_that_pays_only_with_the_next_is_tried_with_it(monkeypatch):
 
   monkeypatch.setattr(recipes.Fitting, "take", take)
   group = step_selection.symmetry.trivial(N)
-  together = step_selection.select(fields(0, 400) + 0.5, fields(1, 400), "QS", group=group)
+  together = step_selection.select(
+    fields(0, 400) + 0.5, fields(1, 400), "QS", group=group
+  )
   assert together.letters == "QS"
   alone = step_selection.select(fields(0, 400) + 1.5, fields(1, 400), "QS", group=group)
   assert (alone.letters, alone.dropped) == ("S", "Q")
@@ -84,7 +89,9 @@ def test_stopped_between_steps():
 
 def test_families_are_those_of_the_statistics():
   """The numbers of each family are found in the order in which the values stand."""
-  judge = step_selection._Judge(fields(1, 200, bend=0.3), GROUP, quadratic_terms.burgers((N,)))
+  judge = step_selection._Judge(
+    fields(1, 200, bend=0.3), GROUP, quadratic_terms.burgers((N,))
+  )
   y = fields(2, 50, bend=0.3)
   found = judge.summary(y)
   energy = (np.abs(np.fft.rfft(y - judge.centre) / N) ** 2).mean(axis=0)

@@ -31,7 +31,9 @@ def _setting(count=256):
   net = denoiser.Denoiser(
     unet.UNet(channels=(8,), strides=(2,), blocks=1, heads=0, embedding=16), spectrum
   )
-  params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, *SPACE, 1)), jnp.ones(1))["params"]
+  params = jax.jit(net.init)(jax.random.key(0), jnp.zeros((1, *SPACE, 1)), jnp.ones(1))[
+    "params"
+  ]
   return net, params, x, spectrum
 
 
@@ -41,7 +43,9 @@ def test_a_gaussian_field_has_its_closed_form(tmp_path):
   sigmas = np.float32([0.05, 1.0, 20.0])
   table = error_table.tabulate(net, params, x, sigmas, meshes.make(4), seed=1)
   exact = (
-    spectrum * sigmas[:, None, None, None] ** 2 / (spectrum + sigmas[:, None, None, None] ** 2)
+    spectrum
+    * sigmas[:, None, None, None] ** 2
+    / (spectrum + sigmas[:, None, None, None] ** 2)
   )
   # 256 fields: a mode's |·|² has relative error 1/√256 = .06 (√2 of that where it is real); 384
   # modes, 4.5 errors.
@@ -68,20 +72,25 @@ def test_a_table_says_what_it_covers():
   table = error_table.ErrorTable(np.float32([0.1, 1.0]), np.ones((2, 8, 1), np.float32))
   error_table.check_covers(table, [0.1 * (1 - 1e-6), 1.0], "levels")
   for sigmas in ([0.09, 0.5], [0.2, 1.1]):
-    with pytest.raises(ValueError, match=r"tabulated from 0.1 to 1: beyond them nothing is known"):
+    with pytest.raises(
+      ValueError, match=r"tabulated from 0.1 to 1: beyond them nothing is known"
+    ):
       error_table.check_covers(table, sigmas, "levels")
 
 
 def test_file_and_refusals(tmp_path):
   table = error_table.ErrorTable(
-    np.float32([0.1, 1.0]), np.random.default_rng(0).uniform(0.1, 1, (2, 8, 1)).astype("f4")
+    np.float32([0.1, 1.0]),
+    np.random.default_rng(0).uniform(0.1, 1, (2, 8, 1)).astype("f4"),
   )
   with pytest.raises(FileNotFoundError, match="run `downscaling train`"):
     error_table.load(tmp_path, "hash")
   error_table.save(tmp_path, table, "hash")
   for a, b in zip(error_table.load(tmp_path, "hash"), table, strict=True):
     np.testing.assert_array_equal(a, b)
-  with pytest.raises(ValueError, match="belongs to a prior of config hash, this one is other"):
+  with pytest.raises(
+    ValueError, match="belongs to a prior of config hash, this one is other"
+  ):
     error_table.load(tmp_path, "other")
   path = tmp_path / error_table.FILE
   whole = path.read_bytes()
@@ -101,7 +110,9 @@ def test_stops_and_says_what_is_wrong():
       net, params, x, np.float32([0.1, 1.0]), meshes.make(), seed=0, stop=lambda: True
     )
   with pytest.raises(ValueError, match="2 held-out fields for 4 devices"):
-    error_table.tabulate(net, params, x[:2], np.float32([0.1, 1.0]), meshes.make(4), seed=0)
+    error_table.tabulate(
+      net, params, x[:2], np.float32([0.1, 1.0]), meshes.make(4), seed=0
+    )
   broken = jax.tree.map(lambda p: p * jnp.nan, params)
   with pytest.raises(FloatingPointError, match="not finite"):
     error_table.tabulate(net, broken, x, np.float32([0.1, 1.0]), meshes.make(), seed=0)

@@ -33,7 +33,9 @@ def test_pairs_invert_each_other(schedule):
 
 @pytest.mark.parametrize("schedule", ALL, ids=NAMES)
 def test_ends(schedule):
-  np.testing.assert_allclose(schedule.sigma(jnp.asarray(1.0)), schedule.sigma_max, rtol=1e-5)
+  np.testing.assert_allclose(
+    schedule.sigma(jnp.asarray(1.0)), schedule.sigma_max, rtol=1e-5
+  )
   assert float(schedule.sigma(jnp.asarray(0.0))) == pytest.approx(
     schedule.sigma_min
   )  # clipped, never 0
@@ -56,7 +58,8 @@ def test_scale_keeps_or_leaves_the_variance(schedule):
 
 
 @pytest.mark.parametrize(
-  "make", [schedules.vp_linear, schedules.tangent, schedules.power, schedules.exponential]
+  "make",
+  [schedules.vp_linear, schedules.tangent, schedules.power, schedules.exponential],
 )
 def test_rates_are_the_derivatives(x64, make):
   schedule = make()
@@ -66,7 +69,9 @@ def test_rates_are_the_derivatives(x64, make):
   got = schedule.rates(t)
   # Central differences: error O(d²) ~ 1e-10 × third derivative (≤ 1e4 here), in float64.
   for value, f in zip(got, (log_sigma, log_scale), strict=True):
-    np.testing.assert_allclose(value, (f(t + d) - f(t - d)) / (2 * d), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+      value, (f(t + d) - f(t - d)) / (2 * d), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_vp_linear_scale_decays_at_half_beta(x64):
@@ -89,7 +94,9 @@ def test_training_levels_fill_every_stratum_once(kind):
   if kind == "uniform_time":
     u = schedule.inverse(sigma)
   else:
-    u = jnp.log(sigma / schedule.sigma_min) / np.log(schedule.sigma_max / schedule.sigma_min)
+    u = jnp.log(sigma / schedule.sigma_min) / np.log(
+      schedule.sigma_max / schedule.sigma_min
+    )
   # Half a hundredth of a stratum for float32. Independent draws would leave about 37 % of the
   # strata empty.
   strata = np.asarray(u) * batch
@@ -125,7 +132,9 @@ def test_levels():
   edm = schedules.levels("edm", 18, 80.0, 0.002, rho=7)
   # Karras et al.'s own grid of 18 levels begins 80, 57.586; theirs counts levels, ours steps: 17
   # steps.
-  assert schedules.levels("edm", 17, 80.0, 0.002, rho=7)[1] == pytest.approx(57.586, abs=1e-3)
+  assert schedules.levels("edm", 17, 80.0, 0.002, rho=7)[1] == pytest.approx(
+    57.586, abs=1e-3
+  )
   assert (np.diff(edm) < 0).all()
 
 
@@ -147,7 +156,9 @@ def test_levels():
     (lambda: schedules.edm(sigma_min=0.0), "sigma_min=0"),
     (lambda: schedules.vp_linear(data_std=0.0), "data_std"),
     (
-      lambda: schedules.training_sigmas(jax.random.key(0), 4, schedules.edm(), "uniform"),
+      lambda: schedules.training_sigmas(
+        jax.random.key(0), 4, schedules.edm(), "uniform"
+      ),
       "log_uniform",
     ),
   ],
@@ -164,5 +175,7 @@ def test_levels_beyond_the_schedule_are_none():
   schedule = schedules.vp_linear()
   ends = jnp.asarray([schedule.sigma_min, schedule.sigma_max], jnp.float32)
   assert np.isfinite(schedule.inverse(ends)).all()
-  assert np.isnan(schedule.inverse(jnp.asarray([-1.0, 1.01 * schedule.sigma_max]))).all()
+  assert np.isnan(
+    schedule.inverse(jnp.asarray([-1.0, 1.01 * schedule.sigma_max]))
+  ).all()
   schedule.check_levels(np.asarray(ends))

@@ -12,22 +12,26 @@ from downscaling.runtime import mesh as meshes
 from downscaling.runtime import metric_writer, supervision
 
 N = 16
-SPECTRUM = (1.0 / (1.0 + np.minimum(np.arange(N), N - np.arange(N)) ** 2))[:, None].astype(
-  np.float32
-)
+SPECTRUM = (1.0 / (1.0 + np.minimum(np.arange(N), N - np.arange(N)) ** 2))[
+  :, None
+].astype(np.float32)
 SPECTRUM *= N / SPECTRUM.sum()
 
 
 def _gaussian(count, seed=0):
   """Stationary Gaussian fields of SPECTRUM, unit variance, [count, N, 1]."""
   white = np.random.default_rng(seed).normal(size=(count, N, 1))
-  return np.fft.ifft(np.sqrt(SPECTRUM) * np.fft.fft(white, axis=1), axis=1).real.astype(np.float32)
+  return np.fft.ifft(np.sqrt(SPECTRUM) * np.fft.fft(white, axis=1), axis=1).real.astype(
+    np.float32
+  )
 
 
 def _waves(count, seed=0):
   """One sine of random phase: far from Gaussian, so there is much to learn."""
   phase = np.random.default_rng(seed).uniform(0, 2 * np.pi, (count, 1))
-  return (np.sqrt(2) * np.sin(2 * np.pi * np.arange(N) / N + phase))[..., None].astype(np.float32)
+  return (np.sqrt(2) * np.sin(2 * np.pi * np.arange(N) / N + phase))[..., None].astype(
+    np.float32
+  )
 
 
 def _denoiser(spectrum=SPECTRUM, gated=False):
@@ -58,14 +62,16 @@ def test_a_static_field_tells_where_in_the_box_it_is(gated):
   x, sigma = jnp.asarray(_gaussian(2)), jnp.full(2, 0.5)
   for fields in (None, static):
     d = _denoiser(gated=gated).clone(static=fields)
-    params = jax.jit(d.init)(jax.random.key(0), x, sigma)  # the last convolution is silent
+    # The last convolution is silent.
+    params = jax.jit(d.init)(jax.random.key(0), x, sigma)
     params = jax.tree.map(
       lambda p: p + 0.1 * jax.random.normal(jax.random.key(p.size), p.shape), params
     )
     out = lambda d, x, params=params: np.asarray(jax.jit(d.apply)(params, x, sigma))
     moved, there = out(d, jnp.roll(x, 2, 1)), np.roll(out(d, x), 2, 1)
     if fields is None:
-      np.testing.assert_allclose(moved, there, atol=1e-5)  # float32 rounding of values of O(1)
+      # float32 rounding of values of O(1).
+      np.testing.assert_allclose(moved, there, atol=1e-5)
     else:
       assert np.abs(moved - there).max() > 0.01
       moved = out(d.clone(static=np.roll(static, 2, 0)), jnp.roll(x, 2, 1))
@@ -86,13 +92,15 @@ def test_an_open_gate_has_a_closed_form(sigma):
   """b = 1 adds √(Sσ²/(S+σ²))·z mode by mode, z_k = √S/(S+σ²)·x_k over its rms; of a Gaussian field
   that rms is 1: 4096 samples × 16 modes, half of them alike, 4 standard errors of a variance are 3
   %."""
-  x = _gaussian(4096) + sigma * np.random.default_rng(1).normal(size=(4096, N, 1)).astype(
-    np.float32
-  )
+  x = _gaussian(4096) + sigma * np.random.default_rng(1).normal(
+    size=(4096, N, 1)
+  ).astype(np.float32)
   d = denoiser.Denoiser(Gate(), SPECTRUM, True)
   got, state = d.apply({}, x, jnp.full(len(x), sigma), mutable=["intermediates"])
   (seen,) = state["intermediates"]["net"]["seen"]
-  np.testing.assert_allclose(seen[..., :1], x / np.sqrt(1 + sigma**2), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    seen[..., :1], x / np.sqrt(1 + sigma**2), rtol=1e-5, atol=1e-6
+  )
   assert float(jnp.var(seen[..., 1])) == pytest.approx(1, rel=0.03)
   var = SPECTRUM + sigma**2
   z = np.sqrt(SPECTRUM) / var / np.sqrt(np.mean(SPECTRUM / var))
@@ -108,7 +116,9 @@ def test_edm_limits():
   d = _denoiser(None)
   x = jnp.asarray(_gaussian(2))
   params = jax.jit(d.init)(jax.random.key(0), x, jnp.ones(2))
-  np.testing.assert_allclose(jax.jit(d.apply)(params, x, jnp.full(2, 1e-4)), x, atol=1e-6)
+  np.testing.assert_allclose(
+    jax.jit(d.apply)(params, x, jnp.full(2, 1e-4)), x, atol=1e-6
+  )
   assert float(jnp.abs(jax.jit(d.apply)(params, x, jnp.full(2, 1e4))).max()) < 1e-6
   with pytest.raises(ValueError, match="one noise level a sample"):
     d.apply(params, x, jnp.ones(()))
@@ -147,7 +157,9 @@ class Never(supervision.Stop):
 
 
 def _optimiser(rate=1e-2, total=8):
-  rate = train_state.learning_rate(peak=rate, end=1e-6, warmup_steps=2, total_steps=total)
+  rate = train_state.learning_rate(
+    peak=rate, end=1e-6, warmup_steps=2, total_steps=total
+  )
   return rate, train_state.optimizer(rate, 1.0)
 
 
@@ -160,7 +172,9 @@ def _initial(net, rate=1e-2, total=8, averages=1):
 def _update(net, mesh, specs, rate=1e-2, total=8, decays=(0.9,), **kwargs):
   rate, tx = _optimiser(rate, total)
   sigmas = lambda key, batch: jnp.exp(jax.random.normal(key, (batch,)))
-  return train_step.make_train_step(net, tx, sigmas, decays, mesh, specs, rate=rate, **kwargs)
+  return train_step.make_train_step(
+    net, tx, sigmas, decays, mesh, specs, rate=rate, **kwargs
+  )
 
 
 def _run(
@@ -169,7 +183,9 @@ def _run(
   microbatches=1, **evaluators,
 ):  # fmt: skip
   mesh, net = mesh or meshes.make(), net or _denoiser(None)
-  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), SPECTRUM)
+  stats = statistics.Statistics(
+    np.zeros(1, np.float32), np.ones(1, np.float32), SPECTRUM
+  )
   source = source or Memory({"u": u} for u in fields(64))
   held = jax.device_put(fields(8, seed=1), meshes.rows(mesh))
   return train_loop.train(
@@ -187,7 +203,9 @@ def _run(
     evaluators=evaluators,
     mesh=mesh,
     seed=0,
-    plan=train_loop.Plan(total_steps=total, log_every=2, eval_every=4, save_every=save_every),
+    plan=train_loop.Plan(
+      total_steps=total, log_every=2, eval_every=4, save_every=save_every
+    ),
     keep=ckpt.Keep(keep) if isinstance(keep, int) else keep,
     config_text="{}",
     stop=stop or Never(),
@@ -203,7 +221,9 @@ def _last(folder, mesh=None, net=None):
 
 def _numbers(tree):
   """On the host, keys as their words."""
-  words = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  words = lambda x: (
+    jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  )
   return jax.device_get(jax.tree.map(words, tree))
 
 
@@ -225,14 +245,18 @@ def test_eight_steps_are_some_and_a_stop_and_the_rest(straight, tmp_path, poll, 
   """Parameters, average, optimiser, key and the log, byte for byte; the fifth poll stops within the
   evaluation.
   """
-  with pytest.raises(supervision.Interrupted, match=f"stopped at step {step} of 8, which is saved"):
+  with pytest.raises(
+    supervision.Interrupted, match=f"stopped at step {step} of 8, which is saved"
+  ):
     _run(tmp_path / "cut", stop=Never(poll))
   assert _last(tmp_path / "cut")[0] == step
   _run(tmp_path / "cut")
   (one, undisturbed), (two, cut) = _last(straight), _last(tmp_path / "cut")
   assert one == two == 8
   _equal(undisturbed, cut)
-  assert (straight / "metrics.csv").read_bytes() == (tmp_path / "cut" / "metrics.csv").read_bytes()
+  assert (straight / "metrics.csv").read_bytes() == (
+    tmp_path / "cut" / "metrics.csv"
+  ).read_bytes()
 
 
 def test_one_device_and_four_train_alike(tmp_path):
@@ -258,7 +282,9 @@ def test_learning_lowers_the_validation_error(tmp_path):
 def test_nan_stops_the_run_names_the_window_and_keeps_the_last_good(tmp_path):
   """The data hold one absurd value, met in a known step of the first epoch."""
   fields = _gaussian(64)
-  stats = statistics.Statistics(np.zeros(1, np.float32), np.ones(1, np.float32), SPECTRUM)
+  stats = statistics.Statistics(
+    np.zeros(1, np.float32), np.ones(1, np.float32), SPECTRUM
+  )
   order = training_batches.Batches(Memory({"u": u} for u in fields), stats, 8, seed=0)
   fields[order.indices(4)[0], 3] = (
     1e30  # batch 4 is step 5; finite, so the door lets it in, but its square overflows
@@ -285,7 +311,11 @@ def test_prior_round_trip_and_messages(tmp_path):
 
 
 def test_averages_follow_their_definition():
-  mesh, net, keys = meshes.make(1), _denoiser(None), [jax.random.key(0), jax.random.key(1)]
+  mesh, net, keys = (
+    meshes.make(1),
+    _denoiser(None),
+    [jax.random.key(0), jax.random.key(1)],
+  )
   start, _, specs = train_state.make(mesh, _initial(net, averages=2), *keys)
   step = jax.jit(_update(net, mesh, specs.params, decays=(0.5, 0.2)))
   state = start(*keys)
@@ -298,4 +328,6 @@ def test_averages_follow_their_definition():
       expected[j] = jax.tree.map(
         lambda e, p, d=decay: d * e + (1 - d) * p, expected[j], state.params
       )
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, tuple(expected))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, tuple(expected)
+  )

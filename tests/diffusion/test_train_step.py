@@ -19,7 +19,9 @@ KEYS = [jax.random.key(0), jax.random.key(1)]
 
 
 def _net(**kwargs):
-  net = unet.UNet(channels=(32, 64), strides=(2, 2), blocks=1, heads=2, embedding=32, **kwargs)
+  net = unet.UNet(
+    channels=(32, 64), strides=(2, 2), blocks=1, heads=2, embedding=32, **kwargs
+  )
   return denoiser.Denoiser(
     net, np.ones((N, 1), np.float32)
   )  # with its FFTs, which XLA would gather the batch for
@@ -49,23 +51,31 @@ def _compiled(mesh, **kwargs):
   cutting up.
   """
   start, target, step = _make(mesh, **kwargs)
-  batch = {"x": jax.ShapeDtypeStruct((B, N, 1), jnp.float32, sharding=meshes.rows(mesh))}
+  batch = {
+    "x": jax.ShapeDtypeStruct((B, N, 1), jnp.float32, sharding=meshes.rows(mesh))
+  }
   return start, target, train_loop.compiled(step, target, batch)[0]
 
 
 def _split(target):
   """Parameters that fsdp splits, and the bytes of all of them."""
   params = jax.tree.leaves(target.params)
-  return [p for p in params if not p.sharding.is_fully_replicated], sum(4 * p.size for p in params)
+  return [p for p in params if not p.sharding.is_fully_replicated], sum(
+    4 * p.size for p in params
+  )
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(4, 1), (2, 2), (1, 4)])
-def test_a_step_sends_one_gradient_and_under_fsdp_its_parameters_and_nothing_else(data, fsdp):
+def test_a_step_sends_one_gradient_and_under_fsdp_its_parameters_and_nothing_else(
+  data, fsdp
+):
   mesh = meshes.make(data, fsdp)
   _, target, program = _compiled(mesh)
   found = program_cost.collectives(program)
   split, total = _split(target)
-  by_kind = {kind: [c for c in found if c.kind == kind] for kind in {c.kind for c in found}}
+  by_kind = {
+    kind: [c for c in found if c.kind == kind] for kind in {c.kind for c in found}
+  }
   gathers, scatters = by_kind.pop("all-gather", []), by_kind.pop("reduce-scatter", [])
   assert len(gathers) == len(scatters) == len(split) == (0 if fsdp == 1 else 24)
   assert sum(c.bytes for c in gathers) == sum(4 * p.size for p in split)
@@ -130,7 +140,9 @@ def test_every_way_of_cutting_a_step_up_gives_the_same(kwargs):
   other, cut = _two_steps(meshes.make(*kwargs.pop("mesh")), **kwargs)
   np.testing.assert_allclose(other, one, rtol=1e-6)
   norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(whole)))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * norm), whole, cut)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * norm), whole, cut
+  )
 
 
 def _shift(x, element):
@@ -141,8 +153,11 @@ def test_symmetries_are_drawn_anew_and_send_nothing():
   """The same losses on one device and on four, other ones than without; what is sent stays one
   reduction.
   """
-  one, four = (_two_steps(meshes.make(d), moves=symmetry.Moves(N, _shift)) for d in (1, 4))
-  np.testing.assert_allclose(one[0], four[0], rtol=1e-5)  # sums of 16 rows in another order
+  one, four = (
+    _two_steps(meshes.make(d), moves=symmetry.Moves(N, _shift)) for d in (1, 4)
+  )
+  # Sums of 16 rows in another order.
+  np.testing.assert_allclose(one[0], four[0], rtol=1e-5)
   assert all(abs(a - b) > 1e-4 for a, b in zip(one[0], _uncut()[0], strict=True))
   _, _, program = _compiled(meshes.make(4), moves=symmetry.Moves(N, _shift))
   assert {c.kind for c in program_cost.collectives(program)} == {"all-reduce"}
@@ -151,13 +166,16 @@ def test_symmetries_are_drawn_anew_and_send_nothing():
 def test_every_row_is_moved_by_an_element_of_its_own():
   x = _fields()
   moved = np.asarray(
-    train_step._anywhere(symmetry.Moves(N, _shift), meshes.make(4))(jax.random.key(3), x)
+    train_step._anywhere(symmetry.Moves(N, _shift), meshes.make(4))(
+      jax.random.key(3), x
+    )
   )
   images = np.stack([np.roll(x, -e, 1) for e in range(N)])
-  found = [int(np.flatnonzero((images[:, i] == moved[i]).all((1, 2)))[0]) for i in range(B)]
-  assert (
-    len(set(found)) > B // 2
-  )  # of 32 elements, 16 draws: 12.7 different ones are expected, 9 are four deviations off
+  found = [
+    int(np.flatnonzero((images[:, i] == moved[i]).all((1, 2)))[0]) for i in range(B)
+  ]
+  # Of 32 elements, 16 draws: 12.7 different ones are expected, 9 are four deviations off.
+  assert len(set(found)) > B // 2
 
 
 def test_microbatches_hold_less():
@@ -166,14 +184,19 @@ def test_microbatches_hold_less():
   """
   mesh = meshes.make(1)
   plain = program_cost.memory(_compiled(mesh)[-1])["temporaries"]
-  assert program_cost.memory(_compiled(mesh, microbatches=4)[-1])["temporaries"] < 0.8 * plain
+  assert (
+    program_cost.memory(_compiled(mesh, microbatches=4)[-1])["temporaries"]
+    < 0.8 * plain
+  )
 
 
 def test_remat_computes_blocks_twice_level_by_level():
   """Seen in the work that is asked for: XLA on a CPU undoes it. A step of forward, backward is
   three passes; with every block done again it is four, and here blocks are most of the work."""
   mesh = meshes.make(1)
-  batch = {"x": jax.ShapeDtypeStruct((B, N, 1), jnp.float32, sharding=meshes.rows(mesh))}
+  batch = {
+    "x": jax.ShapeDtypeStruct((B, N, 1), jnp.float32, sharding=meshes.rows(mesh))
+  }
   work = []
   for remat in (0, 1, 2):
     _, target, step = _make(mesh, remat)

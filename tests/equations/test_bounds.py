@@ -79,7 +79,9 @@ def test_runs_stay_far_below(solver):
   touch stops it.
   """
   with jax.enable_x64(True):
-    u = np.asarray(rollouts.rollout(solver, np.arange(8), burn_in=0.0, spacing=2.5, snapshots=8))
+    u = np.asarray(
+      rollouts.rollout(solver, np.arange(8), burn_in=0.0, spacing=2.5, snapshots=8)
+    )
     rollouts.check(solver, u, np.arange(8), 2.5 * np.arange(8))
     assert rms(u).max() < solver.bound / 4
 

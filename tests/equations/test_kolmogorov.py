@@ -14,8 +14,15 @@ from downscaling.equations import kolmogorov, rollouts
 from downscaling.runtime import mesh
 
 FREE = dict(drag=0.0, forcing=0.0)
-SOLVERS = [kolmogorov.Fine(32, 0.02), kolmogorov.Coarse(), kolmogorov.Coarse(integrator="heun")]
-DOUBLE = [kolmogorov.Fine(32, 0.02, dtype="float64"), kolmogorov.Coarse(dtype="float64")]
+SOLVERS = [
+  kolmogorov.Fine(32, 0.02),
+  kolmogorov.Coarse(),
+  kolmogorov.Coarse(integrator="heun"),
+]
+DOUBLE = [
+  kolmogorov.Fine(32, 0.02, dtype="float64"),
+  kolmogorov.Coarse(dtype="float64"),
+]
 DOUBLE += [kolmogorov.Coarse(integrator="heun", dtype="float64")]
 
 
@@ -33,13 +40,19 @@ def field(points, time=3.0, seed=7):
 
 @functools.cache
 def grown(solver, time, seed=7):
-  return advanced(solver, solver.start(jax.random.PRNGKey(seed)), round(time / solver.dt))
+  return advanced(
+    solver, solver.start(jax.random.PRNGKey(seed)), round(time / solver.dt)
+  )
 
 
 def state_of(solver, vorticity):
   """The solver's state that has this vorticity, on its own grid."""
   vorticity = jnp.asarray(vorticity, solver.dtype)
-  return solver.from_vorticity(vorticity) if isinstance(solver, kolmogorov.Coarse) else vorticity
+  return (
+    solver.from_vorticity(vorticity)
+    if isinstance(solver, kolmogorov.Coarse)
+    else vorticity
+  )
 
 
 def corners(solver, state):
@@ -69,7 +82,10 @@ def test_initial_vorticity_is_one_function_on_every_grid(x64):
   rounding of an FFT.
   """
   key = jax.random.PRNGKey(3)
-  on = {n: np.asarray(kolmogorov.initial_vorticity(key, n, "float64")) for n in (32, 48, 64, 128)}
+  on = {
+    n: np.asarray(kolmogorov.initial_vorticity(key, n, "float64"))
+    for n in (32, 48, 64, 128)
+  }
   np.testing.assert_allclose(on[64][::2, ::2], on[32], atol=1e-12)
   np.testing.assert_allclose(on[128][::4, ::4], on[32], atol=1e-12)
   np.testing.assert_allclose(on[48][::3, ::3], on[32][::2, ::2], atol=1e-12)
@@ -84,7 +100,9 @@ def test_initial_speed_is_three(x64):
   scales.
   """
   s = kolmogorov.Coarse(256, 1e-3, dtype="float64")
-  speeds = [float(jnp.abs(s.start(jax.random.PRNGKey(seed))).max()) for seed in range(4)]
+  speeds = [
+    float(jnp.abs(s.start(jax.random.PRNGKey(seed))).max()) for seed in range(4)
+  ]
   # Exactly 3 on 32² points; between those the maximum may lie higher, by (5 · π/32)²/2 = 12 % for a
   # wave of 5.
   assert min(speeds) > 2.98
@@ -114,7 +132,9 @@ def test_taylor_green_decays(x64, solver):
   n, q, time = len(solver.grid), 2, 1.0
   y, x = plane(n)
   start = 2 * q * np.cos(q * x) * np.cos(q * y)
-  end = corners(solver, advanced(solver, state_of(solver, start), round(time / solver.dt)))
+  end = corners(
+    solver, advanced(solver, state_of(solver, start), round(time / solver.dt))
+  )
   error = relative(end, start * np.exp(-2 * q**2 * 0.05 * time))
   # Fine: rounding, as viscosity is exact. Coarse: (q h)²/12 of the second difference, and the
   # limiter at extrema; measured 4e-3. Without the pressure, or with ν twice, .3 and more.
@@ -129,7 +149,8 @@ def test_laminar_flow_is_steady(x64, solver):
   n, q = len(solver.grid), solver.wave
   h = 2 * np.pi / n
   y, _ = plane(n)
-  if isinstance(solver, kolmogorov.Coarse):  # its differences of sin qy have other eigenvalues
+  # Its differences of sin qy have other eigenvalues.
+  if isinstance(solver, kolmogorov.Coarse):
     k, sine = (2 / h * np.sin(q * h / 2)) ** 2, 2 / h * np.sin(q * h / 2)
   else:
     k, sine = q**2, q
@@ -151,7 +172,9 @@ def test_viscosity_and_drag_damp_a_shear(x64):
   coarse = kolmogorov.Coarse(n, 0.02, n, "euler", 0.02, forcing=0.0, dtype="float64")
   m = (2 / coarse.h * np.sin(1.5 * coarse.h)) ** 2
   end = coarse.vorticity(advanced(coarse, state_of(coarse, start), steps))
-  np.testing.assert_allclose(end, start * (1 - 0.02 * (0.1 + 0.02 * m)) ** steps, atol=1e-13)
+  np.testing.assert_allclose(
+    end, start * (1 - 0.02 * (0.1 + 0.02 * m)) ** steps, atol=1e-13
+  )
 
 
 def test_fine_agrees_with_exponax(x64):
@@ -165,9 +188,9 @@ def test_fine_agrees_with_exponax(x64):
     2, 2 * np.pi, 64, 0.005, diffusivity=0.2, injection_scale=-1.0, order=4
   )
   start = s.start(jax.random.PRNGKey(0))
-  theirs = jax.jit(lambda w: jax.lax.scan(lambda w, _: (other(w), None), w, length=40)[0])(
-    -start.T[None]
-  )
+  theirs = jax.jit(
+    lambda w: jax.lax.scan(lambda w, _: (other(w), None), w, length=40)[0]
+  )(-start.T[None])
   # Measured 3e-6, the waves between 20 and 21. Another sign of the forcing or of the velocity gives
   # .1 and more.
   assert relative(advanced(s, start, 40), -theirs[0].T) < 1e-5
@@ -195,13 +218,16 @@ def test_fine_conserves_energy_and_enstrophy(x64):
 @pytest.mark.parametrize("solver", DOUBLE, ids=repr)
 def test_mean_vorticity_stays_zero(x64, solver):
   end = corners(solver, advanced(solver, state_of(solver, field(32)), 200))
-  assert abs(float(end.mean())) < 1e-13  # rounding of a mean over 1024 values of order 5
+  # Rounding of a mean over 1024 values of order 5.
+  assert abs(float(end.mean())) < 1e-13
 
 
 def test_fine_keeps_a_mean_of_vorticity(x64):
   """Fluxes are divergences: whatever the mean is, advection and forcing leave it alone."""
   s = kolmogorov.Fine(32, 0.02, drag=0.0, dtype="float64")
-  assert float(advanced(s, field(32) + 0.25, 200).mean()) == pytest.approx(0.25, abs=1e-13)
+  assert float(advanced(s, field(32) + 0.25, 200).mean()) == pytest.approx(
+    0.25, abs=1e-13
+  )
 
 
 @pytest.mark.parametrize("integrator", ["euler", "heun"])
@@ -210,11 +236,15 @@ def test_momentum_changes_by_drag_alone(x64, integrator):
   by 1e-3 in one.
   """
   s = kolmogorov.Coarse(integrator=integrator, dtype="float64")
-  start = s.from_vorticity(jnp.asarray(field(32))) + jnp.asarray([0.3, -0.2])[:, None, None]
+  start = (
+    s.from_vorticity(jnp.asarray(field(32))) + jnp.asarray([0.3, -0.2])[:, None, None]
+  )
   z = -s.drag * s.dt
   factor = 1 + z + (z**2 / 2 if integrator == "heun" else 0)
   end = advanced(s, start, 200)
-  np.testing.assert_allclose(end.mean((1, 2)), np.array([0.3, -0.2]) * factor**200, atol=1e-13)
+  np.testing.assert_allclose(
+    end.mean((1, 2)), np.array([0.3, -0.2]) * factor**200, atol=1e-13
+  )
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-5), ("float64", 2e-14)])
@@ -228,7 +258,9 @@ def test_divergence_is_rounding(x64, dtype, rounding):
   assert np.abs(s.divergence(end)).max() < rounding * np.abs(s.vorticity(end)).max()
   # A spectral Laplacian in place of the five-point one leaves 1e-1. And the projection changes
   # nothing twice:
-  np.testing.assert_allclose(s.project(end), end, atol=rounding * float(jnp.abs(end).max()))
+  np.testing.assert_allclose(
+    s.project(end), end, atol=rounding * float(jnp.abs(end).max())
+  )
 
 
 def test_projection_removes_a_gradient_and_nothing_else(x64):
@@ -251,7 +283,9 @@ def test_from_vorticity_inverts_vorticity(x64):
 # ---------------------------------------------------------------- orders
 
 
-@pytest.mark.parametrize(("drift", "integrator"), [(4.0, "heun"), (-4.0, "heun"), (4.0, "euler")])
+@pytest.mark.parametrize(
+  ("drift", "integrator"), [(4.0, "heun"), (-4.0, "heun"), (4.0, "euler")]
+)
 def test_advection_is_second_order_on_smooth_fields(x64, drift, integrator):
   """Against −(u·∇)u of a smooth flow with a mean, either sign, so that either side of a face is
   upwind.
@@ -266,7 +300,10 @@ def test_advection_is_second_order_on_smooth_fields(x64, drift, integrator):
     v = lambda y, x: drift / 2 - np.cos(y) * np.sin(x)
     y, x = np.meshgrid(at + h / 2, at, indexing="ij")
     got = s._advect(
-      jnp.asarray(u(y, x)), jnp.asarray(v(*np.meshgrid(at, at + h / 2, indexing="ij"))), 1, 0
+      jnp.asarray(u(y, x)),
+      jnp.asarray(v(*np.meshgrid(at, at + h / 2, indexing="ij"))),
+      1,
+      0,
     )
     exact = u(y, x) * np.sin(y) * np.sin(x) - v(y, x) * np.cos(y) * np.cos(x)
     errors.append(np.abs(got - exact).mean())
@@ -280,7 +317,9 @@ def test_fine_is_fourth_order_in_time(x64):
   end = lambda dt: advanced(make(dt), jnp.asarray(field(32)), round(0.64 / dt))
   steps, reference = [0.04, 0.02, 0.01], end(0.00125)
   # A wrong weight or a stage at the wrong time gives 1 or 2.
-  assert slope(steps, [relative(end(dt), reference) for dt in steps]) == pytest.approx(4.0, abs=0.3)
+  assert slope(steps, [relative(end(dt), reference) for dt in steps]) == pytest.approx(
+    4.0, abs=0.3
+  )
 
 
 @pytest.mark.parametrize(("integrator", "expected"), [("euler", 1.0), ("heun", 2.0)])
@@ -338,7 +377,9 @@ def test_group():
   g = kolmogorov.group(32)
   assert len(g) == 512
   w = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
-  every = np.stack([g.act(e, jnp.asarray(w.ravel())).reshape(32, 32) for e in range(512)])
+  every = np.stack(
+    [g.act(e, jnp.asarray(w.ravel())).reshape(32, 32) for e in range(512)]
+  )
   np.testing.assert_array_equal(every[0], w)
   np.testing.assert_array_equal(every[5], np.roll(w, -5, axis=1))
   np.testing.assert_array_equal(
@@ -347,7 +388,9 @@ def test_group():
   np.testing.assert_array_equal(
     every[256], np.roll(w[::-1, ::-1], (1, 1), (0, 1))
   )  # the half turn keeps (0, 0)
-  np.testing.assert_array_equal(every[32], -np.roll(np.roll(w[:, ::-1], 1, 1), -4, axis=0))
+  np.testing.assert_array_equal(
+    every[32], -np.roll(np.roll(w[:, ::-1], 1, 1), -4, axis=0)
+  )
   assert len(np.unique(every.reshape(512, -1), axis=0)) == 512
   # Closed: acting twice gives nothing new.
   twice = [
@@ -355,14 +398,19 @@ def test_group():
     for a in (1, 33, 300)
     for b in range(0, 512, 3)
   ]
-  assert len(np.unique(np.concatenate([every, np.stack(twice)]).reshape(-1, 1024), axis=0)) == 512
+  assert (
+    len(np.unique(np.concatenate([every, np.stack(twice)]).reshape(-1, 1024), axis=0))
+    == 512
+  )
 
 
 def test_move_is_the_group_without_a_table():
   w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16)).astype(np.float32))
   g, move = kolmogorov.group(16), jax.jit(kolmogorov.move)
   for element in (0, 3, 16, 100, 128, 255):
-    np.testing.assert_array_equal(move(w, element).reshape(2, -1), g.act(element, w.reshape(2, -1)))
+    np.testing.assert_array_equal(
+      move(w, element).reshape(2, -1), g.act(element, w.reshape(2, -1))
+    )
 
 
 @pytest.mark.parametrize("solver", DOUBLE, ids=repr)
@@ -394,7 +442,9 @@ def test_output_from_48_cells_keeps_the_symmetry_and_the_large_scales(x64):
   np.testing.assert_allclose(
     s.output(s.from_vorticity(jnp.asarray(wave(48, 5)))), wave(32, 5), atol=1e-12
   )
-  np.testing.assert_allclose(s.output(s.from_vorticity(jnp.asarray(wave(48, 17)))), 0.0, atol=1e-12)
+  np.testing.assert_allclose(
+    s.output(s.from_vorticity(jnp.asarray(wave(48, 17)))), 0.0, atol=1e-12
+  )
   w = jnp.asarray(field(48))
   out = lambda w: s.output(s.from_vorticity(w))
   glide = lambda n: n  # element of one glide, no shift, on n points
@@ -452,7 +502,9 @@ def test_trajectories_by_id_on_any_batch_and_any_devices(solver):
   np.testing.assert_array_equal(
     np.asarray(rollouts.rollout(solver, ids[2:3], **kwargs)), eight[2:3]
   )
-  np.testing.assert_array_equal(np.asarray(rollouts.rollout(solver, ids[:3], **kwargs)), eight[:3])
+  np.testing.assert_array_equal(
+    np.asarray(rollouts.rollout(solver, ids[:3], **kwargs)), eight[:3]
+  )
   np.testing.assert_array_equal(
     np.asarray(rollouts.rollout(solver, ids[::-1], **kwargs)), eight[::-1]
   )
@@ -499,22 +551,30 @@ def test_blow_up_reaches_the_caller():
 
 def test_messages():
   with pytest.raises(
-    ValueError, match=r"fine.dt=0.02 is not stable on 128² .*at most 0.0125. .*config.fine.dt=0.01,"
+    ValueError,
+    match=r"fine.dt=0.02 is not stable on 128² .*at most 0.0125. .*config.fine.dt=0.01,",
   ):
     kolmogorov.Fine(dt=0.02)
   with pytest.raises(
-    ValueError, match=r"coarse.dt=0.05 is not stable on 32² .*0.0343. Set --config.coarse.dt=0.025"
+    ValueError,
+    match=r"coarse.dt=0.05 is not stable on 32² .*0.0343. Set --config.coarse.dt=0.025",
   ):
     kolmogorov.Coarse(dt=0.05)
-  with pytest.raises(ValueError, match="integrator='rk4' is unknown; known: 'euler', 'heun'"):
+  with pytest.raises(
+    ValueError, match="integrator='rk4' is unknown; known: 'euler', 'heun'"
+  ):
     kolmogorov.Coarse(integrator="rk4")
-  with pytest.raises(ValueError, match=r"32² cells cannot give 64² points: .*coarse.cells=64"):
+  with pytest.raises(
+    ValueError, match=r"32² cells cannot give 64² points: .*coarse.cells=64"
+  ):
     kolmogorov.Coarse(points=64)
   with pytest.raises(ValueError, match="need an even number >= 32 of points"):
     kolmogorov.Fine(points=16)
   with pytest.raises(ValueError, match="dtype='float16' is unknown"):
     kolmogorov.Fine(dtype="float16")
-  with pytest.raises(ValueError, match=r"A grid of 12 points .*multiple of 8 points, e.g. 16"):
+  with pytest.raises(
+    ValueError, match=r"A grid of 12 points .*multiple of 8 points, e.g. 16"
+  ):
     kolmogorov.group(12)
   with pytest.raises(ValueError, match=r"float64.*enable_x64"):
     kolmogorov.Fine(dtype="float64").start(jax.random.PRNGKey(0))

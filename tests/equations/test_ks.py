@@ -20,12 +20,16 @@ SOLVERS = [
 def states(solver, count, time=50.0):
   """States on the solver's attractor, [count, N]."""
   key = jax.random.PRNGKey(7)
-  one = lambda i: solver.advance(solver.start(jax.random.fold_in(key, i)), round(time / solver.dt))
+  one = lambda i: solver.advance(
+    solver.start(jax.random.fold_in(key, i)), round(time / solver.dt)
+  )
   return jax.jit(jax.vmap(one))(jnp.arange(count))
 
 
 def advanced(solver, u, time):
-  return np.asarray(jax.jit(jax.vmap(lambda v: solver.advance(v, round(time / solver.dt))))(u))
+  return np.asarray(
+    jax.jit(jax.vmap(lambda v: solver.advance(v, round(time / solver.dt))))(u)
+  )
 
 
 def relative(a, b):
@@ -55,7 +59,9 @@ def test_initial_condition_has_the_law_of_the_paper(x64):
   """Waves 1, 2, 3 alone; variance 30 · E[a²] · E[sin²] = 30/12/2 = 1.25, a third in each wave."""
   x = jnp.asarray(ks.Fine(24).grid)
   u = np.asarray(
-    jax.vmap(lambda k: ks.initial_condition(k, x, L))(jax.random.split(jax.random.PRNGKey(0), 4096))
+    jax.vmap(lambda k: ks.initial_condition(k, x, L))(
+      jax.random.split(jax.random.PRNGKey(0), 4096)
+    )
   )
   energy = 2 * (np.abs(np.fft.rfft(u) / 24) ** 2).mean(0)
   assert energy[[0, *range(4, 13)]].max() < 1e-25  # rounding squared
@@ -94,7 +100,9 @@ def test_coarse_growth_factor(x64, integrator, growth):
     u = 1e-9 * jnp.cos(k * s.grid)
     expected = growth(s.dt * (second - second**2)) * u
     # As above; ars222's function is that of the L-stable SDIRK of order 2 (Alexander 1977).
-    np.testing.assert_allclose(s.step(u), expected, atol=1e-7 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(
+      s.step(u), expected, atol=1e-7 * float(jnp.abs(expected).max())
+    )
 
 
 # ---------------------------------------------------------------- orders
@@ -108,9 +116,9 @@ def test_fine_is_fourth_order_in_time(x64):
   steps = [1 / 16, 1 / 32, 1 / 64]
   reference = advanced(ks.Fine(48, dt=1 / 512), u, 1.0)
   # ETDRK2 gives 2, a wrong weight in one stage 1.
-  assert order([ks.Fine(48, dt=dt) for dt in steps], steps, u, 1.0, reference) == pytest.approx(
-    4.0, abs=0.3
-  )
+  assert order(
+    [ks.Fine(48, dt=dt) for dt in steps], steps, u, 1.0, reference
+  ) == pytest.approx(4.0, abs=0.3)
 
 
 @pytest.mark.parametrize(("integrator", "expected"), [("euler", 1.0), ("ars222", 2.0)])
@@ -140,7 +148,9 @@ def test_flux_is_second_order_on_smooth_fields(x64, scheme, drift):
     errors.append(float(jnp.abs(jax.jit(s.tendency)(u) - exact).mean()))
   # The limiter flattens the two extrema: order 2 in the mean (measured 1.9-2.0). First-order upwind
   # shows 1.0.
-  assert -np.polyfit(np.log(cells), np.log(errors), 1)[0] == pytest.approx(2.0, abs=0.25)
+  assert -np.polyfit(np.log(cells), np.log(errors), 1)[0] == pytest.approx(
+    2.0, abs=0.25
+  )
 
 
 def test_coarse_tends_to_fine(x64):
@@ -181,7 +191,9 @@ def test_fine_energy_balance(x64):
   rate = (-3 * energy(u) + 4 * energy(one) - energy(two)) / (2 * s.dt)
   # One-sided second-order difference: dt² relative. A flux of another size or an aliased one misses
   # by 1e-2.
-  np.testing.assert_allclose(rate, np.mean(ux**2, axis=1) - np.mean(uxx**2, axis=1), atol=1e-4)
+  np.testing.assert_allclose(
+    rate, np.mean(ux**2, axis=1) - np.mean(uxx**2, axis=1), atol=1e-4
+  )
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
@@ -204,10 +216,13 @@ def test_group():
   every = np.stack([g.act(i, jnp.asarray(y)) for i in range(len(g))])
   np.testing.assert_array_equal(every[0], y)
   np.testing.assert_array_equal(every[5], np.roll(y, -5))
-  np.testing.assert_array_equal(every[24], -np.roll(y[::-1], 1))  # x -> −x keeps the point x = 0
+  # x -> −x keeps the point x = 0.
+  np.testing.assert_array_equal(every[24], -np.roll(y[::-1], 1))
   assert len(np.unique(every, axis=0)) == 48
   # Closed: acting twice gives nothing new.
-  twice = np.stack([g.act(j, jnp.asarray(every[i])) for i in (1, 24, 31) for j in range(48)])
+  twice = np.stack(
+    [g.act(j, jnp.asarray(every[i])) for i in (1, 24, 31) for j in range(48)]
+  )
   assert len(np.unique(np.concatenate([every, twice]), axis=0)) == 48
 
 
@@ -223,7 +238,9 @@ def burgers(scheme, u, steps, courant):
   rows = []
   for _ in range(steps):
     u = u + dt * s.tendency(u)
-    rows.append((float(jnp.abs(u - jnp.roll(u, 1)).sum()), float(u.max()), float(u.min())))
+    rows.append(
+      (float(jnp.abs(u - jnp.roll(u, 1)).sum()), float(u.max()), float(u.min()))
+    )
   return np.array(rows).T
 
 
@@ -251,7 +268,9 @@ def test_limited_fluxes_make_no_new_extrema(x64, scheme, shape):
 
 def test_central_flux_does_make_new_extrema(x64):
   """So the test above can tell."""
-  _, top, _ = burgers("central", jnp.asarray(np.repeat([1.0, -0.5, 2.0, -1.0], 12)), 5, 0.4)
+  _, top, _ = burgers(
+    "central", jnp.asarray(np.repeat([1.0, -0.5, 2.0, -1.0], 12)), 5, 0.4
+  )
   assert top.max() > 2.05
 
 
@@ -312,7 +331,9 @@ def test_devices_do_not_talk(x64):
 
 def test_snapshots_are_the_states_at_their_times(x64):
   solver = ks.Coarse()
-  kept = rollouts.rollout(solver, np.array([4]), seed=2, burn_in=3.0, spacing=2.0, snapshots=3)[0]
+  kept = rollouts.rollout(
+    solver, np.array([4]), seed=2, burn_in=3.0, spacing=2.0, snapshots=3
+  )[0]
   key = jax.random.fold_in(jax.random.fold_in(jax.random.PRNGKey(2), solver.stream), 4)
   for j in range(3):
     u = jax.jit(lambda u, n=30 + 20 * j: solver.advance(u, n))(solver.start(key))
@@ -339,7 +360,8 @@ def test_times_that_are_no_multiple_of_dt():
   assert rollouts.step_counts(0.1, 25.0, 12.5) == (250, 125)
   assert rollouts.step_counts(0.125, 0.0, 12.5) == (0, 100)
   with pytest.raises(
-    ValueError, match=r"dt=0.03 does not divide .*nearest dt that does is 0.0299760191847\."
+    ValueError,
+    match=r"dt=0.03 does not divide .*nearest dt that does is 0.0299760191847\.",
   ):
     rollouts.step_counts(0.03, 25.0, 12.5)
   assert rollouts.step_counts(0.0299760191847, 25.0, 12.5) == (
@@ -347,7 +369,8 @@ def test_times_that_are_no_multiple_of_dt():
     417,
   )  # what the message says can be typed
   with pytest.raises(ValueError, match=r"nearest dt that does is 0.5\."):
-    rollouts.step_counts(20.0, 2.5, 2.0)  # longer than either, whose common divisor is ½
+    # Longer than either, whose common divisor is ½.
+    rollouts.step_counts(20.0, 2.5, 2.0)
   with pytest.raises(ValueError, match="need dt > 0"):
     rollouts.step_counts(-1.0, 25.0, 12.5)
 
@@ -357,9 +380,8 @@ def test_blow_up_is_named_with_id_and_time():
   rollouts.check_finite(u, np.arange(3), np.arange(4.0))
   u[1, 2:, 5] = np.nan
   u[2, 3] = np.inf
-  message = (
-    r"trajectory 41 is not finite at t = 50 \(so ended 2 of 3 .*smaller dt \(--config.coarse.dt"
-  )
+  message = r"trajectory 41 is not finite at t = 50 \(so ended 2 of 3 "
+  message += r".*smaller dt \(--config.coarse.dt"
   with pytest.raises(FloatingPointError, match=message):
     rollouts.check_finite(u, np.array([40, 41, 42]), 25.0 + 12.5 * np.arange(4))
 
@@ -367,7 +389,11 @@ def test_blow_up_is_named_with_id_and_time():
 def test_blow_up_reaches_the_caller(x64):
   """A step far beyond stability ends in NaN, not in a plausible field."""
   u = rollouts.rollout(
-    ks.Coarse("central", 48, 2.5), np.arange(2), burn_in=25.0, spacing=12.5, snapshots=20
+    ks.Coarse("central", 48, 2.5),
+    np.arange(2),
+    burn_in=25.0,
+    spacing=12.5,
+    snapshots=20,
   )
   with pytest.raises(FloatingPointError, match=r"trajectory [01] is not finite"):
     rollouts.check_finite(u, np.arange(2), 25.0 + 12.5 * np.arange(20))
@@ -393,5 +419,7 @@ def test_messages():
     rollouts.rollout(ks.Fine(), np.ones(4))
   with pytest.raises(ValueError, match="snapshots=0"):
     rollouts.rollout(ks.Fine(), np.arange(4), snapshots=0)
-  with pytest.raises(ValueError, match=r"6 trajectories over 4 devices: .*Pad ids to 8"):
+  with pytest.raises(
+    ValueError, match=r"6 trajectories over 4 devices: .*Pad ids to 8"
+  ):
     rollouts.rollout(ks.Fine(), np.arange(6), sharding=mesh.rows(mesh.make(4)))

@@ -34,8 +34,11 @@ def test_the_jackknife_error_is_that_of_repeated_sets(audit):
     errors.append(error)
   # 30 sets: a mean to 1/√30 of the error, the spread itself to 1/√60.
   error = np.mean(errors, axis=0)
-  assert (np.abs(np.mean(ratios, axis=0) - np.log(1.21)) < 4 * error / np.sqrt(30)).all()
-  np.testing.assert_allclose(np.std(ratios, axis=0), error, rtol=0.45)  # 3.5 standard errors
+  assert (
+    np.abs(np.mean(ratios, axis=0) - np.log(1.21)) < 4 * error / np.sqrt(30)
+  ).all()
+  # 3.5 standard errors.
+  np.testing.assert_allclose(np.std(ratios, axis=0), error, rtol=0.45)
   same = audit.log_ratio(x[0], x[0])
   assert not np.abs(same).any()  # paired: no difference, and none that could be
 
@@ -47,7 +50,9 @@ def test_128_stands_for_256_and_64_does_not(audit):
   The audit has more of both.
   """
   kept, _, _ = audit.audit(states=3, snapshots=1, adjust=1.5, spacing=1.0, burn_in=12.0)
-  gap = {points: np.abs(audit.log_ratio(kept[points], kept[256])[0]) for points in (128, 64)}
+  gap = {
+    points: np.abs(audit.log_ratio(kept[points], kept[256])[0]) for points in (128, 64)
+  }
   # Runs from one state have hardly parted, so that few are enough. Measured after 1 and after 2
   # units: .03 and .05 at most for 128²; .20 and .42 in the mean of the last three shells for 64²,
   # whose waves end at 21 and alias onto them.

@@ -66,7 +66,10 @@ def test_a_table_of_real_fields_is_symmetric_already(basis, x64):
 def test_rows_make_the_covariance_that_an_operator_sees(basis, x64):
   matrix = np.random.default_rng(2).standard_normal((4, np.prod(basis.space)))
   table = random_table(basis)
-  rows, diagonal = basis.rows(matrix), np.asarray(basis.expanded(jnp.asarray(table)[None]))[0, :, 0]
+  rows, diagonal = (
+    basis.rows(matrix),
+    np.asarray(basis.expanded(jnp.asarray(table)[None]))[0, :, 0],
+  )
   whole = matrix @ covariance(basis, jnp.asarray(table)) @ matrix.T
   np.testing.assert_allclose((rows * diagonal) @ rows.T, whole, rtol=1e-9, atol=1e-9)
 
@@ -106,7 +109,8 @@ def test_waves_are_those_of_the_fft():
   x = np.random.default_rng(5).standard_normal((2, 6, 8, 1)).astype(np.float32)
   np.testing.assert_array_equal(basis.modes(x), jnp.fft.rfftn(x, axes=(1, 2)))
   np.testing.assert_array_equal(
-    basis.held(np.arange(48.0).reshape(6, 8, 1)), np.arange(48.0).reshape(6, 8, 1)[:, :5]
+    basis.held(np.arange(48.0).reshape(6, 8, 1)),
+    np.arange(48.0).reshape(6, 8, 1)[:, :5],
   )
 
 
@@ -118,18 +122,26 @@ def test_draws_of_the_prior_have_its_covariance():
   gain = gaussian_gain.Gain(op, gaussian_gain.prior_variance(table), 1e3, basis=basis)
   keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 20000)
   y = jnp.zeros((len(keys), 1, 1, 1))
-  drawn = jax.jit(lambda keys, y: gaussian_gain.gaussian_start(keys, gain, y, 0.0))(keys, y)
+  drawn = jax.jit(lambda keys, y: gaussian_gain.gaussian_start(keys, gain, y, 0.0))(
+    keys, y
+  )
   found = np.cov(np.reshape(drawn, (len(keys), -1)).T)
   # A covariance of 20 000 rows is good to 2/√20000 of the variances, which are about 1.
   np.testing.assert_allclose(found, covariance(basis, jnp.asarray(table)), atol=0.06)
 
 
 def test_refusals():
-  with pytest.raises(ValueError, match="1 axes are said to be periodic or not, of a grid with 2"):
+  with pytest.raises(
+    ValueError, match="1 axes are said to be periodic or not, of a grid with 2"
+  ):
     Trigonometric((4, 4), (True,))
   op = operators.Strided.on((8,), 2)
-  with pytest.raises(ValueError, match=r"a basis of a grid \(6,\) for an operator on \(8,\)"):
+  with pytest.raises(
+    ValueError, match=r"a basis of a grid \(6,\) for an operator on \(8,\)"
+  ):
     gaussian_gain.Gain(op, lambda sigma: sigma, basis=Trigonometric((6,)))
   wide = operators.Strided.on((10000,), 2)
   with pytest.raises(ValueError, match="or of a domain that is not periodic"):
-    gaussian_gain.Gain(wide, lambda sigma: sigma, basis=Trigonometric((10000,), (False,)))
+    gaussian_gain.Gain(
+      wide, lambda sigma: sigma, basis=Trigonometric((10000,), (False,))
+    )

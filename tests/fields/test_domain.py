@@ -10,8 +10,12 @@ from downscaling.fields.domain import Axis, Channel, Domain, box
 
 def rotated_grid():
   """Two channels on unlike axes, not periodic, with unequal cells."""
-  lat = Axis("rlat", np.linspace(36.0, 44.0, 6), "degrees", standard_name="grid_latitude")
-  lon = Axis("rlon", np.linspace(-9.0, 3.0, 8), "degrees", standard_name="grid_longitude")
+  lat = Axis(
+    "rlat", np.linspace(36.0, 44.0, 6), "degrees", standard_name="grid_latitude"
+  )
+  lon = Axis(
+    "rlon", np.linspace(-9.0, 3.0, 8), "degrees", standard_name="grid_longitude"
+  )
   channels = (Channel("tas", "K", 2.0, "air temperature"), Channel("pr", "mm day-1"))
   areas = np.broadcast_to(np.cos(np.deg2rad(lat.values))[:, None], (6, 8))
   return Domain((lat, lon), channels, areas)
@@ -21,7 +25,10 @@ def rotated_grid():
   ("make", "words"),
   [
     (lambda: Axis("x", [0.0, 1.0, 1.0]), "neither rise nor fall"),
-    (lambda: Axis("x", [0.0, 1.0, 3.0], periodic=True), "a periodic axis must be evenly spaced"),
+    (
+      lambda: Axis("x", [0.0, 1.0, 3.0], periodic=True),
+      "a periodic axis must be evenly spaced",
+    ),
     (lambda: Axis("x", [0.0, np.nan]), "finite values"),
     (lambda: Axis("a/b", [0.0]), "without '/'"),
     (lambda: Channel("t", weight=0.0), "need a number > 0"),
@@ -29,7 +36,10 @@ def rotated_grid():
     (lambda: Domain((Axis("x", [0.0]), Axis("x", [1.0]))), "name 'x' twice"),
     (lambda: Domain((Axis("x", [0.0, 1.0]),), areas=np.ones(3)), "one area a cell"),
     (lambda: Domain((Axis("x", [0.0, 1.0]),), areas=-np.ones(2)), "one area a cell"),
-    (lambda: Domain((Axis("x", [0.0]),), mask=np.ones(1)), "a mask is not supported yet"),
+    (
+      lambda: Domain((Axis("x", [0.0]),), mask=np.ones(1)),
+      "a mask is not supported yet",
+    ),
     (
       lambda: Domain((Axis("x", [0.0, 1.0]),), symmetries=(grid_symmetry.shift(0, 1),)),
       "beyond its ends, which is not periodic",
@@ -38,7 +48,10 @@ def rotated_grid():
       lambda: rotated_grid().check(np.zeros((3, 6, 8))),
       r"need \[..., rlat=6, rlon=8, channels=2\]",
     ),
-    (lambda: rotated_grid().coarsen(4), "factor 4 does not divide axis 'rlat' of 6 points"),
+    (
+      lambda: rotated_grid().coarsen(4),
+      "factor 4 does not divide axis 'rlat' of 6 points",
+    ),
     (lambda: Domain.from_json("{}"), "this is no domain that can be read"),
   ],
 )
@@ -47,7 +60,9 @@ def test_what_it_refuses(make, words):
     make()
 
 
-@pytest.mark.parametrize("domain", [rotated_grid(), ks.domain(12, 64.0), kolmogorov.domain(16)])
+@pytest.mark.parametrize(
+  "domain", [rotated_grid(), ks.domain(12, 64.0), kolmogorov.domain(16)]
+)
 def test_json_there_and_back(domain):
   again = Domain.from_json(domain.to_json())
   assert again.same(domain)
@@ -87,7 +102,9 @@ def test_the_group_of_a_domain_is_the_equations(domain, group):
   mine = domain.group()
 
   def rows(of):
-    return {(*index, float(sign)) for index, sign in zip(of.index, of.sign, strict=True)}
+    return {
+      (*index, float(sign)) for index, sign in zip(of.index, of.sign, strict=True)
+    }
 
   assert rows(mine) == rows(group)
 
@@ -106,5 +123,8 @@ def test_attributes_are_those_of_cf():
     "standard_name": "grid_latitude",
     "axis": "Y",
   }
-  assert "axis" not in rotated_grid().coords("_coarse", " of the coarse points")["rlat_coarse"][1]
+  assert (
+    "axis"
+    not in rotated_grid().coords("_coarse", " of the coarse points")["rlat_coarse"][1]
+  )
   assert rotated_grid().attributes(0) == {"units": "K", "long_name": "air temperature"}

@@ -61,7 +61,9 @@ def test_channels_do_not_mix():
   op = OPERATORS["areas 2-D"]
   x = jax.random.normal(jax.random.key(0), (2, *op.fine, 3))
   for c in range(3):
-    np.testing.assert_array_equal(op.apply(x)[..., c], op.apply(x[..., c : c + 1])[..., 0])
+    np.testing.assert_array_equal(
+      op.apply(x)[..., c], op.apply(x[..., c : c + 1])[..., 0]
+    )
 
 
 def test_area_weights_conserve_the_integral():
@@ -69,7 +71,9 @@ def test_area_weights_conserve_the_integral():
   x = np.random.default_rng(2).normal(size=(1, 8, 12, 1)).astype(np.float32)
   cells = AREAS.reshape(2, 4, 3, 4).sum((1, 3))
   np.testing.assert_allclose(
-    (np.asarray(op.apply(x))[0, ..., 0] * cells).sum(), (x[0, ..., 0] * AREAS).sum(), rtol=1e-5
+    (np.asarray(op.apply(x))[0, ..., 0] * cells).sum(),
+    (x[0, ..., 0] * AREAS).sum(),
+    rtol=1e-5,
   )
 
 
@@ -79,7 +83,9 @@ def test_messages():
     match=r"factor 5 does not divide the grid of 24 points: use one of \[2, 3, 4, 6, 8, 12\]",
   ):
     operators.Strided.on((24,), 5)
-  with pytest.raises(ValueError, match=r"factor 5 does not divide the grid of 12 points"):
+  with pytest.raises(
+    ValueError, match=r"factor 5 does not divide the grid of 12 points"
+  ):
     operators.BlockMean.on((10, 12), (5, 5))
   with pytest.raises(ValueError, match=r"2 factors \(2, 3\) came for a grid of 1 axes"):
     operators.Strided.on((24,), (2, 3))

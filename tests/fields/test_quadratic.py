@@ -8,7 +8,9 @@ from downscaling.fields import quadratic
 from downscaling.runtime import mesh as meshes
 
 
-@pytest.mark.parametrize(("make", "space"), [("burgers", (24,)), ("advection", (16, 16))])
+@pytest.mark.parametrize(
+  ("make", "space"), [("burgers", (24,)), ("advection", (16, 16))]
+)
 def test_numpy_and_jax_agree_and_equal_terms_are_one_key(make, space):
   term, same = getattr(quadratic, make)(space), getattr(quadratic, make)(space)
   assert term == same
@@ -17,7 +19,8 @@ def test_numpy_and_jax_agree_and_equal_terms_are_one_key(make, space):
   y = np.random.default_rng(0).normal(size=(3, *space))
   with meshes.float64():
     found = np.asarray(term(jnp.asarray(y), jnp))
-  np.testing.assert_allclose(found, term(y), atol=1e-13)  # two FFTs of float64, values of size 10
+  # Two FFTs of float64, values of size 10.
+  np.testing.assert_allclose(found, term(y), atol=1e-13)
 
 
 def test_burgers_of_a_wave():

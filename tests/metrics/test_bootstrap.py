@@ -24,10 +24,15 @@ def fields(rng, origin, shared=0.0):
   in common.
   """
   k = np.arange(POINTS // 2 + 1)
-  draw = lambda count: rng.normal(size=(count, k.size)) + 1j * rng.normal(size=(count, k.size))
+  draw = lambda count: (
+    rng.normal(size=(count, k.size)) + 1j * rng.normal(size=(count, k.size))
+  )
   common = draw(origin.blocks)[origin.block]
   modes = np.sqrt(shared) * common + np.sqrt(1 - shared) * draw(len(origin))
-  return np.fft.irfft(modes * np.exp(-k / 3) * (k > 0), n=POINTS, axis=1).astype(np.float32) * 4
+  return (
+    np.fft.irfft(modes * np.exp(-k / 3) * (k > 0), n=POINTS, axis=1).astype(np.float32)
+    * 4
+  )
 
 
 def test_blocks_are_drawn_whole():
@@ -44,7 +49,8 @@ def test_a_true_set_has_the_structure_it_is_asked_for():
   like = bootstrap.Rows(np.repeat(np.arange(12), 2), np.tile([1.0, 4.0], 12))
   weights = bootstrap.true_sets(pool, like, draws=20)
   assert (weights.sum(axis=1) == 24).all()
-  assert set(pool.time[weights.sum(axis=0) > 0]) == {1.0, 4.0}  # its times, and no others
+  # Its times, and no others.
+  assert set(pool.time[weights.sum(axis=0) > 0]) == {1.0, 4.0}
   pairs = weights.reshape(20, 30, 6)
   assert (pairs[..., 1] == pairs[..., 4]).all()  # both rows of a trajectory
 
@@ -63,7 +69,10 @@ def test_replicates_agree_with_the_printed_values(coarse):
   x, ref = fields(rng, rows(150, 1)), fields(rng, rows(200, 1))
   of_grid = {"moves": symmetry.Moves(2 * POINTS, ks.move)}
   if coarse:
-    of_grid |= {"group": ks.group(POINTS), "quadratic": quadratic_terms.burgers((POINTS,))}
+    of_grid |= {
+      "group": ks.group(POINTS),
+      "quadratic": quadratic_terms.burgers((POINTS,)),
+    }
   reference = Reference(ref)
   printed = scoring.measure(x, reference, **of_grid)
   found = replicates.metrics(x, np.ones((1, len(x)), np.float32), reference, **of_grid)
@@ -86,7 +95,9 @@ def test_twice_a_row_is_the_row_twice():
   one = replicates.metrics(x, weights, reference)
   other = replicates.metrics(doubled, np.ones((1, 40), np.float32), reference)
   for key, (value,) in one.items():
-    assert value == pytest.approx(other[key][0], rel=0.1 if key.startswith("kld") else 2e-3), key
+    assert value == pytest.approx(
+      other[key][0], rel=0.1 if key.startswith("kld") else 2e-3
+    ), key
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.6])
@@ -123,7 +134,9 @@ def test_an_interval_is_as_wide_as_the_value_scatters():
   for _ in range(20):
     x = 1.3 * fields(rng, origin)
     value = float(
-      replicates.metrics(x, np.ones((1, 80), np.float32), judged.reference)["melr_weighted"][0]
+      replicates.metrics(x, np.ones((1, 80), np.float32), judged.reference)[
+        "melr_weighted"
+      ][0]
     )
     low, high = judged.interval(x, origin, {"melr_weighted": value})["melr_weighted"]
     values.append(value)

@@ -44,14 +44,18 @@ def test_scores_in_closed_form():
 
 def test_wrong_spread_is_seen():
   wide, narrow = (calibration.calibrate(*draw(m=20, spread=s)) for s in (2.0, 0.3))
-  assert wide.spread_error == pytest.approx(2 / np.sqrt(1 + 4 / 20) * np.sqrt(21 / 20), rel=0.03)
+  assert wide.spread_error == pytest.approx(
+    2 / np.sqrt(1 + 4 / 20) * np.sqrt(21 / 20), rel=0.03
+  )
   assert wide.ranks[0] < 0.5 / 21 < 2 / 21 < narrow.ranks[0]
   assert narrow.coverage["0.9"] < 0.5 < 0.97 < wide.coverage["0.9"]
 
 
 def test_crps_is_the_double_sum():
   ensemble, truth = draw(k=3, m=4, points=2)
-  pairs = np.abs(ensemble[:, :, None] - ensemble[:, None]).sum(axis=(1, 2)) / (2 * 4 * 3)
+  pairs = np.abs(ensemble[:, :, None] - ensemble[:, None]).sum(axis=(1, 2)) / (
+    2 * 4 * 3
+  )
   exact = (np.abs(ensemble - truth[:, None]).mean(axis=1) - pairs).mean()
   found = calibration.calibrate(ensemble, truth)
   assert found.crps * found.rms == pytest.approx(exact, rel=1e-12)
@@ -62,7 +66,9 @@ def test_pinned_points_leave_the_histogram_alone():
   counted.
   """
   ensemble, truth = draw()
-  ensemble[..., ::4] = truth[:, None, ::4] + 1e-6 * np.sign(np.arange(8) - 3.5)[None, :, None]
+  ensemble[..., ::4] = (
+    truth[:, None, ::4] + 1e-6 * np.sign(np.arange(8) - 3.5)[None, :, None]
+  )
   found = calibration.calibrate(ensemble, truth)
   assert found.pinned == 0.25
   assert np.allclose(found.ranks * 9, 1, atol=0.2)  # with them, rank 4 would be .33
@@ -98,7 +104,9 @@ def test_spread_and_error_of_each_condition():
 
 def test_bad_ensembles_are_named():
   ensemble, truth = draw(k=4)
-  with pytest.raises(ValueError, match=r"the truth is \(3, 20\) and the ensemble \(4, 8, 20\)"):
+  with pytest.raises(
+    ValueError, match=r"the truth is \(3, 20\) and the ensemble \(4, 8, 20\)"
+  ):
     calibration.calibrate(ensemble, truth[:3])
   with pytest.raises(ValueError, match="1 member: spread needs two"):
     calibration.calibrate(ensemble[:, :1], truth)
@@ -123,7 +131,9 @@ def test_energy_score_sees_how_points_go_together():
   rng = np.random.default_rng(3)
   fields = rng.normal(size=(500, 9, 1)) * np.ones(16)  # all points of a field are equal
   shuffled = rng.permuted(fields[:, :8], axis=1)
-  whole, apart = (calibration.calibrate(x, fields[:, 8]) for x in (fields[:, :8], shuffled))
+  whole, apart = (
+    calibration.calibrate(x, fields[:, 8]) for x in (fields[:, :8], shuffled)
+  )
   assert apart.crps == pytest.approx(whole.crps, rel=1e-9)
   # In closed form, unit normals: E|x − t| − E|x − x'|/2 = 1/√π = .564 for whole fields; 1.1 − √2/2
   # or so for shuffled.

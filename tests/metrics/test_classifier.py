@@ -13,7 +13,11 @@ def waves(rows, points=16, seed=0, space=1):
   """Smooth periodic Gaussian fields of unit variance, [rows, *space]."""
   rng = np.random.default_rng(seed)
   shape = (points,) * space
-  k = sum(np.meshgrid(*(np.fft.fftfreq(points, 1 / points) ** 2 for _ in shape), indexing="ij"))
+  k = sum(
+    np.meshgrid(
+      *(np.fft.fftfreq(points, 1 / points) ** 2 for _ in shape), indexing="ij"
+    )
+  )
   axes = tuple(range(1, space + 1))
   noise = np.fft.fftn(rng.normal(size=(rows, *shape)), axes=axes)
   smooth = np.fft.ifftn(noise * np.exp(-k / 8), axes=axes).real
@@ -125,7 +129,9 @@ def test_no_network_scores_a_trajectory_that_it_saw(quick, monkeypatch):
   seen = []
   train, scores = classifier._train, classifier._scores
   # The first value of a row is its block here.
-  fields, true = (np.tile(blocks(256, first)[:, None], 16).astype(float) for first in (0, 1000))
+  fields, true = (
+    np.tile(blocks(256, first)[:, None], 16).astype(float) for first in (0, 1000)
+  )
 
   def trained(one, other, *rest):
     seen.append({*one[:, 0], *other[:, 0]})
@@ -140,12 +146,15 @@ def test_no_network_scores_a_trajectory_that_it_saw(quick, monkeypatch):
   monkeypatch.setattr(classifier, "_train", trained)
   monkeypatch.setattr(classifier, "_scores", watched)
   classifier.auc(fields, blocks(256), true, blocks(256, 1000), seed=0)
-  assert sorted(scored) == sorted([*fields[:, 0], *true[:, 0]])  # and each row is scored once
+  # And each row is scored once.
+  assert sorted(scored) == sorted([*fields[:, 0], *true[:, 0]])
 
 
 def test_floor_deals_blocks_apart_and_keeps_their_structure():
   labels = np.repeat(np.arange(40), 5)
-  one, other = classifier._dealt(labels, (20, 60), classifier.random_keys.key(0, "classifier"))
+  one, other = classifier._dealt(
+    labels, (20, 60), classifier.random_keys.key(0, "classifier")
+  )
   assert (len(one), len(other)) == (20, 60)
   assert not set(labels[one]) & set(labels[other])
   # 10 blocks for 20 rows, 30 for 60: 2 rows of each.
@@ -166,7 +175,9 @@ def test_bootstrap_draws_whole_blocks():
 
 def test_blocks_in_both_sets_are_refused():
   fields, true = waves(16, seed=1), waves(16, seed=2)
-  with pytest.raises(ValueError, match=r"2 blocks are in both sets, e.g. 6: .*the reference split"):
+  with pytest.raises(
+    ValueError, match=r"2 blocks are in both sets, e.g. 6: .*the reference split"
+  ):
     classifier.auc(fields, blocks(16), true, blocks(16, 6), seed=0)
 
 
@@ -188,7 +199,9 @@ def test_bad_input_is_refused(kwargs, message):
 
 
 def test_a_floor_of_too_few_true_rows_is_refused():
-  with pytest.raises(ValueError, match="sets of 20 and 20 rows, but the true fields are 32 rows"):
+  with pytest.raises(
+    ValueError, match="sets of 20 and 20 rows, but the true fields are 32 rows"
+  ):
     classifier.floor(waves(32), blocks(32), (20, 20), seed=0)
 
 

@@ -51,12 +51,13 @@ def test_symmetric_covariance_sees_the_law_not_the_sample(rng):
   group = cyclic(16)
   pred, ref = rng.normal(size=(2, 200, 16))
   floor, raw = distances.sym_cov_rmse(pred, ref, group), distances.cov_rmse(pred, ref)
-  assert (
-    floor < 0.5 * raw
-  )  # 256 entries become 9 free ones: measured .135 against .40; without averaging they are equal
+  # 256 entries become 9 free ones: measured .135 against .40; without averaging they are equal.
+  assert floor < 0.5 * raw
   # Scale 1.5 means 1.25; noise of 200 × 16 values is ±.03 on it.
   assert distances.sym_cov_rmse(1.5 * pred, ref, group) == pytest.approx(1.25, abs=0.12)
-  moved = np.stack([np.asarray(group.act(i % 32, y)) for i, y in enumerate(ref.astype(np.float32))])
+  moved = np.stack(
+    [np.asarray(group.act(i % 32, y)) for i, y in enumerate(ref.astype(np.float32))]
+  )
   assert distances.sym_cov_rmse(moved, ref, symmetry.trivial(16)) > 1e-2
   with pytest.raises(ValueError, match="moves 8 points, the fields have 16"):
     distances.sym_cov_rmse(pred, ref, cyclic(8))
@@ -88,24 +89,33 @@ def test_kld_of_two_gaussians(rng):
   pred is the wider one: where it has no samples its kernel density is no Gaussian, whatever S.
   """
   n = 20_000
-  s1, s2, gap = (math.sqrt(1 + n**-0.4) * s for s in (0.7, 1.0, 0.3 / math.sqrt(1 + n**-0.4)))
+  s1, s2, gap = (
+    math.sqrt(1 + n**-0.4) * s for s in (0.7, 1.0, 0.3 / math.sqrt(1 + n**-0.4))
+  )
   exact = math.log(s2 / s1) + (s1**2 + gap**2) / (2 * s2**2) - 0.5
   ref, pred = 0.7 * rng.normal(size=(n, 2)), rng.normal(size=(n, 2)) + 0.3
   # .146 within 2 % of sampling noise; KL(pred ‖ ref) would be .25, log₂ .21.
   assert distances.kld(pred, ref)[1] == pytest.approx(exact, rel=0.05)
-  assert distances.kld(pred, ref)[0] == pytest.approx(2 * distances.kld(pred, ref)[1], rel=1e-12)
+  assert distances.kld(pred, ref)[0] == pytest.approx(
+    2 * distances.kld(pred, ref)[1], rel=1e-12
+  )
   assert distances.kld(ref, ref)[0] == 0
 
 
 def test_kld_is_the_integral_of_scipys_densities(rng):
-  pred, ref = rng.normal(size=(800, 3)) * [1, 0.6, 1.4] + [0, 0.5, 0], rng.normal(size=(1000, 3))
+  pred, ref = (
+    rng.normal(size=(800, 3)) * [1, 0.6, 1.4] + [0, 0.5, 0],
+    rng.normal(size=(1000, 3)),
+  )
   at = np.linspace(-9, 9, 6001)
   direct = []
   for d in range(3):
     p, q = (scipy.stats.gaussian_kde(x[:, d])(at) for x in (ref, pred))
     safe = (p > 0) & (q > 0)
     direct.append(
-      np.trapezoid(np.where(safe, p * np.log(np.where(safe, p, 1) / np.where(safe, q, 1)), 0), at)
+      np.trapezoid(
+        np.where(safe, p * np.log(np.where(safe, p, 1) / np.where(safe, q, 1)), 0), at
+      )
     )
   # Quadrature at a third of a bandwidth and binning: measured 2e-4. A grid cut at the range of the
   # samples: 1e-2.
@@ -116,7 +126,8 @@ def test_kld_is_the_integral_of_scipys_densities(rng):
 def test_wasserstein_is_scipys(rng, s, r):
   pred, ref = rng.normal(size=(s, 5)) * 1.3, rng.normal(size=(r, 5))
   each = [scipy.stats.wasserstein_distance(pred[:, d], ref[:, d]) for d in range(5)]
-  assert distances.wass1(pred, ref) == pytest.approx(np.mean(each), rel=1e-10)  # both exact
+  # Both exact.
+  assert distances.wass1(pred, ref) == pytest.approx(np.mean(each), rel=1e-10)
 
 
 def test_wasserstein_of_a_shift(rng):
@@ -147,7 +158,9 @@ def test_mmd_is_the_double_sum_in_any_tiling(rng, monkeypatch):
     distances, "_TILE", 16
   )  # padding counted, or the diagonal tile taken twice, shows at 1e-1
   assert distances.mmd(pred, ref) == pytest.approx(exact, abs=1e-4)
-  assert distances.mmd(pred, ref, distances.kernel_ref_term(ref)) == pytest.approx(exact, abs=1e-4)
+  assert distances.mmd(pred, ref, distances.kernel_ref_term(ref)) == pytest.approx(
+    exact, abs=1e-4
+  )
   assert distances.mmd(ref, ref) < 1e-3
 
 
@@ -176,7 +189,9 @@ def test_all_distances_are_invariant_to_order_and_shape(rng):
     distances.mmd,
     lambda a, b: distances.kld(a, b)[0],
   ):
-    assert metric(shuffled, ref.reshape(70, 16)) == pytest.approx(metric(pred, ref), rel=1e-4)
+    assert metric(shuffled, ref.reshape(70, 16)) == pytest.approx(
+      metric(pred, ref), rel=1e-4
+    )
 
 
 def test_two_draws_of_one_law_are_at_the_floor(rng):
@@ -213,7 +228,9 @@ def test_constraint(rng, make):
   y = seen[:, 0]
   held = np.asarray(operator.constrain(x[..., None], y[:, None, :, None]))[..., 0]
   assert distances.constraint_rmse(held, y, operator) < 1e-6
-  exact = (np.linalg.norm(seen - y[:, None], axis=-1) / np.linalg.norm(seen, axis=-1)).mean()
+  exact = (
+    np.linalg.norm(seen - y[:, None], axis=-1) / np.linalg.norm(seen, axis=-1)
+  ).mean()
   assert distances.constraint_rmse(x, y, operator) == pytest.approx(exact, rel=1e-5)
   with pytest.raises(ValueError, match="4 conditions for samples of 5"):
     distances.constraint_rmse(x, y[:4], operator)
@@ -223,13 +240,15 @@ def test_what_a_map_keeps_of_its_input(rng):
   y = rng.normal(size=(4000, 6))
   assert distances.corr_input(y, 2 * y + 5) == pytest.approx(1)
   assert distances.corr_input(y, -y) == pytest.approx(-1)
-  assert abs(distances.corr_input(y, rng.normal(size=y.shape))) < 0.03  # 24 000 values: ±.0065
+  # 24 000 values: ±.0065.
+  assert abs(distances.corr_input(y, rng.normal(size=y.shape))) < 0.03
   anomaly = y - y.mean(axis=0)
   assert distances.displacement(y, y + 0.1 * anomaly) == pytest.approx(0.1)
   # 273 more on both sides change no number: °C and K give one displacement.
   assert distances.displacement(y + 273, y + 0.1 * anomaly + 273) == pytest.approx(0.1)
   assert distances.displacement(y, y) == 0
-  assert distances.amplitude(0.01 * y, y) == pytest.approx(0.01)  # which a correlation calls 1
+  # Which a correlation calls 1.
+  assert distances.amplitude(0.01 * y, y) == pytest.approx(0.01)
   with pytest.raises(ValueError, match="the very rows y"):
     distances.corr_input(y, y[:10])
 
@@ -268,5 +287,7 @@ def test_constant_sets_are_named(rng):
     distances.cov_rmse(good, np.ones((10, 4)))
   flat = good.copy()
   flat[:, 3] = 1
-  with pytest.raises(ValueError, match="pred has the same value in all 10 rows at point 3"):
+  with pytest.raises(
+    ValueError, match="pred has the same value in all 10 rows at point 3"
+  ):
     distances.kld(flat, good)

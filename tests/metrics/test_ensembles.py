@@ -51,7 +51,8 @@ def test_some_of_the_conditions(members):
 
 
 def test_frames_as_rows():
-  series = np.random.default_rng(0).normal(size=(5, 2, 3, 8))  # conditions, members, frames, points
+  # Conditions, members, frames, points.
+  series = np.random.default_rng(0).normal(size=(5, 2, 3, 8))
   rows = ensembles.frames_as_rows(Ensemble.of(series))
   assert rows.shape == (15, 2, 8)
   want = np.moveaxis(series, 2, 1).reshape(15, 2, 8)
@@ -64,9 +65,13 @@ def test_blocks_give_the_same_numbers_and_no_more_than_one_is_read(members, smal
   op = operators.Strided.on((24,), 4)
   watched = Watched(members)
   found = calibration.calibrate(watched, truth)
-  assert found.crps == pytest.approx(calibration.calibrate(members, truth).crps, rel=1e-12)
+  assert found.crps == pytest.approx(
+    calibration.calibrate(members, truth).crps, rel=1e-12
+  )
   x = members.astype(np.float64)
-  assert found.spread * found.rms == pytest.approx(np.sqrt(x.var(axis=1, ddof=1).mean()), rel=1e-6)
+  assert found.spread * found.rms == pytest.approx(
+    np.sqrt(x.var(axis=1, ddof=1).mean()), rel=1e-6
+  )
   assert distances.variability(watched) == pytest.approx(distances.variability(members))
   y = np.asarray(op.apply(truth[..., None]))[..., 0]
   one, other = (distances.constraint_rmse(e, y, op) for e in (watched, members))

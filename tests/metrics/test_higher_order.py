@@ -9,7 +9,13 @@ from downscaling.fields import quadratic as quadratic_terms
 from downscaling.fields import symmetry
 from downscaling.metrics import distances, higher_order
 
-ALL_1D = {"transfer", "bispectrum", "flatness", "gradient_flatness", "square_covariance"}
+ALL_1D = {
+  "transfer",
+  "bispectrum",
+  "flatness",
+  "gradient_flatness",
+  "square_covariance",
+}
 
 TERM = quadratic_terms.burgers((24,))
 
@@ -44,9 +50,13 @@ def test_shells_only_pass_on_what_others_lose():
   """Waves below N/3 do not alias: quadratic terms conserve energy, on the plane enstrophy too."""
   group = kolmogorov.group(16)
   y = noise((16, 16))
-  y = moments.fields(np.where(moments.shells((16, 16)) <= 4, moments.waves(y), 0), (16, 16))
+  y = moments.fields(
+    np.where(moments.shells((16, 16)) <= 4, moments.waves(y), 0), (16, 16)
+  )
   found = higher_order.higher_order(
-    y - y.mean(axis=(1, 2), keepdims=True), quadratic_terms.advection(y.shape[1:]), group
+    y - y.mean(axis=(1, 2), keepdims=True),
+    quadratic_terms.advection(y.shape[1:]),
+    group,
   )
   assert set(found) == ALL_1D - {"bispectrum"} | {"energy_transfer"}
   for name in ("transfer", "energy_transfer"):
@@ -67,7 +77,8 @@ def test_gaussian_noise_has_flatness_three_and_no_third_moments():
   assert np.abs(found["bispectrum"].real).max() == 0  # (x, u) -> (−x, −u)
   signs = higher_order.higher_order(np.sign(noise((24,))), None, symmetry.trivial(24))
   assert "transfer" not in signs
-  assert signs["flatness"] == pytest.approx(1, abs=0.02)  # ±1; the mean of 300 leaves 2/300 × a few
+  # ±1; the mean of 300 leaves 2/300 × a few.
+  assert signs["flatness"] == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +91,22 @@ def test_gaussian_noise_has_flatness_three_and_no_third_moments():
 def test_group_elements_and_blocks_change_nothing(group, space, quadratic, monkeypatch):
   y = noise(space) ** 3 + 0.2
   whole = higher_order.higher_order(y, quadratic, group)
-  moved = lambda g: (group.sign[g] * y.reshape(len(y), -1)[:, group.index[g]]).reshape(y.shape)
+  moved = lambda g: (group.sign[g] * y.reshape(len(y), -1)[:, group.index[g]]).reshape(
+    y.shape
+  )
   for g in (1, len(group) // 2, len(group) - 1):
     for name, value in higher_order.higher_order(moved(g), quadratic, group).items():
-      np.testing.assert_allclose(value, whole[name], atol=1e-9 * np.abs(whole[name]).max())
+      np.testing.assert_allclose(
+        value, whole[name], atol=1e-9 * np.abs(whole[name]).max()
+      )
   monkeypatch.setattr(distances, "_CHUNK", 1000)
   assert (
-    max(higher_order.errors(higher_order.higher_order(y, quadratic, group), whole).values()) < 1e-12
+    max(
+      higher_order.errors(
+        higher_order.higher_order(y, quadratic, group), whole
+      ).values()
+    )
+    < 1e-12
   )
 
 
@@ -109,8 +129,11 @@ def test_bures_closed_forms():
   rng = np.random.default_rng(0)
   q = np.linalg.qr(rng.normal(size=(5, 5)))[0]
   a, b = np.array([4.0, 1.0, 0.5, 0.0, 9.0]), np.array([1.0, 1.0, 2.0, 3.0, 0.0])
-  exact = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum() + 5 * 0.25  # one basis, also where a mode is empty
-  found = higher_order.bures_squared(np.zeros(5), q * a @ q.T, np.full(5, 0.5), q * b @ q.T)
+  # One basis, also where a mode is empty.
+  exact = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum() + 5 * 0.25
+  found = higher_order.bures_squared(
+    np.zeros(5), q * a @ q.T, np.full(5, 0.5), q * b @ q.T
+  )
   assert found == pytest.approx(
     exact, abs=1e-7
   )  # the rounding of an empty mode, 1e-16, has a root of 1e-8
@@ -149,7 +172,9 @@ def test_what_cannot_be_compared():
     ValueError, match="the rows holds NaN or infinite values, first in row 4 of 20"
   ):
     higher_order.higher_order(bad, None, group)
-  with pytest.raises(ValueError, match=r"rows of \[24, 1\] and a group that moves 12 points"):
+  with pytest.raises(
+    ValueError, match=r"rows of \[24, 1\] and a group that moves 12 points"
+  ):
     higher_order.higher_order(y[..., None], None, ks.group(12))
   swap = symmetry.Group(np.array([[0, 1, 2, 3, 4, 5], [1, 0, 2, 3, 4, 5]]), np.ones(2))
   with pytest.raises(ValueError, match="neither a shift nor a reflection of the line"):
@@ -164,6 +189,8 @@ def test_what_cannot_be_compared():
   with pytest.raises(ValueError, match=r"need \[D\] and \[D, D\], one D"):
     higher_order.bures_squared(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
   with pytest.raises(ValueError, match="cov_b is not finite and symmetric"):
-    higher_order.bures_squared(np.zeros(2), np.eye(2), np.zeros(2), np.array([[1, 0.5], [0, 1]]))
+    higher_order.bures_squared(
+      np.zeros(2), np.eye(2), np.zeros(2), np.array([[1, 0.5], [0, 1]])
+    )
   with pytest.raises(ValueError, match="20 source rows and 19 mapped ones"):
     higher_order.displacement(y, y[:-1], y, group)

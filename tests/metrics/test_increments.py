@@ -25,7 +25,9 @@ def rows(**samples):
   paced = {
     name: 2 * x[:, 0, :, ::4] for name, x in samples.items()
   }  # conditions that move twice as far
-  return increments.Series(samples, {}, paced, true[..., ::4], true, floor, SEAMS, 1.0).rows()
+  return increments.Series(
+    samples, {}, paced, true[..., ::4], true, floor, SEAMS, 1.0
+  ).rows()
 
 
 def test_true_series_have_increments_of_one():
@@ -34,7 +36,8 @@ def test_true_series_have_increments_of_one():
   for name in ("a", "floor"):
     assert found[name]["within"] == pytest.approx(1, abs=0.05)
     assert found[name]["seams"] == pytest.approx(1, abs=0.08)
-    assert found[name]["melr"] < 0.15  # 16 shells of two modes each: √(1/640) of an energy
+    # 16 shells of two modes each: √(1/640) of an energy.
+    assert found[name]["melr"] < 0.15
   assert all(list(row) == list(increments.KEYS) for row in found.values())
   assert found["a"]["condition"] == pytest.approx(4, rel=0.1)
   assert found["floor"]["condition"] is None
@@ -48,7 +51,12 @@ def test_true_series_have_increments_of_one():
 def test_a_jump_at_the_seams_shows_there_alone():
   rng = np.random.default_rng(2)
   x = np.concatenate(
-    [chain(rng, 40, 1)[:, :, :4], chain(rng, 40, 1)[:, :, 4:8], chain(rng, 40, 1)[:, :, 8:]], axis=2
+    [
+      chain(rng, 40, 1)[:, :, :4],
+      chain(rng, 40, 1)[:, :, 4:8],
+      chain(rng, 40, 1)[:, :, 8:],
+    ],
+    axis=2,
   )
   found = rows(a=x)["a"]
   assert found["within"] == pytest.approx(1, abs=0.1)

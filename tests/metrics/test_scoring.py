@@ -17,7 +17,9 @@ def waves(rng, s, n=32, scale=1.0):
   """Smooth random periodic fields [s, n]."""
   k = np.arange(n // 2 + 1)
   modes = (
-    (rng.normal(size=(s, k.size)) + 1j * rng.normal(size=(s, k.size))) * np.exp(-k / 4.0) * (k > 0)
+    (rng.normal(size=(s, k.size)) + 1j * rng.normal(size=(s, k.size)))
+    * np.exp(-k / 4.0)
+    * (k > 0)
   )
   return (scale * np.fft.irfft(modes * n / 2, n=n, axis=1)).astype(np.float32)
 
@@ -25,7 +27,9 @@ def waves(rng, s, n=32, scale=1.0):
 def judging(reference, more, **of_grid):
   """A judge of independent rows."""
   origins = [bootstrap.single(len(x)) for x in (reference, more)]
-  return judge.Judge(Reference(reference), origins[0], more, origins[1], draws=DRAWS, **of_grid)
+  return judge.Judge(
+    Reference(reference), origins[0], more, origins[1], draws=DRAWS, **of_grid
+  )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,11 @@ def made():
   operator = operators.Strided.on((32,), 8)
   reference, more = waves(rng, 300), waves(rng, 200)
   y = waves(rng, 120, scale=0.6)[:, ::8]
-  coarse = {"lflr": y, "gaussian": y / 0.6, "gaussian in-sample": waves(rng, 60)[:, ::8]}
+  coarse = {
+    "lflr": y,
+    "gaussian": y / 0.6,
+    "gaussian in-sample": waves(rng, 60)[:, ::8],
+  }
   fine = waves(rng, 50)
   drawn = np.stack([fine, fine + 0.1 * waves(rng, 50)], 1)
   samples = {"gaussian+diffusion": drawn, "unconditional": waves(rng, 80)[:, None]}
@@ -56,7 +64,10 @@ def test_a_finished_file_follows_the_schema(made):
   scoring.check_schema(json.loads(json.dumps(made)))
   ranges = {*scoring.RANGES}
   assert {*made["debias"]["gaussian"]} == {*scoring.KEYS, *scoring.DEBIAS_KEYS} | ranges
-  assert {*made["samples"]["unconditional"]} == {*scoring.KEYS, *scoring.SAMPLE_KEYS} | ranges
+  assert {*made["samples"]["unconditional"]} == {
+    *scoring.KEYS,
+    *scoring.SAMPLE_KEYS,
+  } | ranges
 
 
 @pytest.mark.parametrize(
@@ -64,7 +75,10 @@ def test_a_finished_file_follows_the_schema(made):
   [
     (lambda m: m.pop("experiment"), "experiment is NoneType"),
     (lambda m: m.pop("config_hash"), "config_hash is missing"),
-    (lambda m: m["debias"]["gaussian"].pop("corr_input"), "debias.gaussian.corr_input is missing"),
+    (
+      lambda m: m["debias"]["gaussian"].pop("corr_input"),
+      "debias.gaussian.corr_input is missing",
+    ),
     (
       lambda m: m["samples"]["unconditional"].pop("floor"),
       "samples.unconditional.floor is missing",
@@ -81,7 +95,10 @@ def test_a_finished_file_follows_the_schema(made):
       lambda m: m["samples"]["unconditional"].update(wass1=None),
       "samples.unconditional.wass1 is None",
     ),
-    (lambda m: m["samples"]["unconditional"].update(extra=1), "extra is not in the schema"),
+    (
+      lambda m: m["samples"]["unconditional"].update(extra=1),
+      "extra is not in the schema",
+    ),
   ],
 )
 def test_a_broken_file_does_not(made, break_it, says):
@@ -94,7 +111,9 @@ def test_a_broken_file_does_not(made, break_it, says):
 def test_every_row_has_the_floor_of_its_size(made):
   debias = made["debias"]
   assert debias["lflr"]["floor"] == debias["gaussian"]["floor"]
-  few, many = (debias[name]["floor"]["cov_rmse"][1] for name in ("gaussian in-sample", "gaussian"))
+  few, many = (
+    debias[name]["floor"]["cov_rmse"][1] for name in ("gaussian in-sample", "gaussian")
+  )
   assert few > many  # fewer rows, a higher floor
   assert [*scoring.floors(made["samples"])] == [(50, 50), (80, 80)]
 
@@ -127,7 +146,9 @@ def test_rows_say_what_they_can(made):
     1, abs=1e-6
   )  # member 0 has the very coarse values
   assert drawn["variability"] > 0
-  assert free["constraint_rmse"] is free["corr_condition"] is free["variability"] is None
+  assert (
+    free["constraint_rmse"] is free["corr_condition"] is free["variability"] is None
+  )
   assert (drawn["n"], free["n"]) == (50, 80)
   assert drawn["failed"] == 0
 
@@ -151,7 +172,10 @@ def test_a_right_map_is_inside_what_true_data_do_and_its_input_is_not(made):
 
 def test_distribution_metrics_see_the_first_whole_member():
   rng = np.random.default_rng(1)
-  ensemble, reference = np.stack([waves(rng, 40), waves(rng, 40, scale=9)], 1), waves(rng, 90)
+  ensemble, reference = (
+    np.stack([waves(rng, 40), waves(rng, 40, scale=9)], 1),
+    waves(rng, 90),
+  )
   judged = judging(reference, waves(rng, 40))
   row = scoring.sample_rows({"a": ensemble}, {}, judged)["a"]
   assert row["cov_rmse"] == pytest.approx(distances.cov_rmse(ensemble[:, 0], reference))
@@ -160,7 +184,9 @@ def test_distribution_metrics_see_the_first_whole_member():
   ensemble[5] = np.nan
   misfit = np.where(np.isnan(ensemble[..., 0]), np.inf, 1.0)
   row = scoring.sample_rows({"a": ensemble}, {}, judged, misfits={"a": misfit})["a"]
-  kept = np.concatenate([ensemble[:3, 0], ensemble[3:4, 1], ensemble[4:5, 0], ensemble[6:, 0]])
+  kept = np.concatenate(
+    [ensemble[:3, 0], ensemble[3:4, 1], ensemble[4:5, 0], ensemble[6:, 0]]
+  )
   assert row["cov_rmse"] == pytest.approx(distances.cov_rmse(kept, reference))
   assert (row["failed"], row["n"], row["misfit"]) == (3, 39, 1.0)
 
@@ -174,13 +200,18 @@ def test_bad_rows_are_named():
   with pytest.raises(ValueError, match=r"row 'gaussian': .*holds NaN"):
     scoring.debias_rows({"gaussian": bad}, {}, judged)
   with pytest.raises(
-    ValueError, match=r"raw\+diffusion: member 0 of condition 3 holds NaN .* at some points"
+    ValueError,
+    match=r"raw\+diffusion: member 0 of condition 3 holds NaN .* at some points",
   ):
     scoring.sample_rows({"raw+diffusion": bad[:, None]}, {}, judged)
   with pytest.raises(ValueError, match="the reference holds NaN"):
     scoring.measure(reference, bad)
-  with pytest.raises(ValueError, match="20 true fields, but 10 say where they come from"):
-    judge.Judge(Reference(reference), bootstrap.single(30), waves(rng, 20), bootstrap.single(10))
+  with pytest.raises(
+    ValueError, match="20 true fields, but 10 say where they come from"
+  ):
+    judge.Judge(
+      Reference(reference), bootstrap.single(30), waves(rng, 20), bootstrap.single(10)
+    )
 
 
 def test_the_printed_tables_fit_a_terminal(made):

@@ -16,7 +16,9 @@ def test_sines_fall_in_their_shell():
   """
   n = 32
   x = np.arange(n) / n
-  fields = np.stack([7 + 3 * np.sin(2 * np.pi * 5 * x + 0.3), 2 * np.cos(np.pi * np.arange(n))])
+  fields = np.stack(
+    [7 + 3 * np.sin(2 * np.pi * 5 * x + 0.3), 2 * np.cos(np.pi * np.arange(n))]
+  )
   expected = np.zeros((2, 16))
   expected[0, 4], expected[1, 15] = (
     4.5,
@@ -28,8 +30,17 @@ def test_sines_fall_in_their_shell():
 def test_waves_of_the_plane_fall_in_round_shells():
   n = 24
   x, y = np.meshgrid(*[np.arange(n) / n] * 2, indexing="ij")
-  for m, shell in {(3, 4): 5, (-2, 1): 2, (0, 7): 7, (7, 0): 7, (1, 1): 1, (-5, -5): 7}.items():
-    energy = spectra.shell_energies(2 * np.cos(2 * np.pi * (m[0] * x + m[1] * y))[None])[0]
+  for m, shell in {
+    (3, 4): 5,
+    (-2, 1): 2,
+    (0, 7): 7,
+    (7, 0): 7,
+    (1, 1): 1,
+    (-5, -5): 7,
+  }.items():
+    energy = spectra.shell_energies(
+      2 * np.cos(2 * np.pi * (m[0] * x + m[1] * y))[None]
+    )[0]
     assert energy[shell - 1] == pytest.approx(2.0)
     assert energy.sum() == pytest.approx(2.0)
 
@@ -54,7 +65,9 @@ def test_parseval_in_the_plane_up_to_the_corners():
   )
   x = np.fft.ifftn(np.where(size < 7.5, modes, 0), axes=(1, 2)).real
   assert spectra.shell_energies(x).shape == (3, 8)
-  assert np.allclose(spectra.shell_energies(x).sum(axis=1), x.var(axis=(1, 2)), rtol=1e-12)
+  assert np.allclose(
+    spectra.shell_energies(x).sum(axis=1), x.var(axis=(1, 2)), rtol=1e-12
+  )
 
 
 def test_blocks_do_not_change_a_spectrum(monkeypatch):
@@ -76,7 +89,13 @@ def test_melr_of_scaled_shells():
 
 def test_energy_holding_shells_are_the_fewest():
   reference = np.array([1e-9, 5.0, 4.0, 1.0 - 1e-9, 1e-9])
-  assert spectra.energy_holding_shells(reference).tolist() == [False, True, True, True, False]
+  assert spectra.energy_holding_shells(reference).tolist() == [
+    False,
+    True,
+    True,
+    True,
+    False,
+  ]
   assert spectra.energy_holding_shells(reference, 0.45).tolist() == [
     False,
     True,
@@ -88,7 +107,9 @@ def test_energy_holding_shells_are_the_fewest():
 
 
 def test_empty_shells_stay_finite():
-  assert np.isfinite(spectra.melr(np.array([1.0, 0.0]), np.array([1.0, 1e-3]))["unweighted"])
+  assert np.isfinite(
+    spectra.melr(np.array([1.0, 0.0]), np.array([1.0, 1e-3]))["unweighted"]
+  )
   assert spectra.melr(np.array([1.0, 0.0]), np.array([1.0, 0.0]))["unweighted"] == 0
   with pytest.raises(ValueError, match="no energy in any shell"):
     spectra.melr(np.ones(2), np.zeros(2))
@@ -101,7 +122,9 @@ def test_the_band_holds_two_standard_errors():
   of the shells.
   """
   rng = np.random.default_rng(0)
-  other, reference = (spectra.shell_energies(rng.normal(size=(s, 400))) for s in (300, 900))
+  other, reference = (
+    spectra.shell_energies(rng.normal(size=(s, 400))) for s in (300, 900)
+  )
   off = np.abs(other.mean(0) / reference.mean(0) - 1) > spectra.band(other, 900)
   assert (
     0.01 < off.mean() < 0.1
@@ -111,7 +134,9 @@ def test_the_band_holds_two_standard_errors():
 def test_bad_fields_are_named():
   x = np.ones((4, 8))
   x[2, 1] = np.inf
-  with pytest.raises(ValueError, match=r"the truth holds NaN or infinite values, first in row 2"):
+  with pytest.raises(
+    ValueError, match=r"the truth holds NaN or infinite values, first in row 2"
+  ):
     spectra.shell_energies(x, "the truth")
   with pytest.raises(ValueError, match="one channel at a time"):
     spectra.shell_energies(np.ones((4, 8, 8, 2)))
@@ -145,7 +170,8 @@ def test_waves_and_cosines_fall_in_shells_of_their_length():
   assert shells.count == 8  # of x's 16 points; y's reach 3 · 8 / 2
   cases = {
     2: np.broadcast_to(np.sin(2 * np.pi * 2 * x), (8, 16)),
-    3: np.broadcast_to(np.cos(2 * np.pi * y)[:, None], (8, 16)),  # j = 2: one wave, three times
+    # j = 2: one wave, three times.
+    3: np.broadcast_to(np.cos(2 * np.pi * y)[:, None], (8, 16)),
     5: np.cos(2 * np.pi * y)[:, None] * np.sin(2 * np.pi * 4 * x),  # |(3, 4)|
   }
   for shell, field in cases.items():

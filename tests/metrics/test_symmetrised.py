@@ -25,7 +25,9 @@ def rows(space, count, seed):
     axes=range(1, 1 + len(space)),
   )
   shell = spectra.shell_numbers(space)[0]
-  waves *= np.where((shell >= 1) & (shell < min(space) // 2), 1.0 / np.maximum(shell, 1), 0.0)
+  waves *= np.where(
+    (shell >= 1) & (shell < min(space) // 2), 1.0 / np.maximum(shell, 1), 0.0
+  )
   return np.fft.irfftn(waves, s=space, axes=range(1, 1 + len(space))).astype(np.float32)
 
 
@@ -43,12 +45,16 @@ def test_is_that_of_the_table(name):
 
 def test_on_a_line_it_is_the_error_of_the_spectrum_over_the_shells_that_count():
   pred, ref = rows((24,), 50, 2), rows((24,), 60, 3)
-  spectrum = lambda x: (np.abs(np.fft.rfft(x - x.mean(0))) ** 2).sum(0)[1:] / (24**2 * (len(x) - 1))
+  spectrum = lambda x: (
+    (np.abs(np.fft.rfft(x - x.mean(0))) ** 2).sum(0)[1:] / (24**2 * (len(x) - 1))
+  )
   p, r = spectrum(pred)[:5], spectrum(ref)[:5]
   shells = np.arange(1, 13) <= 5
   blocks = [symmetrised.covariance(x, GROUPS["ks"][2]) for x in (pred, ref)]
   want = np.linalg.norm(p - r) / np.linalg.norm(r)
-  assert symmetrised.sym_cov_rmse(*blocks, (24,), shells) == pytest.approx(want, rel=1e-5)
+  assert symmetrised.sym_cov_rmse(*blocks, (24,), shells) == pytest.approx(
+    want, rel=1e-5
+  )
 
 
 def test_constant_rows_are_refused():

@@ -26,7 +26,9 @@ def small(space=(32,), **changes):
   coarsen = lambda x: np.asarray(operator.apply(x[..., None]))[..., 0]
   k, m = 8, 3
   truth, ot = waves(rng, k, space), waves(rng, k, space)
-  around = lambda x: x[:, None] + 0.1 * np.stack([waves(rng, k, space) for _ in range(m)], 1)
+  around = lambda x: (
+    x[:, None] + 0.1 * np.stack([waves(rng, k, space) for _ in range(m)], 1)
+  )
   reference, floor = waves(rng, 30, space), waves(rng, 16, space)
   y = coarsen(waves(rng, 16, space))
   fields = {
@@ -124,7 +126,9 @@ def test_figures_are_files_and_stand_in_the_page_once(written):
   assert text.count("<img ") == text.count("data:image/png;base64,") == len(names)
   # Drawn on white paper, they are adapted to a dark page by its style sheet.
   assert re.search(r"prefers-color-scheme:dark\)\{.*figure img\{filter:invert", text)
-  assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in folder.glob("*.png"))
+  assert all(
+    path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in folder.glob("*.png")
+  )
   assert not [*folder.glob(".*tmp")]
 
 
@@ -172,7 +176,10 @@ NONE = {
   ("absent", "jobs"),
   [
     (NONE, {"debias", "sample", "train"}),
-    ({k: NONE[k] for k in ("samples", "conditions", "truth", "loss")}, {"sample", "train"}),
+    (
+      {k: NONE[k] for k in ("samples", "conditions", "truth", "loss")},
+      {"sample", "train"},
+    ),
     ({"history": None, "coarse": {}}, {"debias"}),
     ({"truth": {}}, {"sample"}),
   ],
@@ -182,7 +189,9 @@ def test_missing_parts_name_their_job(tmp_path, absent, jobs):
   writer.write(tmp_path, small(**absent))
   text = (tmp_path / "report.html").read_text()
   only_local(text)
-  assert {*re.findall(r'class="missing">[^<]*<code>python -m downscaling (\w+)', text)} == jobs
+  assert {
+    *re.findall(r'class="missing">[^<]*<code>python -m downscaling (\w+)', text)
+  } == jobs
 
 
 @pytest.mark.usefixtures("sketched")

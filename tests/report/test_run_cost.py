@@ -23,13 +23,16 @@ COST = {
 def cells(html):
   """{row: its cells} of the page's table, without small print."""
   rows = re.findall(
-    r"<tr[^>]*><th scope=\"row\">(.*?)</th>(.*?)</tr>", re.sub(r"<small>.*?</small>", "", html)
+    r"<tr[^>]*><th scope=\"row\">(.*?)</th>(.*?)</tr>",
+    re.sub(r"<small>.*?</small>", "", html),
   )
   return {name: re.findall(r"<td>(.*?)</td>", rest) for name, rest in rows}
 
 
 def section(experiment, cost):
-  return run_cost.section(results.Evidence(experiment=experiment, provenance={"cost": cost}))
+  return run_cost.section(
+    results.Evidence(experiment=experiment, provenance={"cost": cost})
+  )
 
 
 def test_seconds_over_counts_beside_ks():
@@ -50,7 +53,12 @@ def test_seconds_over_counts_beside_ks():
 
 def test_ks_beside_itself_is_not_shown():
   html = section("ks-8x", COST).html
-  assert cells(html)["Snapshot"] == ["2,000", "500", "0.250", "1 × cpu on 2 cores a host"]
+  assert cells(html)["Snapshot"] == [
+    "2,000",
+    "500",
+    "0.250",
+    "1 × cpu on 2 cores a host",
+  ]
   assert "KS" not in html
 
 
@@ -62,14 +70,21 @@ def test_the_figures_of_ks_are_those_of_its_committed_run():
   metrics = json.loads((ROOT / "docs" / "results" / "ks" / "metrics.json").read_text())
   config = experiment.load("ks:full")
   data = config.data
-  trajectories = sum(sum(data.trajectories(world).values()) for world in ("hfhr", "lflr"))
+  trajectories = sum(
+    sum(data.trajectories(world).values()) for world in ("hfhr", "lflr")
+  )
   sets = [
-    v for k, v in metrics["sizes"].items() if k.startswith("samples.") and not k.endswith("cubic")
+    v
+    for k, v in metrics["sizes"].items()
+    if k.startswith("samples.") and not k.endswith("cubic")
   ]
-  assert "--config.train" not in metrics["command"]  # else its steps are not the config's
+  # Else its steps are not the config's.
+  assert "--config.train" not in metrics["command"]
   counts = {
     "data": data.snapshots * trajectories,
     "train": config.train.total_steps,
     "samples": sum(k * m for k, m, _ in sets),
   }
-  assert {stage: (counts[stage], metrics["seconds"][stage]) for stage in counts} == run_cost.KS
+  assert {
+    stage: (counts[stage], metrics["seconds"][stage]) for stage in counts
+  } == run_cost.KS

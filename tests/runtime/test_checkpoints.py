@@ -47,13 +47,18 @@ def test_a_record_is_what_it_was_when_it_was_saved(tmp_path):
 
 
 def test_nothing_there_is_none(tmp_path):
-  assert ckpt.Checkpoints(tmp_path / "new", "abc").restore_last(_target(meshes.make(1))) is None
+  assert (
+    ckpt.Checkpoints(tmp_path / "new", "abc").restore_last(_target(meshes.make(1)))
+    is None
+  )
 
 
 def _damage(folder):
   """Cuts every file that holds array data to half its length."""
   files = [
-    p for p in folder.rglob("*") if p.is_file() and p.stat().st_size > 64 and p.name != "metadata"
+    p
+    for p in folder.rglob("*")
+    if p.is_file() and p.stat().st_size > 64 and p.name != "metadata"
   ]
   assert files
   for path in files:
@@ -73,7 +78,9 @@ def test_damaged_checkpoint_is_named_and_stepped_over(tmp_path, capsys):
 def test_all_damaged_is_an_error_with_the_fix(tmp_path):
   _save(tmp_path, 1)
   _damage(tmp_path / "1")
-  with pytest.raises(ValueError, match=r"no checkpoint in .* can be read .*use another --workdir"):
+  with pytest.raises(
+    ValueError, match=r"no checkpoint in .* can be read .*use another --workdir"
+  ):
     ckpt.Checkpoints(tmp_path, "abc").restore_last(_target(meshes.make(1)))
 
 
@@ -92,7 +99,8 @@ def test_full_disk_is_said_in_words(tmp_path, monkeypatch):
 
   monkeypatch.setattr(saver._manager, "save", full)
   with pytest.raises(
-    OSError, match=r"no space left while writing .*; the checkpoints already there are whole"
+    OSError,
+    match=r"no space left while writing .*; the checkpoints already there are whole",
   ):
     saver.save(2, _state(2.0))
   assert saver.steps() == [1]
@@ -101,7 +109,9 @@ def test_full_disk_is_said_in_words(tmp_path, monkeypatch):
 def _values(folder):
   """The files that hold array data."""
   return [
-    p for p in folder.rglob("*") if p.is_file() and p.parent.name == "d" and p.stat().st_size > 64
+    p
+    for p in folder.rglob("*")
+    if p.is_file() and p.parent.name == "d" and p.stat().st_size > 64
   ]
 
 
@@ -124,7 +134,9 @@ def test_a_flipped_byte_is_seen_and_the_step_can_be_saved_again(tmp_path, capsys
   saver.save(2, _state(2.0))
   saver.close()
   assert ckpt.Checkpoints(tmp_path, "abc").restore_last(_target(meshes.make(1)))[0] == 2
-  assert (tmp_path / "2.damaged" / victim.relative_to(tmp_path / "2")).read_bytes() == bytes_
+  assert (
+    tmp_path / "2.damaged" / victim.relative_to(tmp_path / "2")
+  ).read_bytes() == bytes_
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
@@ -132,7 +144,8 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
   saver.save(1, _state(1.0))
   bad = _state(2.0) | {"w": jnp.full((8, 3), 2.0).at[5, 1].set(jnp.nan)}
   with pytest.raises(
-    FloatingPointError, match=r"step 2 is not saved: 1 leaves .* first is \['w'\]. .* is step 1 and"
+    FloatingPointError,
+    match=r"step 2 is not saved: 1 leaves .* first is \['w'\]. .* is step 1 and",
   ):
     saver.save(2, bad)
   saver.close()
@@ -160,7 +173,9 @@ def test_an_unfinished_save_is_ignored_and_left(tmp_path):
 def test_policies(tmp_path, keep, left):
   saver = ckpt.Checkpoints(tmp_path, "abc", keep)
   for step in range(1, 9):
-    saver.save(step, _state(float(step)), {"error": abs(step - 4.4)} if step < 8 else None)
+    saver.save(
+      step, _state(float(step)), {"error": abs(step - 4.4)} if step < 8 else None
+    )
   saver.close()
   assert ckpt.Checkpoints(tmp_path, "abc").steps() == left
 

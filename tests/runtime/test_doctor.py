@@ -34,7 +34,9 @@ def test_all_is_well_on_any_mesh(tmp_path, data, fsdp):
     FOUND, meshes.make(data, fsdp), tmp_path / "a" / "b", {"config hash": "1"}
   )
   assert well, text
-  assert f"devices    {data * fsdp} × cpu, mesh {{'data': {data}, 'fsdp': {fsdp}}}" in text
+  assert (
+    f"devices    {data * fsdp} × cpu, mesh {{'data': {data}, 'fsdp': {fsdp}}}" in text
+  )
   assert ", 4 × cpu (cpu), memory " in text
   assert "b: written by process 0 and seen by all" in text
   assert text.endswith("\nall is well")
@@ -42,14 +44,18 @@ def test_all_is_well_on_any_mesh(tmp_path, data, fsdp):
 
 
 def test_any_other_names_of_axes():
-  text, well = doctor.report(FOUND, jax.make_mesh((2, 2), ("rows", "columns")), None, {})
+  text, well = doctor.report(
+    FOUND, jax.make_mesh((2, 2), ("rows", "columns")), None, {}
+  )
   assert well, text
 
 
 def test_a_wrong_sum_names_its_devices(monkeypatch):
   """A link that drops one device's part on two devices: devices 2 and 3 add only what they hold."""
   psum = jax.lax.psum
-  broken = lambda v, axes: jax.numpy.where(jax.lax.axis_index(axes) < 2, psum(v, axes), v)
+  broken = lambda v, axes: jax.numpy.where(
+    jax.lax.axis_index(axes) < 2, psum(v, axes), v
+  )
   monkeypatch.setattr(jax.lax, "psum", broken)
   text, well = doctor.report(FOUND, meshes.make(), None, {})
   assert not well
@@ -121,14 +127,19 @@ def test_gpus_that_would_idle(execute, monkeypatch):
   done = execute(ALONE)
   assert done.returncode == 1
   assert "FIX: " in done.stderr
-  assert "has 8 GPUs, and its 1 process(es) use 0: start one process a GPU (Slurm: " in done.stderr
+  assert (
+    "has 8 GPUs, and its 1 process(es) use 0: start one process a GPU (Slurm: "
+    in done.stderr
+  )
 
 
 def test_a_platform_that_is_not_installed(execute, monkeypatch):
   monkeypatch.setenv("JAX_PLATFORMS", "cuda")
   done = execute(ALONE)
   assert done.returncode == 1
-  (said,) = [line for line in done.stderr.splitlines() if line.startswith("downscaling")]
+  (said,) = [
+    line for line in done.stderr.splitlines() if line.startswith("downscaling")
+  ]
   assert "doctor: JAX_PLATFORMS=cuda, which cannot be used here" in said
   assert "pip install 'downscaling[cuda12]'" in said
 
@@ -136,7 +147,9 @@ def test_a_platform_that_is_not_installed(execute, monkeypatch):
 def test_on_without_a_launcher_dies_and_says_what_is_missing(execute):
   done = execute([*ALONE, "--distributed=on"])
   assert done.returncode == 1
-  needed = "--distributed=on, but no launcher was found: no variable of a launcher is set"
+  needed = (
+    "--distributed=on, but no launcher was found: no variable of a launcher is set"
+  )
   assert needed in done.stderr
   assert "srun, mpirun" in done.stderr
 
@@ -155,7 +168,9 @@ def test_two_processes_that_share_nothing(tmp_path):
   assert said.count(", 2 × cpu (cpu), memory ") == 2
   assert "process(es) 1 do not see what process 0 writes" in said
   assert "FIX: config hash is" in said
-  assert re.search(r"FIX: XLA_FLAGS is .*fast_math=0 on process 0 and .*=1 on process 1", said)
+  assert re.search(
+    r"FIX: XLA_FLAGS is .*fast_math=0 on process 0 and .*=1 on process 1", said
+  )
   assert "JAX_PROCESS_ID is" not in said
   assert "JAX_DUMP_IR_TO is" not in said
   said = rehearse(2, 2, ["downscaling", "doctor", f"--workdir={tmp_path}/shared"])

@@ -19,12 +19,18 @@ EIGHT = [str(i) for i in range(8)]
     ([process("a", EIGHT), process("b", EIGHT)], []),
     ([process("a", [], given=0)], []),
     ([process("a", [], asked="cpu")], []),  # as was asked for
-    ([process("a", ["0"]), process("b", ["0"])], ["a has 8 GPUs, and its 1", "b has 8 GPUs"]),
+    (
+      [process("a", ["0"]), process("b", ["0"])],
+      ["a has 8 GPUs, and its 1", "b has 8 GPUs"],
+    ),
     (
       [process("a", [])],
       ["its 1 process(es) use 0: start one process a GPU (Slurm: --ntasks-per-"],
     ),
-    ([process("a", ["3"], 2), process("a", ["3"], 2)], ["processes of a share GPU 3: give each"]),
+    (
+      [process("a", ["3"], 2), process("a", ["3"], 2)],
+      ["processes of a share GPU 3: give each"],
+    ),
   ],
 )
 def test_what_is_said(told, words):

@@ -27,16 +27,24 @@ LOCAL = "127.0.0.1"
 @pytest.fixture
 def env(monkeypatch):
   """env(**variables): those, and none else by which a launcher is known."""
-  for name in (*launchers.VARIABLES, "KUBERNETES_SERVICE_HOST", "TORCHELASTIC_USE_AGENT_STORE"):
+  for name in (
+    *launchers.VARIABLES,
+    "KUBERNETES_SERVICE_HOST",
+    "TORCHELASTIC_USE_AGENT_STORE",
+  ):
     monkeypatch.delenv(name, raising=False)
-  return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+  return lambda **variables: [
+    monkeypatch.setenv(name, value) for name, value in variables.items()
+  ]
 
 
 @pytest.fixture
 def initialize(monkeypatch):
   """What jax.distributed.initialize was called with; it joins nothing, and nobody need listen."""
   calls = []
-  monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda **arguments: calls.append(arguments)
+  )
   monkeypatch.setattr(joining, "_listens", lambda *_: True)
   return calls
 
@@ -60,7 +68,9 @@ def test_nothing_found(env, initialize):
   needed = r"no launcher was found: no variable .*srun, mpirun.*=off"
   with pytest.raises(joining.StartError, match=needed):
     joining.start("on")
-  with pytest.raises(ValueError, match="--distributed=yes is unknown; use auto, on or off"):
+  with pytest.raises(
+    ValueError, match="--distributed=yes is unknown; use auto, on or off"
+  ):
     joining.start("yes")
   assert not initialize
 
@@ -68,13 +78,25 @@ def test_nothing_found(env, initialize):
 @pytest.mark.parametrize(
   ("values", "words"),
   [
-    ((None, "2", None), "JAX_NUM_PROCESSES=2 set, but not JAX_PROCESS_ID: set JAX_COORDINATOR"),
+    (
+      (None, "2", None),
+      "JAX_NUM_PROCESSES=2 set, but not JAX_PROCESS_ID: set JAX_COORDINATOR",
+    ),
     (("h:1", "2", None), "JAX_NUM_PROCESSES=2 set, but not JAX_PROCESS_ID"),
     (("h:1", None, "1"), "JAX_PROCESS_ID=1 set, but not JAX_NUM_PROCESSES"),
     (("h:1", "two", "0"), "JAX_NUM_PROCESSES=two: need a whole number"),
-    (("h:1", "2", "2"), "JAX_PROCESS_ID=2, JAX_NUM_PROCESSES=2: number the processes 0 to 1"),
-    (("h:port", "2", "0"), "address h:port: need host:port of process 0, a port from 1 to 65535"),
-    (("h:1", None, None), "ADDRESS is set, but nothing says which of how many processes this is"),
+    (
+      ("h:1", "2", "2"),
+      "JAX_PROCESS_ID=2, JAX_NUM_PROCESSES=2: number the processes 0 to 1",
+    ),
+    (
+      ("h:port", "2", "0"),
+      "address h:port: need host:port of process 0, a port from 1 to 65535",
+    ),
+    (
+      ("h:1", None, None),
+      "ADDRESS is set, but nothing says which of how many processes this is",
+    ),
   ],
 )
 @pytest.mark.parametrize("mode", ["auto", "on"])
@@ -110,10 +132,13 @@ def test_an_environment_that_a_launcher_made(env, initialize, monkeypatch, name)
   file = CASES / f"{name}.env"
   if not file.exists():
     pytest.skip(f"{file} is not here")
-  lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+  lines = [
+    line for line in file.read_text().splitlines() if line and not line.startswith("#")
+  ]
   values = dict(line.split("=", 1) for line in lines)
   env(**{key: value.replace("\\n", "\n") for key, value in values.items()})
-  monkeypatch.setattr(joining, "_resolves", lambda _: True)  # gpu-901 is not of this network
+  # gpu-901 is not of this network.
+  monkeypatch.setattr(joining, "_resolves", lambda _: True)
   outcome = OUTCOMES[name]
   if outcome == "alone":
     assert joining.start("auto").method == "alone"
@@ -137,9 +162,13 @@ def test_slurm(env, initialize, monkeypatch):
   env(SLURM_JOB_ID="7")
   found = joining.start("auto")
   assert found.method == "alone"
-  assert "SLURM_JOB_ID=7. This is a Slurm job: srun starts several processes" in found.why
+  assert (
+    "SLURM_JOB_ID=7. This is a Slurm job: srun starts several processes" in found.why
+  )
   env(**SLURM | {"SLURM_NTASKS": "1"})
-  assert joining.start("auto") == joining.Found("alone", "Slurm started one process only", 1)
+  assert joining.start("auto") == joining.Found(
+    "alone", "Slurm started one process only", 1
+  )
   assert not initialize
   env(**SLURM)  # for job 7, jax takes this port
   assert joining.start("auto", timeout=7, heartbeat=8).method == "Slurm"
@@ -163,7 +192,9 @@ def test_mpirun_on_the_nodes_of_slurm(env, initialize):
   """mpirun's daemons are tasks of Slurm, whose numbers the ranks inherit: jax would take those."""
   ranks = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8"}
   env(**SLURM, **ranks)
-  with pytest.raises(joining.StartError, match=r"OMPI_COMM_WORLD_RANK=5, OMPI_COMM_WORLD_SIZE=8"):
+  with pytest.raises(
+    joining.StartError, match=r"OMPI_COMM_WORLD_RANK=5, OMPI_COMM_WORLD_SIZE=8"
+  ):
     joining.start("auto")
   env(JAX_COORDINATOR_ADDRESS=f"{LOCAL}:5")
   joining.start("auto")
@@ -171,7 +202,9 @@ def test_mpirun_on_the_nodes_of_slurm(env, initialize):
 
 
 @pytest.mark.parametrize(
-  ("visible", "expected"), [(None, [1]), ("0,1", [1]), ("3", None)], ids=["unset", "two", "one"]
+  ("visible", "expected"),
+  [(None, [1]), ("0,1", [1]), ("3", None)],
+  ids=["unset", "two", "one"],
 )
 def test_several_processes_on_a_host_take_a_device_each(
   env, initialize, monkeypatch, visible, expected
@@ -231,7 +264,9 @@ def test_a_jax_that_hides_its_launchers(env, initialize, monkeypatch):
 
   monkeypatch.delattr(cluster.ClusterEnv, "_cluster_types")
   env(**SLURM)
-  with pytest.raises(joining.StartError, match=r"SLURM_NTASKS=2: .*Set JAX_COORDINATOR_ADDRESS"):
+  with pytest.raises(
+    joining.StartError, match=r"SLURM_NTASKS=2: .*Set JAX_COORDINATOR_ADDRESS"
+  ):
     joining.start("auto")
   env(JAX_COORDINATOR_ADDRESS=f"{LOCAL}:5")
   assert joining.start("auto").method == "Slurm"
@@ -297,7 +332,10 @@ def test_missing_peers_are_told_and_do_not_abort(tried):
   said = tried(*(explicit(f"{LOCAL}:{ports[i]}", i) for i in (0, 1)))
   assert "this is process 0 of 2, and others are missing after 2 s" in said[0]
   assert "waiting for others, 1 of 2 s" in said[0]
-  assert f"nothing listens at {LOCAL}:{ports[1]}, where process 0 should, after 2 s" in said[1]
+  assert (
+    f"nothing listens at {LOCAL}:{ports[1]}, where process 0 should, after 2 s"
+    in said[1]
+  )
   assert f"waiting for process 0 at {LOCAL}:{ports[1]}, 1 of 2 s" in said[1]
 
 
@@ -310,7 +348,10 @@ def test_a_name_that_does_not_resolve_and_a_port_in_use(tried):
       explicit("no-such-host.invalid:5", 0),
       explicit("no-such-host.invalid:5", 1),
     )
-  assert f"process 0 cannot listen at port {port} of {socket.gethostname()} (Address" in said[0]
+  assert (
+    f"process 0 cannot listen at port {port} of {socket.gethostname()} (Address"
+    in said[0]
+  )
   assert "set JAX_COORDINATOR_ADDRESS with another port" in said[0]
   for words in said[1:]:
     assert "name no-such-host.invalid does not resolve on" in words

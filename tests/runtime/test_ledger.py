@@ -9,11 +9,25 @@ import pytest
 from downscaling.runtime import files, ledger
 
 
-def forge(folder, name, began, seen, saved=None, outcome="done", process=0, host="a", **seconds):
-  spent = dict.fromkeys(ledger.KINDS, 0.0) | {k.replace("_", " "): v for k, v in seconds.items()}
+def forge(
+  folder, name, began, seen, saved=None, outcome="done", process=0, host="a", **seconds
+):
+  spent = dict.fromkeys(ledger.KINDS, 0.0) | {
+    k.replace("_", " "): v for k, v in seconds.items()
+  }
   (folder / ledger.FOLDER).mkdir(exist_ok=True)
-  record = {"host": host, "process": process, "devices": "1 × x", "began": began, "seen": seen}
-  record |= {"saved": seen if saved is None else saved, "outcome": outcome, "seconds": spent}
+  record = {
+    "host": host,
+    "process": process,
+    "devices": "1 × x",
+    "began": began,
+    "seen": seen,
+  }
+  record |= {
+    "saved": seen if saved is None else saved,
+    "outcome": outcome,
+    "seconds": spent,
+  }
   files.write_json(folder / ledger.FOLDER / f"{name}.json", record)
 
 

@@ -39,7 +39,8 @@ with locks.hold({str(path)!r}, "it"):
 def forge(path, **changes):
   """The lock of this very process, as another one would have it."""
   files.write_json(
-    path, locks._here() | {"since": "2026-01-01T00:00:00+00:00", "token": "theirs"} | changes
+    path,
+    locks._here() | {"since": "2026-01-01T00:00:00+00:00", "token": "theirs"} | changes,
   )
 
 
@@ -48,7 +49,8 @@ def test_held_let_go_and_held_again(path):
     with locks.hold(path, "it") as lock:
       lock.check()
       with pytest.raises(
-        locks.Held, match=rf"it is being written by another job: host .*, pid {os.getpid()}, since"
+        locks.Held,
+        match=rf"it is being written by another job: host .*, pid {os.getpid()}, since",
       ):
         locks.hold(path, "it").__enter__()
     assert list(path.parent.iterdir()) == []
@@ -56,7 +58,10 @@ def test_held_let_go_and_held_again(path):
 
 def test_a_live_process_is_refused_and_a_dead_one_replaced(path):
   process = holder(path)
-  with pytest.raises(locks.Held, match=f"pid {process.pid}, since 20"), locks.hold(path, "it"):
+  with (
+    pytest.raises(locks.Held, match=f"pid {process.pid}, since 20"),
+    locks.hold(path, "it"),
+  ):
     pass
   process.send_signal(signal.SIGKILL)
   process.communicate()

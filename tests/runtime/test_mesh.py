@@ -34,7 +34,9 @@ def test_fsdp_stays_within_a_slice(fsdp):
     assert len({chip.slice_index for chip in row}) == 1
   assert {chip.id for chip in array.flat} == {*range(8)}
   # Rows of a slice are together, so that a reduction within it comes before the one across.
-  assert [row[0].slice_index for row in array] == sorted(row[0].slice_index for row in array)
+  assert [row[0].slice_index for row in array] == sorted(
+    row[0].slice_index for row in array
+  )
 
 
 def test_devices_that_are_in_no_slices_or_in_unlike_ones():

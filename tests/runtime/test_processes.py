@@ -11,7 +11,8 @@ from tests.test_distributed import rehearse
 
 def test_alone_it_is_all_trivial():
   assert processes.client() is None
-  assert processes.gather("a", (1, "b")) == [[1, "b"]]  # as JSON gives it back, here as among many
+  # As JSON gives it back, here as among many.
+  assert processes.gather("a", (1, "b")) == [[1, "b"]]
   with pytest.raises(TypeError, match="not JSON serializable"):
     processes.gather("a", {1, 2})
   processes.barrier("b")
@@ -27,7 +28,9 @@ def test_alone_it_is_all_trivial():
 
 def test_differences_name_all_keys():
   assert processes.differences([{"a": 1, "b": 2}, {"a": 1, "b": 2}]) == {}
-  assert processes.differences([{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"c": 0, "b": 4}]) == {
+  assert processes.differences(
+    [{"a": 1, "b": 2}, {"a": 1, "b": 3}, {"c": 0, "b": 4}]
+  ) == {
     "b": "b is 2 on process 0 and 3 on process 1",
     "a": "a is 1 on process 0 and absent on process 2",
     "c": "c is absent on process 0 and 0 on process 2",
@@ -100,7 +103,9 @@ def test_two_processes_agree(tmp_path):
   assert "[0] ZeroDivisionError" in said
   assert "[1] PeerFailed process 0 failed: " in said
   assert "[1] PeerFailed process 0 failed: alone" in said
-  taken = sorted(int(line.split()[-1]) for line in said.splitlines() if "] took " in line)
+  taken = sorted(
+    int(line.split()[-1]) for line in said.splitlines() if "] took " in line
+  )
   assert taken == [*range(40)]  # each number once, whoever was faster
   for i in (0, 1):
     assert (
@@ -121,6 +126,7 @@ def test_the_end_of_process_0_is_no_timeout():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(processes, "client", Store)
     with pytest.raises(
-      ConnectionError, match=r"process 0, .*, is gone .x: UNAVAILABLE: failed to connect.*again"
+      ConnectionError,
+      match=r"process 0, .*, is gone .x: UNAVAILABLE: failed to connect.*again",
     ):
       processes.gather("x", 1)

@@ -18,7 +18,9 @@ from downscaling.runtime import program_cost
 def _sent(body, out, fsdp=1):
   """Collectives of body on 4 devices, each holding [8, 128] float32 = 4096 bytes."""
   mesh = meshes.make(fsdp=fsdp)
-  many = jax.shard_map(body, mesh=mesh, in_specs=meshes.ROWS, out_specs=out, check_vma=False)
+  many = jax.shard_map(
+    body, mesh=mesh, in_specs=meshes.ROWS, out_specs=out, check_vma=False
+  )
   x = jax.ShapeDtypeStruct((32, 128), jnp.float32, sharding=meshes.rows(mesh))
   return program_cost.collectives(jax.jit(many).lower(x).compile())
 
@@ -26,8 +28,15 @@ def _sent(body, out, fsdp=1):
 @pytest.mark.parametrize(
   ("body", "out", "fsdp", "expected", "traffic"),
   [
-    (lambda x: jax.lax.psum(x, meshes.AXES), P(), 1, ("all-reduce", 4096, 4), 6144),  # 2 · 3/4
-    (lambda x: jax.lax.psum(x, meshes.FSDP), P("data"), 2, ("all-reduce", 4096, 2), 4096),
+    # 2 · 3/4.
+    (lambda x: jax.lax.psum(x, meshes.AXES), P(), 1, ("all-reduce", 4096, 4), 6144),
+    (
+      lambda x: jax.lax.psum(x, meshes.FSDP),
+      P("data"),
+      2,
+      ("all-reduce", 4096, 2),
+      4096,
+    ),
     (
       lambda x: jax.lax.all_gather(x, meshes.AXES, tiled=True),
       P(),
@@ -69,20 +78,32 @@ replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
   %e = pred[] all-reduce(%w), replica_groups={{0},{1}}, to_apply=%or
   """
   found = [(c.kind, c.bytes, c.group_size) for c in program_cost.collectives(text)]
-  assert found == [("all-gather", 4096, 4), ("all-reduce", 280, 2), ("all-reduce", 40, 2)]
+  assert found == [
+    ("all-gather", 4096, 4),
+    ("all-reduce", 280, 2),
+    ("all-reduce", 40, 2),
+  ]
 
 
 def test_flops_in_closed_form():
-  a, b = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 32), jnp.float32)
+  a, b = (
+    jax.ShapeDtypeStruct((8, 16), jnp.float32),
+    jax.ShapeDtypeStruct((16, 32), jnp.float32),
+  )
   one = 2 * 8 * 16 * 32
   product = lambda a, b: (a @ b).sum()
   assert program_cost.flops(product, a, b) == one
   assert (
     program_cost.flops(jax.jit(jax.grad(product, argnums=(0, 1))), a, b) == 3 * one
   )  # forward, then two products
-  looped = lambda a, b: jax.lax.scan(lambda c, _: (c + product(a, b), None), 0.0, length=5)[0]
+  looped = lambda a, b: jax.lax.scan(
+    lambda c, _: (c + product(a, b), None), 0.0, length=5
+  )[0]
   assert program_cost.flops(looped, a, b) == 5 * one
-  x, k = jax.ShapeDtypeStruct((2, 10, 3), jnp.float32), jax.ShapeDtypeStruct((5, 3, 7), jnp.float32)
+  x, k = (
+    jax.ShapeDtypeStruct((2, 10, 3), jnp.float32),
+    jax.ShapeDtypeStruct((5, 3, 7), jnp.float32),
+  )
   conv = functools.partial(
     jax.lax.conv_general_dilated,
     window_strides=(1,),
@@ -141,7 +162,10 @@ LINES = {
     "%a = u32[<=6]{0} all-gather(%x), replica_groups=[1,4]<=[4]",
     ("all-gather", 24, 4, 1),
   ),
-  "complex": ("%a = c64[6]{0} all-gather(%x), replica_groups=[1,4]<=[4]", ("all-gather", 48, 4, 1)),
+  "complex": (
+    "%a = c64[6]{0} all-gather(%x), replica_groups=[1,4]<=[4]",
+    ("all-gather", 48, 4, 1),
+  ),
   "all-to-all of parts": (
     "%a = (f16[4,4]{1,0}, f16[4,4]{1,0}) all-to-all(f16[4,4]{1,0} %x, f16[4,4]{1,0} %y), "
     "replica_groups={{0,1}}",
@@ -198,10 +222,11 @@ def test_no_collective_in_a_line(line):
   "header", ["num_partitions=8", "replica_count=8", "replica_count=2, num_partitions=4"]
 )
 def test_empty_groups_are_all_devices(header):
-  text = (
-    f"HloModule m, {header}\n  %a = f32[4] all-reduce(%x), replica_groups={{}}, to_apply=%add\n"
-  )
-  assert program_cost.collectives(text) == [program_cost.Collective("all-reduce", 16, 8)]
+  reduce = "all-reduce(%x), replica_groups={}, to_apply=%add"
+  text = f"HloModule m, {header}\n  %a = f32[4] {reduce}\n"
+  assert program_cost.collectives(text) == [
+    program_cost.Collective("all-reduce", 16, 8)
+  ]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +243,9 @@ def test_traffic_in_a_ring_of_four_of_which_each_ends_with_120_bytes(kind, sent)
   """A scatter whose share is 120 bytes passes three partial sums of it; a gather whose whole is
   120, three of 30.
   """
-  assert program_cost.traffic(program_cost.Collective(kind, 120, 4)) == pytest.approx(sent)
+  assert program_cost.traffic(program_cost.Collective(kind, 120, 4)) == pytest.approx(
+    sent
+  )
 
 
 def test_an_all_reduce_sends_what_its_scatter_and_its_gather_send():
@@ -227,7 +254,9 @@ def test_an_all_reduce_sends_what_its_scatter_and_its_gather_send():
     program_cost.Collective("all-gather", 120, 4),
   )
   both = program_cost.traffic(scatter) + program_cost.traffic(gather)
-  assert program_cost.traffic(program_cost.Collective("all-reduce", 120, 4)) == pytest.approx(both)
+  assert program_cost.traffic(
+    program_cost.Collective("all-reduce", 120, 4)
+  ) == pytest.approx(both)
 
 
 def _mesh():
@@ -263,8 +292,14 @@ def test_memory_of_a_donated_update():
   f = jax.jit(lambda x, y: x + y @ y, donate_argnums=0)
   x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
   one, memory = 64 * 64 * 4, program_cost.memory(f.lower(x, x).compile())
-  assert (memory["arguments"], memory["outputs"], memory["aliased"]) == (2 * one, one, one)
-  together = memory["arguments"] + memory["outputs"] + memory["temporaries"] - memory["aliased"]
+  assert (memory["arguments"], memory["outputs"], memory["aliased"]) == (
+    2 * one,
+    one,
+    one,
+  )
+  together = (
+    memory["arguments"] + memory["outputs"] + memory["temporaries"] - memory["aliased"]
+  )
   assert 2 * one <= memory["peak"] <= together + 4096  # what the compiler rounds up
 
 
@@ -288,7 +323,10 @@ def _custom(x, w):
 _custom.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
 _jvp = jax.custom_jvp(lambda x, w: x @ w)
 _jvp.defjvp(
-  lambda primals, tangents: (_jvp(*primals), tangents[0] @ primals[1] + primals[0] @ tangents[1])
+  lambda primals, tangents: (
+    _jvp(*primals),
+    tangents[0] @ primals[1] + primals[0] @ tangents[1],
+  )
 )
 
 
@@ -345,7 +383,8 @@ def test_flops_of_a_batched_contraction():
   """b, i, j free; k and l summed: 2·bijkl with 3, 4, 5, 6, 7."""
   f = lambda x, y: jnp.einsum("bikl,bklj->bij", x, y)
   assert (
-    program_cost.flops(f, _abstract(3, 4, 6, 7), _abstract(3, 6, 7, 5)) == 2 * 3 * 4 * 5 * 6 * 7
+    program_cost.flops(f, _abstract(3, 4, 6, 7), _abstract(3, 6, 7, 5))
+    == 2 * 3 * 4 * 5 * 6 * 7
   )
 
 
@@ -370,7 +409,9 @@ def test_flops_of_a_convolution_and_its_kernel_gradient(groups):
 
 def test_padded_taps_count():
   assert (
-    program_cost.flops(_conv(padding="SAME"), _abstract(2, 10, 12, 8), _abstract(3, 3, 8, 16))
+    program_cost.flops(
+      _conv(padding="SAME"), _abstract(2, 10, 12, 8), _abstract(3, 3, 8, 16)
+    )
     == 2.0 * 240 * 16 * 9 * 8
   )
 

@@ -22,7 +22,9 @@ def test_a_member_is_no_training_step():
   run_key = jax.random.split(random_keys.key(0, "training"), 3)[1]
   steps = {words(jax.random.fold_in(run_key, step)) for step in range(64)}
   members = ensemble.keys(
-    0, np.arange(8, dtype=np.uint32).repeat(8), np.tile(np.arange(8, dtype=np.uint32), 8)
+    0,
+    np.arange(8, dtype=np.uint32).repeat(8),
+    np.tile(np.arange(8, dtype=np.uint32), 8),
   )
   assert not steps & {words(key) for key in members}
 

@@ -23,7 +23,8 @@ def test_stage_remembers_and_refuses_another_config(tmp_path):
   assert again.summary == {"error": 0.5}
   config.a.rate = 0.2
   with pytest.raises(
-    ValueError, match=r"made by another config \(a.rate: 0.1 -> 0.2\). Nothing was touched"
+    ValueError,
+    match=r"made by another config \(a.rate: 0.1 -> 0.2\). Nothing was touched",
   ):
     stage_folder.open_stage(tmp_path / "train", "train", config)
   assert (stage.path / "precious").read_text() == "mine"
@@ -77,7 +78,9 @@ def test_a_stage_has_one_owner_who_sweeps_what_the_last_one_left(tmp_path, capsy
   other.write_text("mine")
   with stage.owned():
     assert not litter.exists()
-    with pytest.raises(locks.Held, match=r"the stage x of .* is being written by another job"):
+    with pytest.raises(
+      locks.Held, match=r"the stage x of .* is being written by another job"
+    ):
       stage.owned().__enter__()
   assert other.read_text() == "mine"
   assert not (stage.path / stage_folder.LOCK).exists()
@@ -166,17 +169,22 @@ def test_mesh_messages():
   assert mesh.size == 4
   with pytest.raises(ValueError, match=r"Set --config.train.batch=4 or 8"):
     meshes.check_divides(6, mesh.size, "a batch", "train.batch")
-  with pytest.raises(ValueError, match=r"config.mesh.data=9 × fsdp=1, but 4 devices are here"):
+  with pytest.raises(
+    ValueError, match=r"config.mesh.data=9 × fsdp=1, but 4 devices are here"
+  ):
     meshes.make(9)
   with pytest.raises(
-    ValueError, match=r"config.mesh.fsdp=3 does not divide 4 devices: use one of \[1, 2, 4\]"
+    ValueError,
+    match=r"config.mesh.fsdp=3 does not divide 4 devices: use one of \[1, 2, 4\]",
   ):
     meshes.make(fsdp=3)
   with pytest.raises(
     ValueError,
     match=r"config.mesh.fsdp=4 divides no axis of any parameter \(the largest is \(33, 35\)",
   ):
-    meshes.state_specs(meshes.make(fsdp=4), {"a": jnp.zeros((33, 35)), "b": jnp.zeros(4)})
+    meshes.state_specs(
+      meshes.make(fsdp=4), {"a": jnp.zeros((33, 35)), "b": jnp.zeros(4)}
+    )
 
 
 def test_every_leaf_is_split_along_its_largest_axis_that_divides():

@@ -20,7 +20,10 @@ BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'x', b'y', 2_000_000_000)
 
 def spawn(code, **env):
   """A python process of `code`, its output piped, that prints 'ready' when it may be disturbed."""
-  code = "from downscaling.runtime import supervision\nimport sys, time\n" + textwrap.dedent(code)
+  code = (
+    "from downscaling.runtime import supervision\nimport sys, time\n"
+    + textwrap.dedent(code)
+  )
   return subprocess.Popen(
     [sys.executable, "-u", "-c", code], cwd=ROOT, env=os.environ | env, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -71,7 +74,9 @@ def test_sigterm_ends_at_once_what_loses_nothing():
   _, said = process.communicate(timeout=60)
   assert process.returncode == supervision.STOPPED
   assert time.monotonic() - began < 30
-  assert said == "downscaling: stopped while compiling; run the same command to go on.\n"
+  assert (
+    said == "downscaling: stopped while compiling; run the same command to go on.\n"
+  )
 
 
 def test_a_hang_is_seen_its_stacks_are_shown_and_the_code_says_try_again():
@@ -122,7 +127,9 @@ with supervision.Stop() as stop:
 {textwrap.indent(textwrap.dedent(code), "  ")}
 """
   env = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-  pair = [spawn(joined.replace("{me}", str(i)), **env, JAX_PROCESS_ID=str(i)) for i in (0, 1)]
+  pair = [
+    spawn(joined.replace("{me}", str(i)), **env, JAX_PROCESS_ID=str(i)) for i in (0, 1)
+  ]
   for process in pair:
     ready(process)
   return pair

@@ -31,7 +31,9 @@ class Field(NamedTuple):
     axes = tuple(range(1, 1 + len(self.space)))
     s = jnp.asarray(self.spectrum, x.dtype)[None]
     weight = s / (s + sigma.reshape(-1, *(1,) * (x.ndim - 1)) ** 2)
-    return jnp.fft.ifftn(jnp.fft.fftn(x, axes=axes) * weight, axes=axes).real.astype(x.dtype)
+    return jnp.fft.ifftn(jnp.fft.fftn(x, axes=axes) * weight, axes=axes).real.astype(
+      x.dtype
+    )
 
   def covariance(self) -> np.ndarray:
     """[N, N], float64."""

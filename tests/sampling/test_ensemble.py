@@ -15,7 +15,13 @@ import xarray
 
 from downscaling.diffusion import schedules
 from downscaling.fields.operators import Strided
-from downscaling.runtime import files, program_cost, random_keys, stage_folder, supervision
+from downscaling.runtime import (
+  files,
+  program_cost,
+  random_keys,
+  stage_folder,
+  supervision,
+)
 from downscaling.sampling import (
   ensemble,
   ensemble_store,
@@ -63,7 +69,9 @@ def with_misfit(keys, y):
   """
   x = solvers.noise(keys, 0, (24, 1)).reshape(-1, 4, 24, 1)
   x = x - x.mean(1, keepdims=True)
-  return x.reshape(-1, 24, 1) + y.mean(1, keepdims=True), (x**2).mean((2, 3)).reshape(-1)
+  return x.reshape(-1, 24, 1) + y.mean(1, keepdims=True), (x**2).mean((2, 3)).reshape(
+    -1
+  )
 
 
 def stop_after(polls):
@@ -98,7 +106,9 @@ def test_xarray_reads_names_and_attributes(whole):
     assert data.attrs["Conventions"].startswith("CF-")
     assert {"title", "config_hash", "history"} <= set(data.attrs)
     np.testing.assert_allclose(
-      data.sample[..., ::4], np.broadcast_to(CONDITIONS.transpose(0, 2, 1), (5, 6, 6)), atol=1e-5
+      data.sample[..., ::4],
+      np.broadcast_to(CONDITIONS.transpose(0, 2, 1), (5, 6, 6)),
+      atol=1e-5,
     )
 
 
@@ -117,7 +127,8 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, whole, sampler):
   for file in sorted((whole / "sample").rglob("*")):
     if file.is_file():
       assert (
-        file.read_bytes() == (path / "sample" / file.relative_to(whole / "sample")).read_bytes()
+        file.read_bytes()
+        == (path / "sample" / file.relative_to(whole / "sample")).read_bytes()
       ), file
 
 
@@ -137,7 +148,11 @@ def test_a_unit_without_its_marker_is_drawn_again(tmp_path, whole, sampler):
 
 
 def listing(folder):
-  return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+  return {
+    p.relative_to(folder): p.read_bytes()
+    for p in sorted(folder.rglob("*"))
+    if p.is_file()
+  }
 
 
 def test_an_ensemble_grows_in_place(tmp_path, whole, sampler):
@@ -198,7 +213,10 @@ def test_members_that_act_on_each_other_are_drawn_again_alone(tmp_path):
   assert unit == (2, 4, 4, 6)
   c, m, y = ensemble.block(layout, unit, np.arange(5), CONDITIONS)
   fields, misfit = jax.jit(with_misfit)(ensemble.keys(1, c, m), y)
-  alone = np.asarray(fields).reshape(2, 4, 24)[:, :2], np.asarray(misfit).reshape(2, 4)[:, :2]
+  alone = (
+    np.asarray(fields).reshape(2, 4, 24)[:, :2],
+    np.asarray(misfit).reshape(2, 4)[:, :2],
+  )
   for name, values in zip(("sample", "misfit"), alone, strict=True):
     np.testing.assert_allclose(
       before[name][2:4, 4:6], values, atol=2e-6
@@ -229,14 +247,18 @@ def test_every_device_has_the_program_of_one(sampler):
   layout = ensemble.Layout(5, 6, (24,), 1, (6, 1), (2, 4))
   programs = ensemble.compiled(sampler, 1, layout, None, jax.devices())
   assert len(programs) == 4
-  assert {p.input_shardings[0][0].device_set.copy().pop() for p in programs} == {*jax.devices()}
+  assert {p.input_shardings[0][0].device_set.copy().pop() for p in programs} == {
+    *jax.devices()
+  }
   assert all(
-    program_cost.collectives(p) == [] and "num_partitions" not in p.as_text() for p in programs
+    program_cost.collectives(p) == [] and "num_partitions" not in p.as_text()
+    for p in programs
   )
   assert len({instructions(p) for p in programs}) == 1
   # Compiled once for the sets of a job, however large each is.
   assert (
-    ensemble.compiled(sampler, 1, layout._replace(conditions=9), None, jax.devices()) is programs
+    ensemble.compiled(sampler, 1, layout._replace(conditions=9), None, jax.devices())
+    is programs
   )
 
 
@@ -272,7 +294,10 @@ def test_any_number_of_devices_draws_what_four_draw(tmp_path, whole, sampler, de
 def test_more_devices_than_units(tmp_path, whole, sampler):
   path = tmp_path / "a.zarr"
   assert (
-    write(path, sampler, conditions=CONDITIONS[:3], members=4, devices=jax.devices())["drawn"] == 2
+    write(path, sampler, conditions=CONDITIONS[:3], members=4, devices=jax.devices())[
+      "drawn"
+    ]
+    == 2
   )
   np.testing.assert_array_equal(samples(path), samples(whole)[:3, :4])
 
@@ -296,7 +321,9 @@ def test_other_units_draw_the_same(tmp_path, whole, sampler, unit):
 
 def test_a_condition_is_drawn_by_its_id(tmp_path, whole, sampler):
   path = tmp_path / "a.zarr"
-  write(path, sampler, conditions=CONDITIONS[3:4], condition_ids=np.array([3]), members=2)
+  write(
+    path, sampler, conditions=CONDITIONS[3:4], condition_ids=np.array([3]), members=2
+  )
   # Another row of its unit: vector instructions take the rows of a batch in groups, and the last
   # ones singly.
   np.testing.assert_allclose(samples(path)[0], samples(whole)[3, :2], atol=2e-5)
@@ -331,7 +358,9 @@ def test_two_axes_two_channels_and_no_condition(tmp_path):
   key = jax.random.fold_in(
     jax.random.fold_in(random_keys.key(1, "ensemble"), 0), 4
   )  # member 4 of condition 0, drawn alone
-  np.testing.assert_array_equal(data.sample[0, 4], solvers.noise(key[None], 0, (4, 6, 2))[0])
+  np.testing.assert_array_equal(
+    data.sample[0, 4], solvers.noise(key[None], 0, (4, 6, 2))[0]
+  )
 
 
 def test_another_identity_is_refused_and_left_alone(tmp_path, sampler):
@@ -396,7 +425,9 @@ def test_a_member_that_failed_is_marked_and_the_ensemble_goes_on(tmp_path, capsy
   assert ensemble_store.failures(path) == (5, 1)
   summary = write(path, runs_away, max_failed=0.2)
   assert summary["failed"] == 5
-  assert "5 of 30 members failed, of 1 of 5 conditions of a.zarr" in capsys.readouterr().err
+  assert (
+    "5 of 30 members failed, of 1 of 5 conditions of a.zarr" in capsys.readouterr().err
+  )
   found, want = ensemble.read(path).load(), ensemble.read(good).load()
   failed = np.zeros((5, 6), bool)
   failed[2, [0, 1, 2, 4, 5]] = True
@@ -404,7 +435,9 @@ def test_a_member_that_failed_is_marked_and_the_ensemble_goes_on(tmp_path, capsy
   np.testing.assert_array_equal(np.isposinf(found.misfit), failed)
   assert np.isfinite(found.sample.values[~failed]).all()
   # Another program: rounding.
-  np.testing.assert_allclose(found.sample.values[~failed], want.sample.values[~failed], atol=2e-6)
+  np.testing.assert_allclose(
+    found.sample.values[~failed], want.sample.values[~failed], atol=2e-6
+  )
   assert (found.attrs["failed_members"], found.attrs["failed_conditions"]) == (5, 1)
   assert "Infinity: the member failed" in found.misfit.attrs["comment"]
   assert (
@@ -434,7 +467,8 @@ def test_too_many_that_failed_are_refused_and_named(tmp_path):
   With the next unit there are five of 30, over a tenth.
   """
   with pytest.raises(
-    FloatingPointError, match=r"5 of 30 members failed, the last of condition 2, member 4: not fin"
+    FloatingPointError,
+    match=r"5 of 30 members failed, the last of condition 2, member 4: not fin",
   ):
     write(tmp_path / "a.zarr", runs_away, max_failed=0.1)
   assert (
@@ -471,7 +505,10 @@ def test_a_full_disk_is_said_in_words(tmp_path, sampler, monkeypatch):
     ({"conditions": CONDITIONS[..., 0]}, r"\[conditions, \*coarse, channels\]"),
     ({"condition_ids": np.zeros(5, int)}, "5 different numbers"),
     ({"coordinates": {"x": (np.arange(23), {})}}, "coordinate x"),
-    ({"conditions": CONDITIONS[:, :5]}, "is the coarse grid the one the prior was trained for"),
+    (
+      {"conditions": CONDITIONS[:, :5]},
+      "is the coarse grid the one the prior was trained for",
+    ),
     (
       {"space": (48,)},
       r"draws \[\(8, 24, 1\)\] of a unit of 8, the store takes fields \(8, 48, 1\)",
@@ -491,9 +528,14 @@ def test_markers_are_json(whole):
   )
   units = whole.with_suffix(".units")
   store = json.loads((units / stage_folder.MARKER).read_text())["config_hash"]
-  place, shard = {"c0": 4, "c1": 5, "m0": 4, "m1": 6}, whole / "sample" / "c" / "2" / "1" / "0"
+  place, shard = (
+    {"c0": 4, "c1": 5, "m0": 4, "m1": 6},
+    whole / "sample" / "c" / "2" / "1" / "0",
+  )
   told = {"device": "cpu", "store": store}
-  assert {k: v for k, v in marker.items() if k not in ("files", files.SEAL)} == place | told
+  assert {
+    k: v for k, v in marker.items() if k not in ("files", files.SEAL)
+  } == place | told
   size, time, digest = marker["files"]["sample/c/2/1/0"]
   assert (size, time) == (shard.stat().st_size, shard.stat().st_mtime_ns)
   assert digest == hashlib.sha256(shard.read_bytes()).hexdigest()
@@ -508,8 +550,12 @@ def test_no_two_draws_of_an_ensemble_share_a_key():
   """
   steps, ids = 64, np.arange(12)
   members = ensemble.keys(1, ids // 4, ids % 4)
-  fold = lambda keys, number: jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-  streams = {name: fold(members, random_keys.stream(name)) for name in random_keys.STREAMS}
+  fold = lambda keys, number: jax.vmap(jax.random.fold_in, in_axes=(0, None))(
+    keys, number
+  )
+  streams = {
+    name: fold(members, random_keys.stream(name)) for name in random_keys.STREAMS
+  }
   used = [members, *streams.values()]
   used += [fold(members, step) for step in range(steps)]
   used += [fold(streams["selection"], step) for step in range(steps)]
@@ -517,7 +563,8 @@ def test_no_two_draws_of_an_ensemble_share_a_key():
   used += [base[None], jax.vmap(lambda c: jax.random.fold_in(base, c))(np.arange(3))]
   data = np.concatenate([np.asarray(jax.random.key_data(keys)) for keys in used])
   assert len(np.unique(data, axis=0)) == len(data)
-  assert min(map(random_keys.stream, random_keys.STREAMS)) > 2**30  # beyond any number of steps
+  # Beyond any number of steps.
+  assert min(map(random_keys.stream, random_keys.STREAMS)) > 2**30
   np.testing.assert_array_equal(
     jax.random.key_data(jax.random.split(base, 3)), jax.random.key_data(used[-1])
   )  # the trap

@@ -29,9 +29,13 @@ def test_matches_dense_algebra(gaussian, op):
   rng = np.random.default_rng(0)
   r = rng.normal(size=(len(SIGMAS), *op.coarse, 1)).astype(np.float32)
   circulant = gaussian_gain.Gain(op, gaussian_gain.prior_variance(field.spectrum))
-  dense = gaussian_gain.Gain(op, gaussian_gain.prior_variance(field.spectrum), dense=True)
+  dense = gaussian_gain.Gain(
+    op, gaussian_gain.prior_variance(field.spectrum), dense=True
+  )
   both = jax.jit(
-    lambda r, s: [(g.correction(r, s), g.misfit_score(r, s)) for g in (circulant, dense)]
+    lambda r, s: [
+      (g.correction(r, s), g.misfit_score(r, s)) for g in (circulant, dense)
+    ]
   )
   (got, score), (got_dense, score_dense) = jax.device_get(both(r, SIGMAS))
   c = op.matrix()
@@ -49,13 +53,15 @@ def test_matches_dense_algebra(gaussian, op):
     np.testing.assert_allclose([score[i], score_dense[i]], chi2, rtol=2e-4)
 
 
-@pytest.mark.parametrize("op", [*OPERATORS, BlockMean.on((24,), 4, np.linspace(1, 2, 24))])
+@pytest.mark.parametrize(
+  "op", [*OPERATORS, BlockMean.on((24,), 4, np.linspace(1, 2, 24))]
+)
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_what_is_left_is_the_posteriors_variance(gaussian, op, noise):
   field = gaussian(op.fine, corner=2.0)
-  got = jax.jit(gaussian_gain.Gain(op, gaussian_gain.prior_variance(field.spectrum), noise).left)(
-    SIGMAS
-  )
+  got = jax.jit(
+    gaussian_gain.Gain(op, gaussian_gain.prior_variance(field.spectrum), noise).left
+  )(SIGMAS)
   c = op.matrix()
   for value, sigma in zip(got, SIGMAS.astype(np.float64), strict=True):
     s = field.spectrum * sigma**2 / (field.spectrum + sigma**2)
@@ -77,11 +83,17 @@ def test_what_is_left_of_channels_with_noise_of_their_own(gaussian):
   )
   twice = lambda s: jnp.repeat(variance(s), 2, -1)
   alone = lambda dense: np.mean(
-    [gaussian_gain.Gain(op, variance, noise, dense).left(sigma)[0] for noise in (0.0, 0.7)]
+    [
+      gaussian_gain.Gain(op, variance, noise, dense).left(sigma)[0]
+      for noise in (0.0, 0.7)
+    ]
   )
-  left = lambda variance, dense: gaussian_gain.Gain(op, variance, (0.0, 0.7), dense).left(sigma)[0]
+  left = lambda variance, dense: gaussian_gain.Gain(
+    op, variance, (0.0, 0.7), dense
+  ).left(sigma)[0]
   assert left(twice, False) == pytest.approx(alone(False), rel=1e-5)  # float32
-  assert left(variance, False) == pytest.approx(alone(False), rel=1e-5)  # one spectrum, shared
+  # One spectrum, shared.
+  assert left(variance, False) == pytest.approx(alone(False), rel=1e-5)
   assert left(twice, True) == pytest.approx(
     alone(True), rel=3e-5
   )  # float32, and what rounding may take from the dense path
@@ -89,7 +101,8 @@ def test_what_is_left_of_channels_with_noise_of_their_own(gaussian):
 
 def test_guided_levels_take_equal_steps_of_what_is_left(gaussian):
   g = gaussian_gain.Gain(
-    Strided.on((24,), 4), gaussian_gain.prior_variance(gaussian((24,), corner=2.0).spectrum)
+    Strided.on((24,), 4),
+    gaussian_gain.prior_variance(gaussian((24,), corner=2.0).spectrum),
   )
   levels = gaussian_gain.levels(g, 12, 1.0, 0.01)
   assert levels.dtype == np.float32
@@ -121,20 +134,26 @@ def test_any_operator_reproduces_its_observations(gaussian):
     )  # two channels share the spectrum
     for sigma in (0.01, 1.0, jnp.inf):
       x = jax.jit(g.correction)(y, jnp.full(2, sigma, jnp.float32))
-      np.testing.assert_allclose(op.apply(x), y, atol=1e-5)  # C′G = I to float32 rounding
+      # C′G = I to float32 rounding.
+      np.testing.assert_allclose(op.apply(x), y, atol=1e-5)
 
 
 def test_channels_have_their_own_spectrum(gaussian):
   op = Strided.on((24,), 4)
-  rough, smooth = gaussian((24,), corner=8.0).spectrum, gaussian((24,), corner=2.0).spectrum
-  both = gaussian_gain.Gain(op, gaussian_gain.prior_variance(np.concatenate([rough, smooth], -1)))
+  rough, smooth = (
+    gaussian((24,), corner=8.0).spectrum,
+    gaussian((24,), corner=2.0).spectrum,
+  )
+  both = gaussian_gain.Gain(
+    op, gaussian_gain.prior_variance(np.concatenate([rough, smooth], -1))
+  )
   r = jnp.asarray(np.random.default_rng(2).normal(size=(2, 6, 2)), jnp.float32)
   sigma = jnp.asarray([0.3, 3.0])
   got = jax.jit(both.correction)(r, sigma)
   for channel, spectrum in enumerate((rough, smooth)):
-    alone = jax.jit(gaussian_gain.Gain(op, gaussian_gain.prior_variance(spectrum)).correction)(
-      r[..., channel : channel + 1], sigma
-    )
+    alone = jax.jit(
+      gaussian_gain.Gain(op, gaussian_gain.prior_variance(spectrum)).correction
+    )(r[..., channel : channel + 1], sigma)
     np.testing.assert_allclose(got[..., channel : channel + 1], alone, atol=1e-6)
 
 
@@ -144,7 +163,8 @@ def test_at_no_noise_and_at_all_noise():
   np.testing.assert_allclose(
     variance[0, :, 0], [2.0, 0.5, 2e-14, 0.5], rtol=1e-6
   )  # S itself, empty modes lifted
-  np.testing.assert_allclose(variance[1, :2, 0], 1e-6, rtol=1e-5)  # σ² where σ² is far below S
+  # σ² where σ² is far below S.
+  np.testing.assert_allclose(variance[1, :2, 0], 1e-6, rtol=1e-5)
 
 
 def test_a_table_of_the_gaussian_error_is_the_wiener_gain(gaussian):
@@ -163,7 +183,9 @@ def test_a_table_of_the_gaussian_error_is_the_wiener_gain(gaussian):
   # At the nodes float32 only; between them h²/8 times the curvature (≤ 1) of ln e, h = ln 10 ·
   # 5/59: 0.5 %.
   np.testing.assert_allclose(
-    measured(jnp.asarray(grid, jnp.float32)), exact(jnp.asarray(grid, jnp.float32)), rtol=2e-4
+    measured(jnp.asarray(grid, jnp.float32)),
+    exact(jnp.asarray(grid, jnp.float32)),
+    rtol=2e-4,
   )
   np.testing.assert_allclose(measured(between), exact(between), rtol=6e-3)
   # Beyond the table nothing is known: NaN, where a constant would be an answer. Rounding of the
@@ -173,7 +195,8 @@ def test_a_table_of_the_gaussian_error_is_the_wiener_gain(gaussian):
   np.testing.assert_allclose(measured(ends)[:, :, 0], table[[-1, 0], :, 0], rtol=1e-4)
   r = jnp.ones((1, 6, 1))
   got, want = (
-    jax.jit(gaussian_gain.Gain(op, v).correction)(r, jnp.asarray([0.4])) for v in (measured, exact)
+    jax.jit(gaussian_gain.Gain(op, v).correction)(r, jnp.asarray([0.4]))
+    for v in (measured, exact)
   )
   np.testing.assert_allclose(got, want, atol=5e-3)
 
@@ -185,9 +208,9 @@ def test_low_start_has_the_posterior_plus_noise(gaussian):
   g = gaussian_gain.Gain(op, gaussian_gain.prior_variance(field.spectrum))
   keys = jax.random.split(jax.random.key(1), members)
   many = jnp.broadcast_to(jnp.asarray(y, jnp.float32)[None, :, None], (members, 4, 1))
-  x = np.asarray(jax.jit(lambda k, y: gaussian_gain.gaussian_start(k, g, y, 0.5))(keys, many))[
-    ..., 0
-  ]
+  x = np.asarray(
+    jax.jit(lambda k, y: gaussian_gain.gaussian_start(k, g, y, 0.5))(keys, many)
+  )[..., 0]
   # Monte Carlo: a mean to √(1.25/8192) = .012, a covariance entry to about 1.25·√(2/8192) = .02; 4
   # standard errors. One key for both draws would double the cross term, a prior in place of the
   # posterior adds O(1).
@@ -210,7 +233,8 @@ def test_a_dense_gain_factorises_once_a_level(gaussian, name):
     for one_level in (True, False)
   )
   for got, want in zip(jax.jit(once)(x, sigma), jax.jit(each)(x, sigma), strict=True):
-    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)  # float32, A's condition 1e2
+    # float32, A's condition 1e2.
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
   # A takes 2 · 16 · 16 · 128 FLOPs, 65 thousand, for a correction and as many for a score; C′ᵀ of
   # all rows 32 · 2 · 1024 = 65 thousand. So 32 times A is 17 times as much or more in all, and once
   # A is a small part.
@@ -242,10 +266,12 @@ def test_refusals(gaussian):
     gaussian_gain.measured_variance([1.0, 0.5], np.ones((2, 24, 1)))
   with pytest.raises(ValueError, match="values <= 0"):
     gaussian_gain.measured_variance([0.5, 1.0], np.zeros((2, 24, 1)))
-  with pytest.raises(ValueError, match=r"modes \(16,\), the basis of the fine grid has \(24,\)"):
-    gaussian_gain.Gain(op, gaussian_gain.prior_variance(gaussian((16,)).spectrum)).correction(
-      jnp.ones((1, 6, 1)), jnp.ones(1)
-    )
+  with pytest.raises(
+    ValueError, match=r"modes \(16,\), the basis of the fine grid has \(24,\)"
+  ):
+    gaussian_gain.Gain(
+      op, gaussian_gain.prior_variance(gaussian((16,)).spectrum)
+    ).correction(jnp.ones((1, 6, 1)), jnp.ones(1))
   with pytest.raises(ValueError, match="guidance 'scaled'"):
     gaussian_gain.Gain(
       BlockMean.on((200, 200), 2, np.ones((200, 200))),

@@ -102,7 +102,9 @@ def test_guided_levels_take_the_error_out_of_long_steps(gaussian, op):
   """
   field, how = gaussian((32,)), {"low_start": True, "options": {"eta": 10.0}}
   found = [
-    errors(field, op, "wiener", solvers.dpm_solver_pp_2m_sde, 24, by_gain=by_gain, **how)
+    errors(
+      field, op, "wiener", solvers.dpm_solver_pp_2m_sde, 24, by_gain=by_gain, **how
+    )
     for by_gain in (False, True)
   ]
   # covariance: measured .140 and .042 strided, .134 and .050 block mean; perfect draws have .030
@@ -154,7 +156,12 @@ def test_moment_matching_is_exact(gaussian, op, corner, members):
 @pytest.mark.parametrize("name", ["wiener", "moment"])
 @pytest.mark.parametrize(
   "op",
-  [Strided.on((32,), 4), BlockMean.on((32,), 4), Strided.on((8, 8), 2), BlockMean.on((8, 8), 2)],
+  [
+    Strided.on((32,), 4),
+    BlockMean.on((32,), 4),
+    Strided.on((8, 8), 2),
+    BlockMean.on((8, 8), 2),
+  ],
   ids=["strided", "block mean", "strided 2-D", "block mean 2-D"],
 )
 def test_noisy_observations_have_their_posterior(gaussian, name, op):
@@ -171,7 +178,8 @@ def test_noisy_observations_have_their_posterior(gaussian, name, op):
   # observed points.
   assert mean < 0.06
   assert cov < (0.09 if len(op.fine) == 1 else 0.12)
-  assert constraint > 0.5  # four standard deviations of the posterior's misfit are about that
+  # Four standard deviations of the posterior's misfit are about that.
+  assert constraint > 0.5
 
 
 def test_gain_with_noise_matches_dense_algebra(gaussian):
@@ -187,9 +195,13 @@ def test_gain_with_noise_matches_dense_algebra(gaussian):
   np.testing.assert_allclose(got, same, atol=1e-5)
   c = op.matrix()
   for i, s in enumerate(np.float64(sigma)):
-    p = field._replace(spectrum=field.spectrum * s**2 / (field.spectrum + s**2)).covariance()
+    p = field._replace(
+      spectrum=field.spectrum * s**2 / (field.spectrum + s**2)
+    ).covariance()
     for channel, std in enumerate(noise):
-      exact = p @ c.T @ np.linalg.solve(c @ p @ c.T + std**2 * np.eye(6), r[i, :, channel])
+      exact = (
+        p @ c.T @ np.linalg.solve(c @ p @ c.T + std**2 * np.eye(6), r[i, :, channel])
+      )
       np.testing.assert_allclose(got[i, :, channel], exact, atol=1e-4)
 
 
@@ -210,7 +222,12 @@ def test_eq7_is_not_exact(gaussian, name, alpha, mean_between, cov_between):
   the paper's.
   """
   mean, cov, constraint = errors(
-    gaussian((32,)), Strided.on((32,), 4), name, solvers.dpm_solver_pp_2m_sde, 64, alpha=alpha
+    gaussian((32,)),
+    Strided.on((32,), 4),
+    name,
+    solvers.dpm_solver_pp_2m_sde,
+    64,
+    alpha=alpha,
   )
   assert mean_between[0] < mean < mean_between[1]
   assert cov_between[0] < cov < cov_between[1]
@@ -224,7 +241,12 @@ def nonlinear(x, sigma):
 
 
 @pytest.mark.parametrize(
-  "op", [Strided.on((12,), 3), BlockMean.on((12,), 3), Dense.on((12,), np.eye(12)[[1, 5, 6]] + 0.1)]
+  "op",
+  [
+    Strided.on((12,), 3),
+    BlockMean.on((12,), 3),
+    Dense.on((12,), np.eye(12)[[1, 5, 6]] + 0.1),
+  ],
 )
 @pytest.mark.parametrize("normalise", ["none", "divide", "multiply"])
 def test_eq7_against_finite_differences(x64, op, normalise):
@@ -232,12 +254,14 @@ def test_eq7_against_finite_differences(x64, op, normalise):
   rng = np.random.default_rng(0)
   x, sigma = rng.normal(size=(2, 12, 2)), np.array([0.3, 2.0])
   y = rng.normal(size=(2, *op.coarse, 2))
-  factor = {"none": 1.0, "divide": 12 / len(y[0]), "multiply": len(y[0]) / 12}[normalise]
+  factor = {"none": 1.0, "divide": 12 / len(y[0]), "multiply": len(y[0]) / 12}[
+    normalise
+  ]
 
   def misfit(x):
-    return ((np.asarray(op.apply(nonlinear(jnp.asarray(x), jnp.asarray(sigma)))) - y) ** 2).sum(
-      (1, 2)
-    )
+    return (
+      (np.asarray(op.apply(nonlinear(jnp.asarray(x), jnp.asarray(sigma)))) - y) ** 2
+    ).sum((1, 2))
 
   gradient, d = np.zeros_like(x), 1e-5
   for i in range(12):
@@ -246,12 +270,17 @@ def test_eq7_against_finite_differences(x64, op, normalise):
       step[:, i, c] = d
       gradient[:, i, c] = (misfit(x + step) - misfit(x - step)) / (2 * d)
   c, free = op.matrix(), np.eye(12) - np.linalg.pinv(op.matrix()) @ op.matrix()
-  for name, strength in (("paper", np.full(2, 0.7)), ("scaled", 0.7 * (1 + (sigma / 0.5) ** 2))):
+  for name, strength in (
+    ("paper", np.full(2, 0.7)),
+    ("scaled", 0.7 * (1 + (sigma / 0.5) ** 2)),
+  ):
     inner = (
       np.asarray(nonlinear(jnp.asarray(x), jnp.asarray(sigma)))
       - factor * strength[:, None, None] * gradient
     )
-    want = np.einsum("ij,bjc->bic", np.linalg.pinv(c), y) + np.einsum("ij,bjc->bic", free, inner)
+    want = np.einsum("ij,bjc->bic", np.linalg.pinv(c), y) + np.einsum(
+      "ij,bjc->bic", free, inner
+    )
     guided = guidance.make(
       name, nonlinear, op, jnp.asarray(y), alpha=0.7, normalise=normalise, data_std=0.5
     ).denoise(jnp.asarray(x), jnp.asarray(sigma))
@@ -283,10 +312,14 @@ def test_ending_with_the_gain_leaves_no_kinks(gaussian):
   g = gaussian_gain.Gain(op, gaussian_gain.prior_variance(field.spectrum))
   tail = {}
   for final in ("overwrite", "gain"):
-    guided = guidance.make("paper", lambda x, sigma: smooth, op, y, alpha=0.0, gain=g, final=final)
+    guided = guidance.make(
+      "paper", lambda x, sigma: smooth, op, y, alpha=0.0, gain=g, final=final
+    )
     x = jax.jit(guided.last)(smooth, jnp.full(1, 0.01))
     np.testing.assert_allclose(op.apply(x), y, atol=1e-5)
-    tail[final] = float((jnp.abs(jnp.fft.rfft(x[0, :, 0] - smooth[0, :, 0])[8:]) ** 2).sum())
+    tail[final] = float(
+      (jnp.abs(jnp.fft.rfft(x[0, :, 0] - smooth[0, :, 0])[8:]) ** 2).sum()
+    )
   # The misfit is a wave of k = 1; overwriting aliases it to 15, 17, 31, 33. The same function twice
   # gives a ratio of 1.
   assert tail["gain"] < 0.05 * tail["overwrite"]
@@ -294,9 +327,15 @@ def test_ending_with_the_gain_leaves_no_kinks(gaussian):
 
 def test_none_is_the_denoiser_itself(gaussian):
   field = gaussian((16,))
-  guided = guidance.make("none", field.denoise, Strided.on((16,), 4), jnp.zeros((1, 4, 1)))
+  guided = guidance.make(
+    "none", field.denoise, Strided.on((16,), 4), jnp.zeros((1, 4, 1))
+  )
   x, sigma = jnp.asarray(field.draw(0)[None, :, None], jnp.float32), jnp.full(1, 0.5)
-  for denoise in (guided.denoise, guided.last, lambda x, sigma: guided.scored(x, sigma)[0]):
+  for denoise in (
+    guided.denoise,
+    guided.last,
+    lambda x, sigma: guided.scored(x, sigma)[0],
+  ):
     np.testing.assert_array_equal(denoise(x, sigma), field.denoise(x, sigma))
   assert np.isnan(guided.scored(x, sigma)[1]).all()  # no gain, no score
 
@@ -321,7 +360,9 @@ def test_refusals(kwargs, words):
 
 def test_eq7_knows_no_noise(gaussian):
   op = Strided.on((16,), 4)
-  noisy = gaussian_gain.Gain(op, gaussian_gain.prior_variance(gaussian((16,)).spectrum), 0.1)
+  noisy = gaussian_gain.Gain(
+    op, gaussian_gain.prior_variance(gaussian((16,)).spectrum), 0.1
+  )
   with pytest.raises(ValueError, match="knows no observation noise"):
     guidance.make("paper", nonlinear, op, jnp.zeros((1, 4, 1)), gain=noisy)
   with pytest.raises(ValueError, match="need a number >= 0"):

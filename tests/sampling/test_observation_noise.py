@@ -12,7 +12,12 @@ import pytest
 
 from downscaling.diffusion import schedules
 from downscaling.fields.operators import Strided
-from downscaling.sampling import conditional_sampler, gaussian_gain, observation_noise, solvers
+from downscaling.sampling import (
+  conditional_sampler,
+  gaussian_gain,
+  observation_noise,
+  solvers,
+)
 
 OP = Strided.on((48,), 4)
 
@@ -48,7 +53,9 @@ def steep(gaussian):
 
 
 def keys_of(rows):
-  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(rows))
+  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(
+    jnp.arange(rows)
+  )
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +113,13 @@ def test_exact_conditions_need_no_noise(steep, measure):
   assert (found.std, len(found.tried)) == (0.0, 1)
   sampler = conditional_sampler.sampler(recipe(steep))
   y = jnp.asarray(planted(steep, 0.0, 4), jnp.float32)
-  soft = jax.jit(sampler)(keys_of(4), y, conditional_sampler.Soft(None, jnp.zeros((1, 1))))
+  soft = jax.jit(sampler)(
+    keys_of(4), y, conditional_sampler.Soft(None, jnp.zeros((1, 1)))
+  )
   hard = jax.jit(sampler)(keys_of(4), y, None)
   for one, other in zip(soft, hard, strict=True):
-    np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-3)  # float32, two programs
+    # float32, two programs.
+    np.testing.assert_allclose(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_noise_stays_within_what_keeps_the_weather(steep, measure):
@@ -125,10 +135,14 @@ def test_noise_stays_within_what_keeps_the_weather(steep, measure):
   )  # the prior takes a tenth of y′ to be noise, whatever the s, unless it is small
   lost = observation_noise.fit(lambda s: (2.0, 1.0 if s == 0 else 0.9))
   assert (lost.std, lost.bounded) == (0.0, True)
-  floored = observation_noise.fit(lambda s: (1.2 + 1e-4 / max(s, 1e-3) ** 2, 1 - 0.62 * s**2))
+  floored = observation_noise.fit(
+    lambda s: (1.2 + 1e-4 / max(s, 1e-3) ** 2, 1 - 0.62 * s**2)
+  )
   assert floored.bounded
   # One per cent is left below it.
-  assert floored.std == pytest.approx(math.sqrt((1 - observation_noise.LEAST) / 0.62), rel=0.02)
+  assert floored.std == pytest.approx(
+    math.sqrt((1 - observation_noise.LEAST) / 0.62), rel=0.02
+  )
   assert floored.corr >= observation_noise.LEAST
 
 
@@ -139,7 +153,8 @@ def test_the_search_ends_in_few_steps(true):
   found = observation_noise.fit(lambda s: (chi2(s), 1 - s**2 / 2))
   assert abs(math.log(found.chi2)) <= observation_noise.CLOSE
   assert len(found.tried) <= observation_noise.MOST
-  assert observation_noise.Fit.of(found.record()) == found  # there and back through what is stored
+  # There and back through what is stored.
+  assert observation_noise.Fit.of(found.record()) == found
 
 
 def test_a_fit_that_ran_away_is_refused():
@@ -158,7 +173,11 @@ def test_soft_conditions_have_their_posterior(gaussian):
   y = (OP.matrix() @ field.draw(0))[:, None]
   mean, cov = field.posterior(OP, y.ravel(), std)
   sampler = conditional_sampler.sampler(
-    recipe(field, solve=solvers.dpm_solver_pp_2m, levels=schedules.levels("edm", 24, 3.0, 3e-3))
+    recipe(
+      field,
+      solve=solvers.dpm_solver_pp_2m,
+      levels=schedules.levels("edm", 24, 3.0, 3e-3),
+    )
   )
   many = jnp.broadcast_to(jnp.asarray(y, jnp.float32), (members, *y.shape))
   fields, _ = jax.jit(sampler)(
@@ -171,7 +190,9 @@ def test_soft_conditions_have_their_posterior(gaussian):
   # y′ is not forced: C′x spreads about it as the posterior says, and not at all if the last step
   # overwrote it.
   seen = (x @ OP.matrix().T - y.ravel()).std(0)
-  np.testing.assert_allclose(seen, np.sqrt(np.diag(OP.matrix() @ cov @ OP.matrix().T)), rtol=0.1)
+  np.testing.assert_allclose(
+    seen, np.sqrt(np.diag(OP.matrix() @ cov @ OP.matrix().T)), rtol=0.1
+  )
 
 
 def test_noise_by_mode_matches_dense_algebra(gaussian):
@@ -181,7 +202,9 @@ def test_noise_by_mode_matches_dense_algebra(gaussian):
   field = gaussian((48,), corner=6.0)
   modes = 0.02 + 0.3 * np.abs(np.fft.fftfreq(12))[:, None]
   soft = gaussian_gain.Gain(
-    OP, gaussian_gain.prior_variance(field.spectrum), error=jnp.asarray(modes, jnp.float32)
+    OP,
+    gaussian_gain.prior_variance(field.spectrum),
+    error=jnp.asarray(modes, jnp.float32),
   )
   dense = np.fft.ifft(np.fft.fft(np.eye(12), axis=0) * modes, axis=0).real
   r, sigma = np.random.default_rng(1).normal(size=(2, 12, 1)), 0.7
@@ -192,15 +215,24 @@ def test_noise_by_mode_matches_dense_algebra(gaussian):
   exact = (cov @ c.T @ np.linalg.solve(c @ cov @ c.T + dense, r[..., 0].T)).T
   got = jax.jit(soft.correction)(jnp.asarray(r, jnp.float32), jnp.full(1, sigma))
   np.testing.assert_allclose(got[..., 0], exact, atol=1e-4)  # float32
-  np.testing.assert_allclose(soft.apply_noise(jnp.asarray(r))[..., 0], r[..., 0] @ dense, atol=1e-5)
+  np.testing.assert_allclose(
+    soft.apply_noise(jnp.asarray(r))[..., 0], r[..., 0] @ dense, atol=1e-5
+  )
   white = jax.random.normal(jax.random.key(0), (20_000, 12, 1))
   drawn = np.asarray(soft.draw_noise(white))[..., 0]
   np.testing.assert_allclose(
     drawn.T @ drawn / len(drawn), dense, atol=0.01
   )  # entries of .1: √(2/20000) of that
-  with pytest.raises(ValueError, match=r"need variances that broadcast against \[12, channels\]"):
-    gaussian_gain.Gain(OP, gaussian_gain.prior_variance(field.spectrum), error=jnp.ones((5, 1)))
+  with pytest.raises(
+    ValueError, match=r"need variances that broadcast against \[12, channels\]"
+  ):
+    gaussian_gain.Gain(
+      OP, gaussian_gain.prior_variance(field.spectrum), error=jnp.ones((5, 1))
+    )
   with pytest.raises(ValueError, match="knows white errors only"):
     gaussian_gain.Gain(
-      OP, gaussian_gain.prior_variance(field.spectrum), error=jnp.asarray(modes), dense=True
+      OP,
+      gaussian_gain.prior_variance(field.spectrum),
+      error=jnp.asarray(modes),
+      dense=True,
     )

@@ -27,27 +27,35 @@ OPERATORS = {
 
 
 def keys_of(rows):
-  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(rows))
+  return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(
+    jnp.arange(rows)
+  )
 
 
 def solve(guided, start, levels, keys, eta, select=None, values=64):
   """(fields, misfits) by the SDE solver, as sampling/conditional_sampler.py puts it together."""
   step, among = (
-    (guided.scored, {"select": select, "values": values}) if select else (guided.denoise, {})
+    (guided.scored, {"select": select, "values": values})
+    if select
+    else (guided.denoise, {})
   )
   return solvers.dpm_solver_pp_2m_sde(
     step, start, levels, keys, eta=eta, last=guided.last_scored, **among
   )
 
 
-def ensemble(field, op, truth, *, steps, eta=1.0, select=None, table=False, levels="guided"):
+def ensemble(
+  field, op, truth, *, steps, eta=1.0, select=None, table=False, levels="guided"
+):
   """(members [K, M, 16, 16], misfits [K, M], y) for the conditions C′ of truth [K, 16, 16]."""
   y = op.apply(jnp.asarray(truth, jnp.float32)[..., None]).repeat(MEMBERS, 0)
   prior = guide = gaussian_gain.Gain(op, gaussian_gain.prior_variance(field.spectrum))
   if table:
     grid = np.geomspace(1e-3, 100, 60)
     s, square = field.spectrum[None], grid[:, None, None, None] ** 2
-    guide = gaussian_gain.Gain(op, gaussian_gain.measured_variance(grid, s * square / (s + square)))
+    guide = gaussian_gain.Gain(
+      op, gaussian_gain.measured_variance(grid, s * square / (s + square))
+    )
   if levels == "guided":
     levels = gaussian_gain.levels(guide, steps, 3.0, 3e-3)
   else:
@@ -128,7 +136,9 @@ def test_the_same_evidence_weighs_the_same_at_any_size():
   """
   among = resampling.Resampling(4, 0.125, 3.0)
   z = jnp.asarray([0.0, 6.0, 8.0, 12.0])
-  weigh = lambda score, values: np.asarray(among.weigh(among.start(4), score, values, 1.0))[0]
+  weigh = lambda score, values: np.asarray(
+    among.weigh(among.start(4), score, values, 1.0)
+  )[0]
   at = {d: weigh(1 + z * math.sqrt(2 / d), d) for d in (24, 64, 256, 1024)}
   np.testing.assert_allclose(
     at[24], [0, 0, -0.125 * (8 * 48**0.5 - 48), -0.125 * (12 * 48**0.5 - 48)], rtol=1e-5
@@ -146,7 +156,9 @@ def test_a_gaussian_field_is_left_alone(gaussian, name):
   field, op = gaussian((SIDE, SIDE), corner=3.0), OPERATORS[name]
   truth = np.stack([field.draw(seed) for seed in range(32)])
   plain, default, eager = (
-    ensemble(field, op, truth, steps=8, select=how and resampling.Resampling(MEMBERS, *how))[0]
+    ensemble(
+      field, op, truth, steps=8, select=how and resampling.Resampling(MEMBERS, *how)
+    )[0]
     for how in (None, (0.125, 3.0), (1.0, 1.0))
   )
   # z = 6.9 is met by none of 256 members: not one is taken, and only the order of sums differs,
@@ -174,19 +186,26 @@ class Mixture:
   def denoise(self, x, sigma):
     """E[x₀ | x]: each mode's linear denoiser, weighed by how likely x is in it."""
     f = jnp.fft.fft2(jnp.asarray(self.f, x.dtype))[None, :, :, None]
-    s, waves = jnp.asarray(self.field.spectrum, x.dtype)[None], jnp.fft.fft2(x, axes=(1, 2))
-    total = s + sigma.reshape(-1, 1, 1, 1) ** 2
-    log_odds = 2 * (jnp.conj(f) * waves / total).real.sum((1, 2, 3)) / SIDE**2 - math.log(3)
-    sign = jnp.tanh(log_odds / 2).reshape(-1, 1, 1, 1)
-    return jnp.fft.ifft2(sign * f * (1 - s / total) + s / total * waves, axes=(1, 2)).real.astype(
-      x.dtype
+    s, waves = (
+      jnp.asarray(self.field.spectrum, x.dtype)[None],
+      jnp.fft.fft2(x, axes=(1, 2)),
     )
+    total = s + sigma.reshape(-1, 1, 1, 1) ** 2
+    log_odds = 2 * (jnp.conj(f) * waves / total).real.sum(
+      (1, 2, 3)
+    ) / SIDE**2 - math.log(3)
+    sign = jnp.tanh(log_odds / 2).reshape(-1, 1, 1, 1)
+    return jnp.fft.ifft2(
+      sign * f * (1 - s / total) + s / total * waves, axes=(1, 2)
+    ).real.astype(x.dtype)
 
   def wrong(self, op, y):
     """P(− | C′x = y) for y of the mode +, in closed form, [K]."""
     c = op.matrix()
     seen = c @ self.f.ravel()
-    log_odds = 2 * y @ np.linalg.solve(c @ self.field.covariance() @ c.T, seen) - math.log(3)
+    log_odds = 2 * y @ np.linalg.solve(
+      c @ self.field.covariance() @ c.T, seen
+    ) - math.log(3)
     return 1 / (1 + np.exp(np.minimum(log_odds, 700)))
 
 

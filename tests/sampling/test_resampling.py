@@ -29,15 +29,23 @@ def ensemble(field, conditions, members=MEMBERS, mesh=None, select=None, first=0
     guided = guidance.make("wiener", field.denoise, OP, y, gain=g)
     x = gaussian_gain.gaussian_start(keys, g, y, 3.0)
     step, among = (
-      (guided.scored, {"select": select, "values": y[0].size}) if select else (guided.denoise, {})
+      (guided.scored, {"select": select, "values": y[0].size})
+      if select
+      else (guided.denoise, {})
     )
-    return solvers.dpm_solver_pp_2m_sde(step, x, levels, keys, last=guided.last_scored, **among)
+    return solvers.dpm_solver_pp_2m_sde(
+      step, x, levels, keys, last=guided.last_scored, **among
+    )
 
   y = jnp.asarray(conditions, jnp.float32).repeat(members, 0)[..., None]
   ids = jnp.arange(first * members, first * members + len(y))
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(ids)
   rows = meshes.rows(mesh or meshes.make(1))
-  program = jax.jit(draw, in_shardings=(rows, rows), out_shardings=rows).lower(keys, y).compile()
+  program = (
+    jax.jit(draw, in_shardings=(rows, rows), out_shardings=rows)
+    .lower(keys, y)
+    .compile()
+  )
   fields, misfit = program(jax.device_put(keys, rows), jax.device_put(y, rows))
   return (
     np.asarray(fields).reshape(-1, members, 48),
@@ -53,7 +61,9 @@ def truths(field, count):
 def test_systematic_selection_counts():
   """Each member is drawn ⌊M w⌋ or ⌈M w⌉ times, M w times on average over the comb's place."""
   share = jnp.asarray([0.0, 0.35, 0.05, 0.6])
-  drawn = jax.vmap(lambda place: resampling._systematic(share, place))(jnp.arange(200) / 200)
+  drawn = jax.vmap(lambda place: resampling._systematic(share, place))(
+    jnp.arange(200) / 200
+  )
   counts = np.stack([np.bincount(row, minlength=4) for row in np.asarray(drawn)])
   assert (counts.sum(1) == 4).all()
   assert (np.abs(counts - 4 * np.asarray(share)) < 1).all()
@@ -75,7 +85,9 @@ def test_implausible_members_go_and_the_others_stay():
   assert (np.asarray(late.weigh(late.start(8), score, values=6, sigma=1.0)) == 0).all()
   rows = {"x": jnp.arange(8.0), "y": jnp.arange(16.0).reshape(8, 2)}
   # Two equal members of four are an effective size of two: due, whatever the third step adds.
-  weights = among.weigh(weights, jnp.asarray([1.0, 1, 1.7, 1, 1, 1, 1, 1]), values=6, sigma=1.0)
+  weights = among.weigh(
+    weights, jnp.asarray([1.0, 1, 1.7, 1, 1, 1, 1, 1]), values=6, sigma=1.0
+  )
   after, picked = jax.jit(lambda w, r: among.select(keys, 3, w, r))(weights, rows)
   assert set(np.asarray(picked["x"][:4]).tolist()) <= {0.0, 2.0}
   assert np.asarray(picked["x"][4:]).tolist() == [4, 5, 6, 7]
@@ -137,21 +149,38 @@ def test_wrong_modes_are_left(gaussian):
 
   Without guidance and without selection every member stays where it started.
   """
-  f = jnp.asarray(np.sqrt(2) * np.cos(2 * np.pi * np.arange(48) / 48 + 0.4), jnp.float32)
+  f = jnp.asarray(
+    np.sqrt(2) * np.cos(2 * np.pi * np.arange(48) / 48 + 0.4), jnp.float32
+  )
   g = gaussian_gain.Gain(
     OP, gaussian_gain.prior_variance(0.1 * gaussian((48,), corner=6.0).spectrum)
   )
   side = jnp.where(jnp.arange(4 * MEMBERS) % 3 == 0, 1.0, -1.0)
   y = jnp.broadcast_to(f[None, ::4, None], (len(side), 12, 1))
   keys = jax.random.split(jax.random.key(0), len(side))
-  denoise = lambda x, sigma: jnp.tanh(x[..., 0] @ f / sigma**2)[:, None, None] * f[None, :, None]
+  denoise = lambda x, sigma: (
+    jnp.tanh(x[..., 0] @ f / sigma**2)[:, None, None] * f[None, :, None]
+  )
   guided = guidance.make("none", denoise, OP, y, gain=g)
-  start = side[:, None, None] * f[None, :, None] + solvers.noise(keys, solvers.START, (48, 1))
-  levels, select = schedules.levels("edm", 8, 1.0, 0.02), resampling.Resampling(MEMBERS, 0.125)
-  plain = jax.jit(lambda: solvers.dpm_solver_pp_2m_sde(guided.denoise, start, levels, keys))()
+  start = side[:, None, None] * f[None, :, None] + solvers.noise(
+    keys, solvers.START, (48, 1)
+  )
+  levels, select = (
+    schedules.levels("edm", 8, 1.0, 0.02),
+    resampling.Resampling(MEMBERS, 0.125),
+  )
+  plain = jax.jit(
+    lambda: solvers.dpm_solver_pp_2m_sde(guided.denoise, start, levels, keys)
+  )()
   best, _ = jax.jit(
     lambda: solvers.dpm_solver_pp_2m_sde(
-      guided.scored, start, levels, keys, select=select, values=12, last=guided.last_scored
+      guided.scored,
+      start,
+      levels,
+      keys,
+      select=select,
+      values=12,
+      last=guided.last_scored,
     )
   )()
   np.testing.assert_array_equal(jnp.sign(plain[..., 0] @ f), side)
@@ -184,7 +213,9 @@ def test_a_condition_that_no_member_meets_is_judged_by_its_best():
   score = jnp.asarray([1.0, 2.0, 3.5, 9.0, 0.2, 0.4, 0.9, 3.1])
   weigh = lambda score: np.asarray(among.weigh(among.start(8), score, 24, 0.1))
   near, far = weigh(score), weigh(score.at[:4].multiply(10))
-  np.testing.assert_allclose(near[0], [0, 0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-6)
+  np.testing.assert_allclose(
+    near[0], [0, 0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-6
+  )
   np.testing.assert_allclose(far, near, rtol=1e-5)  # the factor cancels to rounding
   np.testing.assert_allclose(
     near[1], [0, 0, 0, -0.125 * 0.1 * 24], rtol=1e-4
@@ -204,7 +235,8 @@ def test_a_member_without_a_score_drops_alone():
     weights[0, [0, 2, 3]], [0, -0.125 * 0.5 * 24, -0.125 * 6 * 24], rtol=1e-5
   )
   assert weights[1].tolist() == [0, 0, 0, 0]
-  np.testing.assert_allclose(weights[2], [0, 0, -1.5, -18.0], rtol=1e-5)  # neighbours are untouched
+  # Neighbours are untouched.
+  np.testing.assert_allclose(weights[2], [0, 0, -1.5, -18.0], rtol=1e-5)
   keys, rows = jax.random.split(jax.random.key(0), 12), jnp.arange(12)
   after, picked = among.select(keys, 3, jnp.asarray(weights), rows)
   assert np.isfinite(after).all()

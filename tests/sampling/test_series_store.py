@@ -18,7 +18,10 @@ def sampler(keys, y):
   """Series [B, L, 24, 1] in which each frame is one above the last, plus the mean of its
   condition's frame.
   """
-  x = solvers.noise(keys, 0, (1, 24, 1)) + np.arange(FRAMES, dtype=np.float32)[None, :, None, None]
+  x = (
+    solvers.noise(keys, 0, (1, 24, 1))
+    + np.arange(FRAMES, dtype=np.float32)[None, :, None, None]
+  )
   return x if y is None else (x + y.mean((2, 3), keepdims=True), y.mean((1, 2, 3)))
 
 
@@ -44,15 +47,19 @@ def test_frames_are_an_axis_of_time(tmp_path):
   np.testing.assert_array_equal(data.time, [0, 0.5, 1])
   np.testing.assert_array_equal(data.condition_field, CONDITIONS[..., 0])
   x = data.sample.values - CONDITIONS.mean((2, 3))[:, None, :, None]
-  np.testing.assert_allclose(np.diff(x, axis=2), 1, atol=1e-5)  # float32 numbers below 10
-  key = ensemble.keys(1, np.uint32([5]), np.uint32([2]))  # member 2 of condition 5, drawn alone
+  # float32 numbers below 10.
+  np.testing.assert_allclose(np.diff(x, axis=2), 1, atol=1e-5)
+  # Member 2 of condition 5, drawn alone.
+  key = ensemble.keys(1, np.uint32([5]), np.uint32([2]))
   alone, _ = sampler(key, CONDITIONS[5:6])
   np.testing.assert_allclose(data.sample[5, 2], alone[0, ..., 0], rtol=1e-6)
 
 
 def test_without_conditions_and_with_two_axes_of_space(tmp_path):
   draw = lambda keys, y: solvers.noise(keys, 0, (FRAMES, 4, 6, 2))
-  write(tmp_path / "u.zarr", None, 5, sampler=draw, space=(4, 6), channels=2, unit=(1, 4))
+  write(
+    tmp_path / "u.zarr", None, 5, sampler=draw, space=(4, 6), channels=2, unit=(1, 4)
+  )
   data = ensemble.read(tmp_path / "u.zarr")
   assert data.sample.dims == ("condition", "member", "time", "y", "x", "channel")
   assert data.sample.shape == (1, 5, FRAMES, 4, 6, 2)
@@ -94,12 +101,22 @@ def test_stores_of_single_fields_know_nothing_of_frames(tmp_path):
   """Their identity on disk is what it was before there were series, and frames are part of that of
   series.
   """
-  single = lambda keys, y: solvers.noise(keys, 0, (24, 1)) + y.mean((1, 2), keepdims=True)
+  single = lambda keys, y: (
+    solvers.noise(keys, 0, (24, 1)) + y.mean((1, 2), keepdims=True)
+  )
   write(tmp_path / "a.zarr", CONDITIONS[:, 0], frames=1, sampler=single, coordinates={})
   marker = files.read_json(tmp_path / "a.units" / stage_folder.MARKER)
-  assert {*marker["config"]["layout"]} == {"space", "channels", "coarse", "unit", "misfit"}
+  assert {*marker["config"]["layout"]} == {
+    "space",
+    "channels",
+    "coarse",
+    "unit",
+    "misfit",
+  }
   assert ensemble.read(tmp_path / "a.zarr").sample.dims == ("condition", "member", "x")
   write(tmp_path / "b.zarr")
   other = lambda keys, y: solvers.noise(keys, 0, (2, 24, 1))
   with pytest.raises(ValueError, match=r"layout\.(coarse|frames|misfit)"):
-    write(tmp_path / "b.zarr", CONDITIONS[:, :2], frames=2, sampler=other, coordinates={})
+    write(
+      tmp_path / "b.zarr", CONDITIONS[:, :2], frames=2, sampler=other, coordinates={}
+    )

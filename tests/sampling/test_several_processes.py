@@ -27,17 +27,30 @@ never = lambda: False
 
 
 def argv(path, conditions=24, members=6, seconds=0.0):
-  return [sys.executable, "-W", "ignore", worker.__file__, path, conditions, members, seconds]
+  return [
+    sys.executable,
+    "-W",
+    "ignore",
+    worker.__file__,
+    path,
+    conditions,
+    members,
+    seconds,
+  ]
 
 
 def files(path):
   """{file: bytes} of the arrays and their metadata; the root says when it was made."""
-  found = (p for p in sorted(path.glob("*/**/*")) if p.is_file() and p.suffix != ".__lock")
+  found = (
+    p for p in sorted(path.glob("*/**/*")) if p.is_file() and p.suffix != ".__lock"
+  )
   return {p.relative_to(path): p.read_bytes() for p in found}
 
 
 def markers(path):
-  return {p.name: p.stat().st_mtime_ns for p in path.with_suffix(".units").glob("c*-m*.json")}
+  return {
+    p.name: p.stat().st_mtime_ns for p in path.with_suffix(".units").glob("c*-m*.json")
+  }
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +114,22 @@ def test_independent_jobs_fill_one_store(whole, tmp_path):
   path = tmp_path / "a.zarr"
   lives = []
   for task in range(3):
-    array = {f"SLURM_ARRAY_TASK_{n}": str(v) for n, v in (("ID", task), ("COUNT", 3), ("MIN", 0))}
-    lives.append(start(1, 1, argv(path, seconds=0.4), tmp_path / f"pids{task}", **array))
+    array = {
+      f"SLURM_ARRAY_TASK_{n}": str(v)
+      for n, v in (("ID", task), ("COUNT", 3), ("MIN", 0))
+    }
+    lives.append(
+      start(1, 1, argv(path, seconds=0.4), tmp_path / f"pids{task}", **array)
+    )
   wait_for(lambda: len(markers(path)) > 3, lives[0])
   with xarray.open_zarr(path) as data:  # while it grows; warnings are errors here
     assert data.sample.shape == (24, 6, 24)
     assert 0 <= data.attrs["done_fraction"] < 1
     assert 0 < np.isfinite(data.sample).all("x").sum() < 24 * 6
   os.kill(numbers(tmp_path / "pids2")[0], signal.SIGKILL)
-  with pytest.raises(locks.Held, match="cannot grow while another job draws for it: host"):
+  with pytest.raises(
+    locks.Held, match="cannot grow while another job draws for it: host"
+  ):
     worker.draw(path, 25, 6, never)
   said = [life.communicate(timeout=120)[0] for life in lives]
   assert files(path) == files(whole)
@@ -119,9 +139,12 @@ def test_independent_jobs_fill_one_store(whole, tmp_path):
   assert min(drawn) >= 3
   assert 14 <= sum(drawn) <= 21
   assert ensemble.read(path).attrs["done_fraction"] == 1
-  left = [p.name for p in path.with_suffix(".units").iterdir() if p.name not in markers(path)]
+  left = [
+    p.name for p in path.with_suffix(".units").iterdir() if p.name not in markers(path)
+  ]
   assert sorted(left)[-2:] == ["stage.copy.json", "stage.json"]
-  assert all("drawing" in name for name in sorted(left)[:-2])  # of the one that was killed
+  # Of the one that was killed.
+  assert all("drawing" in name for name in sorted(left)[:-2])
   worker.draw(path, 25, 6, never)  # which may not keep it from growing
   assert not [*path.with_suffix(".units").glob("drawing-*")]
 
@@ -133,7 +156,9 @@ def test_another_kind_of_device_is_refused_or_written_down(whole, tmp_path):
   record = runtime_files.read_json(units / stage_folder.MARKER)
   assert record["device_kinds"] == ["cpu"]
   stage_folder.write_marker(units, record | {"device_kinds": ["NVIDIA H200"]})
-  with pytest.raises(ValueError, match="was drawn on NVIDIA H200; here is cpu, which rounds"):
+  with pytest.raises(
+    ValueError, match="was drawn on NVIDIA H200; here is cpu, which rounds"
+  ):
     worker.draw(path, 24, 8, never)
   assert set(markers(path)) == set(markers(whole))
   worker.draw(path, 24, 8, never, any_device=True)
@@ -155,7 +180,9 @@ def test_killed_at_ten_random_moments_on_any_topology(tmp_path):
   for life in range(12):
     before = markers(path)
     pids.unlink(missing_ok=True)
-    process = start(*topologies[life % 3], argv(path, **size, seconds=0.15), pids, GRACE="2")
+    process = start(
+      *topologies[life % 3], argv(path, **size, seconds=0.15), pids, GRACE="2"
+    )
     wait_for(pids.exists, process)
     if dice.random() < 0.8:  # else in its imports, its start, its compilation
       wait_for(lambda b=before: len(markers(path)) > len(b), process)
@@ -164,7 +191,9 @@ def test_killed_at_ten_random_moments_on_any_topology(tmp_path):
       sent = signal.SIGTERM if life in (1, 5) else signal.SIGKILL
       os.kill(dice.choice([*numbers(pids).values()]), sent)
     process.communicate(timeout=120)
-    assert {k: markers(path)[k] for k in before} == before, "a finished unit was done again"
+    assert {k: markers(path)[k] for k in before} == before, (
+      "a finished unit was done again"
+    )
   left = units - len(markers(path))
   assert left > 0, "it was done too soon"
   said = rehearse(*topologies[-1], argv(path, **size))
@@ -194,7 +223,9 @@ print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
   peaks = []
   for count in (4, 16, 64):
     said = rehearse(
-      1, 1, [sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{count}.zarr", count]
+      1,
+      1,
+      [sys.executable, "-W", "ignore", "-c", code, tmp_path / f"{count}.zarr", count],
     )
     peaks.append(int(said.rpartition("VmHWM:")[2].split()[0]) / 1e3)
   assert max(peaks) - peaks[0] < 160, peaks

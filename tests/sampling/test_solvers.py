@@ -8,7 +8,8 @@ import pytest
 from downscaling.diffusion import schedules
 from downscaling.sampling import solvers
 
-S, HIGH, LOW = 0.7, 10.0, 0.1  # data std of a one-point Gaussian "field", and the range of σ
+# Data std of a one-point Gaussian "field", and the range of σ.
+S, HIGH, LOW = 0.7, 10.0, 0.1
 
 
 def ideal(x, sigma):
@@ -30,7 +31,9 @@ def test_flows_are_second_order(x64, solver):
   errors = []
   for n in steps:
     grid = HIGH * (LOW / HIGH) ** np.linspace(0, 1, n + 1)
-    errors.append(float(solver(ideal, jnp.ones((1, 1, 1)), grid, last=identity)[0, 0, 0]) - exact)
+    errors.append(
+      float(solver(ideal, jnp.ones((1, 1, 1)), grid, last=identity)[0, 0, 0]) - exact
+    )
   # Measured 2.01 (Heun), 2.0 (2M). A stale σ in Heun's corrector, or 2M without its last D,
   # measures 1.0.
   assert order(steps, errors) == pytest.approx(2, abs=0.15)
@@ -42,10 +45,14 @@ def variance(monkeypatch, solver, steps, grid, **options):
   """
 
   def one_hot(keys, step, shape, dtype):
-    return jnp.where(jnp.arange(steps + 1) == step, 1.0, 0.0)[:, None, None].astype(dtype)
+    return jnp.where(jnp.arange(steps + 1) == step, 1.0, 0.0)[:, None, None].astype(
+      dtype
+    )
 
   monkeypatch.setattr(solvers, "noise", one_hot)
-  start = jnp.where(jnp.arange(steps + 1) == steps, np.sqrt(S**2 + HIGH**2), 0.0)[:, None, None]
+  start = jnp.where(jnp.arange(steps + 1) == steps, np.sqrt(S**2 + HIGH**2), 0.0)[
+    :, None, None
+  ]
   keys = jax.random.split(jax.random.key(0), steps + 1)
   return float((solver(ideal, start, grid, keys, last=identity, **options) ** 2).sum())
 
@@ -67,7 +74,8 @@ def test_weak_order_of_the_sdes(x64, monkeypatch, name, options, expected):
   for n in steps:
     grid = HIGH * (LOW / HIGH) ** np.linspace(0, 1, n + 1)
     errors.append(
-      variance(monkeypatch, getattr(solvers, name), n, grid, **options) - (S**2 + LOW**2)
+      variance(monkeypatch, getattr(solvers, name), n, grid, **options)
+      - (S**2 + LOW**2)
     )
   # Measured 1.02, 1.02, 1.99, 1.99. Noise of the wrong variance has order 0; D at a stale σ makes
   # the 2s 1.
@@ -84,13 +92,17 @@ def test_weak_order_of_the_sdes(x64, monkeypatch, name, options, expected):
     (solvers.dpm_solver_pp_2m_sde, 32, {"eta": 1.0}),
   ],
 )
-def test_unconditional_samples_have_the_priors_spectrum(gaussian, solver, steps, options):
+def test_unconditional_samples_have_the_priors_spectrum(
+  gaussian, solver, steps, options
+):
   field, members = gaussian((32,)), 4096
   keys = jax.random.split(jax.random.key(3), members)
   name = "exponential" if "schedule" in options else "edm"
   grid = schedules.levels(name, steps, 80.0, 1e-2)
   draw = jax.jit(
-    lambda keys: solver(field.denoise, solvers.initial(keys, (32, 1), 80.0), grid, keys, **options)
+    lambda keys: solver(
+      field.denoise, solvers.initial(keys, (32, 1), 80.0), grid, keys, **options
+    )
   )
   modes = np.fft.rfft(np.asarray(draw(keys))[..., 0], axis=1, norm="ortho")
   ratio = (np.abs(modes) ** 2).mean(0) / field.spectrum[:17, 0]
@@ -105,7 +117,10 @@ def test_a_noise_factor_undoes_a_blunt_denoiser(gaussian):
   as high, exactly.
   """
   field, f, keys = gaussian((16,)), 1.2, jax.random.split(jax.random.key(8), 6)
-  grid, x = schedules.levels("edm", 12, 20.0, 1e-2), solvers.initial(keys, (16, 1), 20.0 * f)
+  grid, x = (
+    schedules.levels("edm", 12, 20.0, 1e-2),
+    solvers.initial(keys, (16, 1), 20.0 * f),
+  )
   blunt = lambda x, sigma: field.denoise(x, f * sigma)
   for run, options in (
     (solvers.dpm_solver_pp_2m_sde, {"eta": 3.0}),
@@ -136,7 +151,9 @@ def test_a_member_does_not_depend_on_its_batch(gaussian):
 def test_noise_is_that_of_key_and_step():
   keys = jax.random.split(jax.random.key(5), 3)
   got = solvers.noise(keys, 7, (4, 2))
-  np.testing.assert_array_equal(got[1], jax.random.normal(jax.random.fold_in(keys[1], 7), (4, 2)))
+  np.testing.assert_array_equal(
+    got[1], jax.random.normal(jax.random.fold_in(keys[1], 7), (4, 2))
+  )
 
 
 def test_the_last_call_is_the_one_asked_for():
@@ -146,7 +163,10 @@ def test_the_last_call_is_the_one_asked_for():
   for run in (solvers.heun, solvers.dpm_solver_pp_2m, solvers.dpm_solver_pp_2m_sde):
     assert (run(ideal, x, grid, keys, last=constant) == 5).all()
   assert (
-    solvers.euler_maruyama(ideal, x, grid, keys, schedule=schedules.vp_linear(), last=constant) == 5
+    solvers.euler_maruyama(
+      ideal, x, grid, keys, schedule=schedules.vp_linear(), last=constant
+    )
+    == 5
   ).all()
 
 

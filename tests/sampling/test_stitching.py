@@ -46,12 +46,15 @@ def test_places_and_weights():
   # Edge frames (3 of the first window, 2 and 5 of the second, ...) count nothing where another
   # window knows better.
   np.testing.assert_allclose(plan.weights, [[1, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]])
-  np.testing.assert_array_equal(plan.seams, [False, True, False, True, False, True, False])
+  np.testing.assert_array_equal(
+    plan.seams, [False, True, False, True, False, True, False]
+  )
   wide = Stitching(frames=6, overlap=4, series=10)
   total = np.bincount(wide.rows.ravel(), wide.weights.ravel())
   np.testing.assert_allclose(total, 1)
   one = Stitching(frames=3, overlap=1, series=5)
-  np.testing.assert_allclose(one.weights, [[1, 1, 0.5], [0.5, 1, 1]])  # on the edge of both: alike
+  # On the edge of both: alike.
+  np.testing.assert_allclose(one.weights, [[1, 1, 0.5], [0.5, 1, 1]])
   apart = Stitching(frames=2, overlap=0, series=4)
   np.testing.assert_allclose(apart.weights, 1)
 
@@ -74,7 +77,9 @@ def test_windows_that_do_not_fit(sizes, words):
 # ---------------------------------------------------------------- the stitched denoiser
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 10), (3, 0, 9), (4, 3, 7), (6, 4, 12), (3, 1, 9)])
+@pytest.mark.parametrize(
+  "sizes", [(4, 2, 10), (3, 0, 9), (4, 3, 7), (6, 4, 12), (3, 1, 9)]
+)
 def test_a_linear_denoiser_against_its_matrix(sizes):
   """Σ_w P_wᵀ diag(weights) D P_w by dense algebra, on two points and different noise levels in a
   batch.
@@ -86,7 +91,9 @@ def test_a_linear_denoiser_against_its_matrix(sizes):
   for row, s, found in zip(x, sigma, got, strict=True):
     whole = np.zeros((plan.series, plan.series))
     for places, weights in zip(plan.rows, plan.weights, strict=True):
-      whole[np.ix_(places, places)] += weights[:, None] * window_matrix(plan.frames, rho, float(s))
+      whole[np.ix_(places, places)] += weights[:, None] * window_matrix(
+        plan.frames, rho, float(s)
+      )
     np.testing.assert_allclose(
       found, np.asarray(row) @ whole.T, atol=1e-5
     )  # float32, values of order one
@@ -99,7 +106,8 @@ def test_a_denoiser_that_gives_its_input_back_leaves_no_seam(space, channels):
   plan = Stitching(6, 4, 12)
   x = jax.random.normal(jax.random.key(1), (2, *space, plan.series * channels))
   got = jax.jit(stitching.stitched(lambda x, sigma: x, plan))(x, jnp.ones(2))
-  np.testing.assert_allclose(got, x, rtol=3e-7)  # shares such as ⅓ + ⅔ of float32 numbers
+  # Shares such as ⅓ + ⅔ of float32 numbers.
+  np.testing.assert_allclose(got, x, rtol=3e-7)
 
 
 def test_one_window_is_plain_sampling_bit_for_bit():
@@ -119,7 +127,8 @@ def test_errors_of_a_window_extended_to_a_series():
   np.testing.assert_array_equal(got[:, 0] / 2, [0, 1, 2, 1, 2, 1, 2, 3])
   np.testing.assert_array_equal(got[:, 1] - got[:, 0], 1)
   halves = stitching.extended(np.float32([0, 1, 4]), Stitching(3, 1, 5))
-  np.testing.assert_array_equal(halves, [0, 1, 2, 1, 4])  # frame 2: the mean of places 2 and 0
+  # Frame 2: the mean of places 2 and 0.
+  np.testing.assert_array_equal(halves, [0, 1, 2, 1, 4])
 
 
 def test_frames_as_an_axis():
@@ -159,7 +168,8 @@ def test_a_long_series_is_continuous_across_seams():
   # 4096 draws of a squared increment: standard error √(2/4096) = .022 a step, .008 a mean over
   # seven.
   assert seams.mean() / within.mean() == pytest.approx(1, abs=0.03)
-  assert ratio.max() < 1.2  # closed form 1.06, and a few per cent for the size of 96 steps at η 5
+  # Closed form 1.06, and a few per cent for the size of 96 steps at η 5.
+  assert ratio.max() < 1.2
   apart, _ = increments(Stitching(4, 0, 16), 0.8, eta=5.0, members=256)
   assert apart[3] > 4  # windows that know nothing of each other: 5
 
@@ -186,7 +196,9 @@ def test_guided_series_meet_their_conditions(gaussian):
   field, op, plan = gaussian((16,)), Strided.on((16,), 4), Stitching(3, 1, 7)
   rng = np.random.default_rng(0)
   y = jnp.asarray(rng.normal(size=(4, 7, 4, 1)), jnp.float32)
-  g = gaussian_gain.Gain(op, gaussian_gain.prior_variance(np.concatenate([field.spectrum] * 7, -1)))
+  g = gaussian_gain.Gain(
+    op, gaussian_gain.prior_variance(np.concatenate([field.spectrum] * 7, -1))
+  )
 
   def draw(keys, y):
     denoise = stitching.stitched(field.denoise, plan)
@@ -200,4 +212,5 @@ def test_guided_series_meet_their_conditions(gaussian):
   keys = jax.random.split(jax.random.key(0), 4)
   fields, _ = jax.jit(stitching.over_time(draw, 7))(keys, y)
   assert fields.shape == (4, 7, 16, 1)
-  np.testing.assert_allclose(op.apply(fields), y, atol=1e-5)  # float32, values of order one
+  # float32, values of order one.
+  np.testing.assert_allclose(op.apply(fields), y, atol=1e-5)

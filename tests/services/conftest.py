@@ -22,11 +22,15 @@ def debian():
     if not shutil.which(program):
       apt = ["apt-get", "install", "-y", "--no-install-recommends", package]
       try:
-        done = subprocess.run(apt, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+          apt, capture_output=True, text=True, timeout=300, check=False
+        )
       except OSError as error:
         pytest.skip(f"{package} is not here, and apt-get does not run: {error}")
       if done.returncode or not shutil.which(program):
-        pytest.skip(f"{package} cannot be installed: {(done.stderr or done.stdout)[-200:]}")
+        pytest.skip(
+          f"{package} cannot be installed: {(done.stderr or done.stdout)[-200:]}"
+        )
     return shutil.which(program)
 
   return install
@@ -35,7 +39,12 @@ def debian():
 @pytest.fixture(scope="session")
 def on_cpus():
   """What is set for the command where a launcher starts it: no virtual devices, no waiting."""
-  return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "GPUFLAGS": "", "HWLOC_COMPONENTS": "-gl"}
+  return {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "",
+    "GPUFLAGS": "",
+    "HWLOC_COMPONENTS": "-gl",
+  }
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +71,9 @@ def tools(tmp_path_factory):
     )
     for argv in steps:
       argv = [str(each) for each in argv]
-      done = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False)
+      done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=600, check=False
+      )
       if done.returncode:
         pytest.skip(f"{', '.join(packages)} cannot be installed: {done.stderr[-300:]}")
     return folder / "bin"
@@ -73,4 +84,6 @@ def tools(tmp_path_factory):
 @pytest.fixture(scope="session")
 def parsers(tools):
   """Programs that read what launch files for Kubernetes and SkyPilot say."""
-  return tools("pyyaml", "jsonschema", "kubernetes-validate", "xpk==1.16.0", "skypilot==0.14.1")
+  return tools(
+    "pyyaml", "jsonschema", "kubernetes-validate", "xpk==1.16.0", "skypilot==0.14.1"
+  )

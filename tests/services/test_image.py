@@ -60,7 +60,8 @@ def test_the_image_is_built_and_well(base):
     assert "generate" in sh(*run, "downscaling", "generate", "--config=ks:smoke", "--dry_run",
                             "--workdir=/tmp/run")  # fmt: skip
     inside = sh(*run, "sh", "-c", "ls /opt/venv/bin")
-    for tool in ("pyright", "pytest", "ruff"):  # slim: nothing that only work on the code needs
+    # Slim: nothing that only work on the code needs.
+    for tool in ("pyright", "pytest", "ruff"):
       assert tool not in inside
   finally:
     sh("buildah", "rm", container)

@@ -47,7 +47,12 @@ print(json.dumps(documents))
 
 def call(*argv, **kwargs):
   return subprocess.run(
-    [str(each) for each in argv], capture_output=True, text=True, timeout=300, check=False, **kwargs
+    [str(each) for each in argv],
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+    **kwargs,
   )
 
 
@@ -118,7 +123,12 @@ def test_a_jobset_says_what_xpk_would(jobsets, parsers, name, tmp_path):
   words = shlex.split(line)
   assert {*XPK[name]} <= {*words}
   out = tmp_path / "xpk.yaml"
-  flags = ["--dry-run", "--skip-validation", f"--output-manifest-file={out}", "--project=p"]
+  flags = [
+    "--dry-run",
+    "--skip-validation",
+    f"--output-manifest-file={out}",
+    "--project=p",
+  ]
   env = os.environ | {"PATH": f"{parsers}:{os.environ['PATH']}", "HOME": str(tmp_path)}
   done = call(parsers / "xpk", *words[1:], *flags, env=env, cwd=tmp_path)
   assert done.returncode == 0, done.stdout[-600:] + done.stderr[-600:]
@@ -128,7 +138,10 @@ def test_a_jobset_says_what_xpk_would(jobsets, parsers, name, tmp_path):
   for spec in (theirs["spec"], ours["spec"]):
     assert spec["failurePolicy"]["maxRestarts"] == 20
     (rule,) = spec["failurePolicy"]["rules"]
-    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert (rule["action"], rule["onJobFailureReasons"]) == (
+      "FailJobSet",
+      ["PodFailurePolicy"],
+    )
   replicas = [d["spec"]["replicatedJobs"][0]["replicas"] for d in (theirs, ours)]
   assert replicas[0] == replicas[1]
   pods = [job_of(d)["template"]["spec"] for d in (theirs, ours)]
@@ -188,7 +201,10 @@ def test_gcloud_reads_every_line_of_tpu_sh(words, tmp_path):
   assert done.returncode == 0, done.stderr
   lines = [shlex.split(line) for line in done.stdout.splitlines()]
   assert lines
-  env = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
+  env = os.environ | {
+    "CLOUDSDK_CONFIG": str(tmp_path),
+    "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+  }
   for argv in lines:
     said = call(*argv, env=env)
     assert said.returncode == 1, said.stderr
@@ -198,8 +214,12 @@ def test_gcloud_reads_every_line_of_tpu_sh(words, tmp_path):
 
 
 def test_what_a_host_would_run_keeps_its_words(tmp_path):
-  (line,) = tpu("run", "mine", "train", "--workdir=/shared/it's here").stdout.splitlines()
-  command = next(w for w in shlex.split(line) if w.startswith("--command=")).partition("=")[2]
+  (line,) = tpu(
+    "run", "mine", "train", "--workdir=/shared/it's here"
+  ).stdout.splitlines()
+  command = next(w for w in shlex.split(line) if w.startswith("--command=")).partition(
+    "="
+  )[2]
   program = tmp_path / "downscaling" / ".venv" / "bin" / "downscaling"
   program.parent.mkdir(parents=True)
   # Twice preempted, then done; and what it was given.
@@ -239,7 +259,9 @@ task = sky.Task.from_yaml(sys.argv[1])
 print(task.num_nodes, resource.accelerators, sorted(task.envs))
 """
   env = os.environ | {"HOME": str(tmp_path)}
-  done = call(parsers / "python", "-c", code, ROOT / "launch" / "sky.yaml", env=env, cwd=ROOT)
+  done = call(
+    parsers / "python", "-c", code, ROOT / "launch" / "sky.yaml", env=env, cwd=ROOT
+  )
   assert done.returncode == 0, done.stderr[-600:]
   assert done.stdout.strip().endswith("2 {'H100': 8} ['EXTRA', 'JOB', 'WORKDIR']")
 
@@ -248,18 +270,28 @@ def test_locks_of_images_agree_with_the_one_of_the_checkout():
   """The same version of everything, but for what only one of them has."""
 
   def versions(path):
-    lines = [line.split() for line in path.read_text().splitlines() if "==" in line[:80]]
+    lines = [
+      line.split() for line in path.read_text().splitlines() if "==" in line[:80]
+    ]
     return [words[0] for words in lines if not words[0].startswith(("#", "--"))]
 
   ours = {*versions(ROOT / "requirements.lock")}
-  for extra, own in (("cpu", ()), ("cuda12", ("nvidia", "jax-cuda12")), ("tpu", ("libtpu",))):
+  for extra, own in (
+    ("cpu", ()),
+    ("cuda12", ("nvidia", "jax-cuda12")),
+    ("tpu", ("libtpu",)),
+  ):
     found = {*versions(ROOT / "launch" / "locks" / f"{extra}.txt")}
     assert "jax==0.10.2" in found or f"jax=={sys.modules['jax'].__version__}" in found
     more = {each.partition("==")[0] for each in found - ours}
-    assert all(name.startswith((*own, "requests", "pyyaml", "absl")) for name in more), more
+    assert all(
+      name.startswith((*own, "requests", "pyyaml", "absl")) for name in more
+    ), more
 
 
 def test_every_launch_file_says_how_it_is_used():
   for path in sorted(pathlib.Path(ROOT / "launch").iterdir()):
     if path.is_file():
-      assert f"launch/{path.name}" in path.read_text()[:1200] or path.name == "install.sh", path
+      assert (
+        f"launch/{path.name}" in path.read_text()[:1200] or path.name == "install.sh"
+      ), path

@@ -73,7 +73,9 @@ def test_without_an_address_they_join_or_refuse(mpi):
     assert "processes  2 on 1 host(s)" in done.stderr
     return
   assert done.returncode != 0
-  assert "other processes are announced, but nothing says where process 0 is" in done.stderr
+  assert (
+    "other processes are announced, but nothing says where process 0 is" in done.stderr
+  )
   assert "Set JAX_COORDINATOR_ADDRESS=HOST:PORT of process 0" in done.stderr
   assert "all is well" not in done.stderr
 

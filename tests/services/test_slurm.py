@@ -55,12 +55,23 @@ NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
-TASKS = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gres=none", "--time=60")
+TASKS = (
+  "--nodes=2",
+  "--ntasks-per-node=1",
+  "--cpus-per-task=1",
+  "--gres=none",
+  "--time=60",
+)
 
 
 def sh(*argv, **kwargs):
   return subprocess.run(
-    [str(each) for each in argv], capture_output=True, text=True, check=True, timeout=120, **kwargs
+    [str(each) for each in argv],
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
+    **kwargs,
   ).stdout
 
 
@@ -90,7 +101,9 @@ class Slurm:
     return re.search(r"JobState=(\w+)", said)[1]
 
   def ended(self, job):
-    until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"))
+    until(
+      lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+    )
     return self.state(job)
 
 
@@ -116,7 +129,11 @@ def slurm(debian, on_cpus, tmp_path_factory):
     if not pathlib.Path("/run/munge/munge.socket.2").exists():
       sh("install", "-d", "-o", "munge", "-g", "munge", "-m", "0755", "/run/munge")
       sh("runuser", "-u", "munge", "--", shutil.which("munged"))
-    for argv in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]):
+    for argv in (
+      ["slurmctld", "-D"],
+      ["slurmd", "-D", "-N", "n1"],
+      ["slurmd", "-D", "-N", "n2"],
+    ):
       quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
       started.append(subprocess.Popen(argv, env=env, **quiet))
     until(lambda: sh("sinfo", "-h", "-o", "%D %t", env=env).strip() == "2 idle", 60)
@@ -128,7 +145,9 @@ def slurm(debian, on_cpus, tmp_path_factory):
     hosts.write_text(before)
 
 
-def test_a_job_that_is_warned_preempted_and_cancelled(slurm, command, execute, tmp_path):
+def test_a_job_that_is_warned_preempted_and_cancelled(
+  slurm, command, execute, tmp_path
+):
   workdir = tmp_path / "run"
   assert execute(command("generate", workdir)).returncode == 0
   flags = ["--config=ks:smoke", f"--workdir={workdir}", "--config.data.shard=16"]
@@ -140,7 +159,9 @@ def test_a_job_that_is_warned_preempted_and_cancelled(slurm, command, execute, t
     return [int(found) for found in re.findall(r"train: (\d+)/", log.read_text())]
 
   def resumed(times):
-    return until(lambda: len(re.findall(r"going on from step \d+", log.read_text())) == times)
+    return until(
+      lambda: len(re.findall(r"going on from step \d+", log.read_text())) == times
+    )
 
   until(lambda: log.exists() and steps())
   sh(
@@ -167,9 +188,13 @@ def test_two_ranks_join_and_an_error_is_not_tried_again(slurm, tmp_path):
   assert slurm.ended(job) == "COMPLETED"
   assert "start      Slurm: process 0 of 2, coordinator n1:" in log.read_text()
   assert "all is well" in log.read_text()
-  job, log = slurm.sbatch(script, "train", "--config=ks:smoke", f"--workdir={tmp_path}/none")
+  job, log = slurm.sbatch(
+    script, "train", "--config=ks:smoke", f"--workdir={tmp_path}/none"
+  )
   assert slurm.ended(job) == "FAILED"
-  assert "data is missing or unfinished: run `downscaling generate` first" in log.read_text()
+  assert (
+    "data is missing or unfinished: run `downscaling generate` first" in log.read_text()
+  )
 
 
 def steps_of(log):
@@ -177,12 +202,18 @@ def steps_of(log):
   return [int(found) for found in re.findall(r"train: (\d+)/", log.read_text())]
 
 
-def test_training_that_is_queued_again_ends_with_the_same_bytes(slurm, command, execute, tmp_path):
+def test_training_that_is_queued_again_ends_with_the_same_bytes(
+  slurm, command, execute, tmp_path
+):
   """Warned once, saved in between two checkpoints, against one that was left alone."""
   data = tmp_path / "data-of"
   assert execute(command("generate", data)).returncode == 0
   script = ROOT / "launch" / "slurm.sbatch"
-  flags = ["--config=ks:smoke", f"--config.data.dir={data}/data", "--config.data.shard=16"]
+  flags = [
+    "--config=ks:smoke",
+    f"--config.data.dir={data}/data",
+    "--config.data.shard=16",
+  ]
   flags += ["--config.train.total_steps=800", "--config.plan.log_every=50"]
   flags += ["--config.plan.eval_every=0", "--config.plan.save_every=100000"]
   job, log = slurm.sbatch(script, "train", *flags, f"--workdir={tmp_path}/cut")
@@ -195,7 +226,9 @@ def test_training_that_is_queued_again_ends_with_the_same_bytes(slurm, command, 
   assert "going on from" not in said.read_text()
   # Every loss, and what the finished prior makes of calibration fields.
   for file in ("metrics.csv", "denoising_error.npz"):
-    made = [(tmp_path / name / "train" / file).read_bytes() for name in ("cut", "alone")]
+    made = [
+      (tmp_path / name / "train" / file).read_bytes() for name in ("cut", "alone")
+    ]
     assert made[0] == made[1], file
 
 
@@ -215,7 +248,10 @@ def test_a_time_limit_is_no_end(slurm, command, execute, tmp_path):
 
 def test_every_job_by_two_ranks(slurm, tmp_path):
   """The pipeline job by job, and once more at once, which finds all of it done."""
-  script, flags = ROOT / "launch" / "slurm.sbatch", ("--config=ks:smoke", f"--workdir={tmp_path}")
+  script, flags = (
+    ROOT / "launch" / "slurm.sbatch",
+    ("--config=ks:smoke", f"--workdir={tmp_path}"),
+  )
   for name in ("generate", "debias", "train", "sample", "evaluate", "pipeline"):
     job, log = slurm.sbatch(script, name, *flags)
     assert slurm.ended(job) == "COMPLETED", log.read_text()
@@ -240,7 +276,9 @@ def test_what_keeps_ranks_from_joining_is_said_on_each(slurm, tmp_path):
     assert re.search(rf"{rank}: .*nowhere.invalid", log.read_text()), log.read_text()
   with socket.create_server(("127.0.0.1", 0)) as taken:
     address = f"127.0.0.1:{taken.getsockname()[1]}"
-    job, log = slurm.sbatch(f"--export=ALL,JAX_COORDINATOR_ADDRESS={address}", "--wrap", srun)
+    job, log = slurm.sbatch(
+      f"--export=ALL,JAX_COORDINATOR_ADDRESS={address}", "--wrap", srun
+    )
     assert slurm.ended(job) == "FAILED"
   assert re.search(rf"0: .*{address}", log.read_text()), log.read_text()
   missing = "srun --label bash -c '[ $SLURM_PROCID = 1 ] && exec sleep 70; exec downscaling doctor'"
@@ -268,21 +306,32 @@ def test_an_array_fills_one_store(slurm, command, execute, tmp_path):
   samples = workdir / "samples"
   script = ROOT / "launch" / "slurm.sbatch"
   flags = [f for f in command("sample", workdir, **keys)[3:] if f != "sample"]
-  job, log = slurm.sbatch("--nodes=1", "--array=0-3", "--exclude=", script, "sample", *flags)
+  job, log = slurm.sbatch(
+    "--nodes=1", "--array=0-3", "--exclude=", script, "sample", *flags
+  )
   until(lambda: len([*samples.glob("true*.units/c*-m*.json")]) > 20)
   sh("scancel", "--signal=KILL", "--full", f"{job}_2", env=slurm.env)
 
   def states():
     said = sh("scontrol", "show", "job", job, env=slurm.env)
     return dict(
-      zip(*(re.findall(rf"{k}=(\w+)", said) for k in ("ArrayTaskId", "JobState")), strict=True)
+      zip(
+        *(re.findall(rf"{k}=(\w+)", said) for k in ("ArrayTaskId", "JobState")),
+        strict=True,
+      )
     )
 
-  until(lambda: not {*states().values()} & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"})
+  until(
+    lambda: (
+      not {*states().values()} & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}
+    )
+  )
   found = states()
   assert [found[task] for task in "013"] == ["COMPLETED"] * 3, log.read_text()
   assert drawn(samples) == drawn(alone / "samples")
-  more = execute(command("sample", workdir, **keys | {"sampling.members": 124}), env=slurm.env)
+  more = execute(
+    command("sample", workdir, **keys | {"sampling.members": 124}), env=slurm.env
+  )
   assert more.returncode == 0, more.stderr
 
 

@@ -24,7 +24,9 @@ def train(command, workdir, data, tools, package, **env):
   (site,) = (tools.parent / "lib").glob("*/site-packages")
   env = os.environ | {"PYTHONPATH": str(site), "HOME": str(workdir.parent)} | env
   for steps in (8, 20):
-    argv = command("train", workdir, f"--tracker={package}", **data, **{"train.total_steps": 20})
+    argv = command(
+      "train", workdir, f"--tracker={package}", **data, **{"train.total_steps": 20}
+    )
     code = "import sys; from downscaling import main; main.run()"
     if steps == 8:  # ends as by a signal after step 8
       code = (
@@ -37,7 +39,9 @@ def train(command, workdir, data, tools, package, **env):
         "train_loop.Watch.log = ask\n" + code
       )
     argv = [sys.executable, "-c", code, *argv[3:]]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=600, env=env, check=False)
+    done = subprocess.run(
+      argv, capture_output=True, text=True, timeout=600, env=env, check=False
+    )
     assert done.returncode == (143 if steps == 8 else 0), done.stderr
   return dict(zip(*metric_writer.read_scalars(workdir / "train", "loss"), strict=True))
 
@@ -50,7 +54,10 @@ def test_mlflow(command, data, tools, tmp_path):
   (run,) = [p.parent for p in (tmp_path / "mlruns").glob("*/*/metrics")]
   said = [line.split() for line in (run / "metrics" / "loss").read_text().splitlines()]
   assert {int(step): float(value) for _, value, step in said} == pytest.approx(losses)
-  assert json.loads((run / "artifacts" / "config.json").read_text())["train"]["total_steps"] == 20
+  assert (
+    json.loads((run / "artifacts" / "config.json").read_text())["train"]["total_steps"]
+    == 20
+  )
   assert (run / "metrics" / "speed" / "steps_per_second").exists()
 
 

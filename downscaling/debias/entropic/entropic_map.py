@@ -24,9 +24,8 @@ from downscaling.debias.entropic import soft_min
 from downscaling.fields import symmetry
 
 ARRAYS = ("target", "g", "group_index", "group_sign")
-BLOCK = (
-  1024  # rows mapped at a time; the last block is padded, so one program serves any number of rows
-)
+# Rows mapped at a time; the last block is padded, so one program serves any number of rows.
+BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,13 +59,17 @@ class EntropicMap:
     """
     rows = self._rows(y)
     return np.concatenate(
-      [np.exp(entropy) for _, entropy in self._blocks(rows)] or [np.zeros(0, np.float32)]
+      [np.exp(entropy) for _, entropy in self._blocks(rows)]
+      or [np.zeros(0, np.float32)]
     )
 
   def transport(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """T(y) and the effective targets in one pass: [S, *space, C], [S]."""
     rows = self._rows(y)
-    mapped, effective = np.empty(rows.shape, np.float32), np.empty(len(rows), np.float32)
+    mapped, effective = (
+      np.empty(rows.shape, np.float32),
+      np.empty(len(rows), np.float32),
+    )
     for k, (block, entropy) in enumerate(self._blocks(rows)):
       mapped[k * BLOCK : k * BLOCK + len(block)] = block
       effective[k * BLOCK : k * BLOCK + len(block)] = np.exp(entropy)
@@ -76,7 +79,9 @@ class EntropicMap:
     """Rows farther from the targets' centre than all of the fit's: their image is a guess at the
     cloud's edge; [S].
     """
-    distance = np.linalg.norm(self._rows(y) - soft_min.centre(self.target, self.group), axis=1)
+    distance = np.linalg.norm(
+      self._rows(y) - soft_min.centre(self.target, self.group), axis=1
+    )
     return distance > (np.inf if self.reach is None else self.reach)
 
   def _rows(self, y: np.ndarray) -> np.ndarray:
@@ -121,7 +126,10 @@ class EntropicMap:
     if self.group is not None:
       arrays |= {"group_index": self.group.index, "group_sign": self.group.sign}
     map_files.save(
-      folder, self.kind, {"epsilon": self.epsilon, "grid": self.grid, "reach": self.reach}, arrays
+      folder,
+      self.kind,
+      {"epsilon": self.epsilon, "grid": self.grid, "reach": self.reach},
+      arrays,
     )
 
   @classmethod
@@ -145,9 +153,16 @@ class EntropicMap:
     )
 
 
-def reach_of(source: np.ndarray, target: np.ndarray, group: symmetry.Group | None = None) -> float:
+def reach_of(
+  source: np.ndarray, target: np.ndarray, group: symmetry.Group | None = None
+) -> float:
   """Largest distance of rows [n, d] from the centre of the targets [m, d]."""
-  return float(np.linalg.norm(source - soft_min.centre(target, group), axis=1).max())
+  return float(
+    np.linalg.norm(
+      source - soft_min.centre(target, group),
+      axis=1,
+    ).max()
+  )
 
 
 @jax.jit

@@ -41,9 +41,8 @@ from downscaling.runtime import checkpoints as checkpoints_lib
 from downscaling.runtime import supervision
 
 RULES = ("mixed", "online", "sgd")
-TILE_NUMBERS = (
-  2**21
-)  # exponents in a tile of rows, 8 MB; at least 8 rows, which is less than the target cloud itself
+# Exponents in a tile of rows, 8 MB; at least 8 rows, which is less than the target cloud itself.
+TILE_NUMBERS = 2**21
 POLL = 8  # steps from one question whether to stop to the next
 # error of the marginals that float32 exponents may leave: a fifth of what the noise of batches
 # leaves
@@ -137,10 +136,20 @@ def fit(
       run.save()
       saved = time.monotonic()
   run.save(wait=True)
-  return Fit(run.mean, run.epsilon, run.mean_cost, run.history, run.step * run.size)
+  return Fit(
+    run.mean,
+    run.epsilon,
+    run.mean_cost,
+    run.history,
+    run.step * run.size,
+  )
 
 
-def shuffled(rows: np.ndarray, size: int, seed: int = 0) -> Callable[[int], np.ndarray]:
+def shuffled(
+  rows: np.ndarray,
+  size: int,
+  seed: int = 0,
+) -> Callable[[int], np.ndarray]:
   """`batch` for `fit` from rows [n, d] at hand (an array or a memory map): passes, each in its own
   shuffled order.
 
@@ -148,7 +157,9 @@ def shuffled(rows: np.ndarray, size: int, seed: int = 0) -> Callable[[int], np.n
   size <= n.
   """
   if not 1 <= size <= len(rows):
-    raise ValueError(f"batches of {size} from {len(rows)} rows: need 1 <= size <= {len(rows)}.")
+    raise ValueError(
+      f"batches of {size} from {len(rows)} rows: need 1 <= size <= {len(rows)}."
+    )
   order = functools.lru_cache(maxsize=1)(
     lambda turn: np.random.default_rng((seed, turn)).permutation(len(rows))
   )
@@ -165,7 +176,9 @@ class _Run:
   checkpoint.
   """
 
-  def __init__(self, batch, target, held_out, epsilon, steps, rule, rates, anneal, checkpoints):
+  def __init__(
+    self, batch, target, held_out, epsilon, steps, rule, rates, anneal, checkpoints
+  ):
     self.batch, self.steps, self.rule, self.rates, self.checkpoints = (
       batch,
       steps,
@@ -176,7 +189,9 @@ class _Run:
     self.centre = soft_min.centre(target)
     y, h = target - self.centre, held_out - self.centre
     squares = sum(np.einsum("ij,ij->", c, c, dtype=np.float64) / len(c) for c in (y, h))
-    self.mean_cost = float(squares - 2 * y.mean(0, dtype=np.float64) @ h.mean(0, dtype=np.float64))
+    self.mean_cost = float(
+      squares - 2 * y.mean(0, dtype=np.float64) @ h.mean(0, dtype=np.float64)
+    )
     self.epsilon = epsilon * self.mean_cost
     rounding = float(np.finfo(np.float32).eps) / 4 * squares / self.epsilon
     if rounding > ROUNDING:
@@ -191,7 +206,9 @@ class _Run:
     start = self._batch(0)
     self.size = len(start)
     self.g = self.mean = jnp.zeros(len(y), jnp.float32)
-    self.history: dict[str, list] = {key: [] for key in ("step", "epsilon", "error", "rms", "dual")}
+    self.history: dict[str, list] = {
+      key: [] for key in ("step", "epsilon", "error", "rms", "dual")
+    }
     digest = hashlib.sha256(
       repr((epsilon, steps, rule, rates, anneal, start.shape, y.shape)).encode()
     )
@@ -226,7 +243,9 @@ class _Run:
 
   def schedule(self, step: int) -> tuple[float, float, float]:
     """(ε, η, weight of g in the average; 1 means that it begins anew) of a step."""
-    rate = self.rates[0] * (self.rates[1] / self.rates[0]) ** (step / max(self.steps - 1, 1))
+    rate = self.rates[0] * (self.rates[1] / self.rates[0]) ** (
+      step / max(self.steps - 1, 1)
+    )
     left = max(0.0, 1 - step / self.annealed) if self.annealed else 0.0
     done = step - self.annealed  # steps at the last ε before this one
     return (
@@ -239,7 +258,9 @@ class _Run:
     """One batch."""
     rows = self._batch(self.step) - self.centre
     epsilon, rate, weight = map(np.float32, self.schedule(self.step))
-    online = self.rule == "online" or (self.rule == "mixed" and self.step < self.annealed)
+    online = self.rule == "online" or (
+      self.rule == "mixed" and self.step < self.annealed
+    )
     self.g, self.mean = _update(
       jnp.asarray(rows), self.y, self.g, self.mean, epsilon, rate, weight, online
     )
@@ -248,13 +269,21 @@ class _Run:
   def check(self) -> float:
     """Looks at the held-out rows; the error."""
     epsilon = self.schedule(self.step - 1)[0]
-    error, rms, dual = map(float, _held_out(self.held_out, self.y, self.mean, np.float32(epsilon)))
+    error, rms, dual = map(
+      float, _held_out(self.held_out, self.y, self.mean, np.float32(epsilon))
+    )
     if not math.isfinite(error + dual):
       raise FloatingPointError(
         f"the potential diverged by step {self.step}, at ε = {epsilon:.3g}: lower rates (now "
         f"{self.rates}), or use rule='online' (it is {self.rule!r})."
       )
-    values = dict(step=self.step, epsilon=epsilon, error=error, rms=rms, dual=dual)
+    values = dict(
+      step=self.step,
+      epsilon=epsilon,
+      error=error,
+      rms=rms,
+      dual=dual,
+    )
     for key, value in values.items():
       self.history[key].append(value)
     return error
@@ -263,7 +292,9 @@ class _Run:
     if self.checkpoints is None or not self.step:
       return
     state = {"g": self.g, "mean": self.mean}
-    self.checkpoints.save(self.step, state, history=self.history, identity=self.identity)
+    self.checkpoints.save(
+      self.step, state, history=self.history, identity=self.identity
+    )
     if wait:
       self.checkpoints.wait()
 
@@ -281,7 +312,10 @@ def _soft(x, y, g, eps) -> tuple[jax.Array, jax.Array]:
   n, m = len(x), len(y)
   size = min(n, max(8, TILE_NUMBERS // m))
   here = soft_min.tiled(jnp.ones(n, x.dtype), size)
-  left = soft_min.tiled(x * (2 / eps), size), soft_min.tiled(-jnp.sum(x**2, 1) / eps, size)
+  left = (
+    soft_min.tiled(x * (2 / eps), size),
+    soft_min.tiled(-jnp.sum(x**2, 1) / eps, size),
+  )
   right = y, (g - jnp.sum(y**2, 1)) / eps
 
   def one_tile(carry, tile):
@@ -312,7 +346,9 @@ def _update(x, y, g, mean, eps, rate, weight, online):
 def _held_out(x, y, g, eps):
   """(error, rms, dual), see `fit`; of an odd number of rows the last is left out."""
   half = len(x) // 2
-  (a, dual_a), (b, dual_b) = (_soft(rows, y, g, eps) for rows in (x[:half], x[half : 2 * half]))
+  (a, dual_a), (b, dual_b) = (
+    _soft(rows, y, g, eps) for rows in (x[:half], x[half : 2 * half])
+  )
   rms = jnp.sqrt(jnp.maximum(jnp.mean((a - 1) * (b - 1)), 0))
   return jnp.abs((a + b) / 2 - 1).mean(), rms, (dual_a + dual_b) / 2
 
@@ -334,9 +370,13 @@ def _rows(rows: np.ndarray, name: str, least: int) -> np.ndarray:
 
 def _check(epsilon, steps, rule, rates, anneal, check_every) -> None:
   if not (math.isfinite(epsilon) and epsilon > 0):
-    raise ValueError(f"epsilon={epsilon}: need a share of the mean cost > 0, such as 0.001.")
+    raise ValueError(
+      f"epsilon={epsilon}: need a share of the mean cost > 0, such as 0.001."
+    )
   if steps < 1 or check_every < 1:
-    raise ValueError(f"steps={steps}, check_every={check_every}: both must be at least 1.")
+    raise ValueError(
+      f"steps={steps}, check_every={check_every}: both must be at least 1."
+    )
   if rule not in RULES:
     raise ValueError(f"rule={rule!r} is unknown; known: {list(RULES)}.")
   if not all(0 < rate < 1 for rate in rates) or rates[0] < rates[1]:

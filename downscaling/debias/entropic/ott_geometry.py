@@ -86,7 +86,11 @@ class Blockwise(geometry.Geometry):
   def mean_cost_matrix(self) -> jax.Array:
     """Mean of |x_i − y_j|² over all pairs: mean|x|² + mean|y|² − 2 mean(x)·mean(y)."""
     squares = jnp.sum(self.x**2, 1).mean() + jnp.sum(self.y**2, 1).mean()
-    return squares - 2 * jnp.dot(self.x.mean(0), self.y.mean(0), precision="highest")
+    return squares - 2 * jnp.dot(
+      self.x.mean(0),
+      self.y.mean(0),
+      precision="highest",
+    )
 
   def apply_lse_kernel(self, f, g, eps, vec=None, axis=0):
     """ε log |Σ_j v_j exp(t_ij)| − f_i for axis 1, the same over i for axis 0, and the sum's sign;
@@ -95,7 +99,9 @@ class Blockwise(geometry.Geometry):
     Args: f [n], g [m]; eps: scalar; vec: weights [m] (axis 1) or [n] (axis 0), None for ones.
     Returns: ([n] or [m], sign of that shape; ones of shape [1] without vec, as ott has it).
     """
-    x, y, rows, columns = (self.x, self.y, f, g) if axis == 1 else (self.y, self.x, g, f)
+    x, y, rows, columns = (
+      (self.x, self.y, f, g) if axis == 1 else (self.y, self.x, g, f)
+    )
     shift = jnp.where(jnp.isfinite(rows), rows, 0.0)
     log_sum, sign = soft_min.log_sum_exp(x, y, shift, columns, eps, vec, self.tile)
     return eps * log_sum - shift, (jnp.ones(1, x.dtype) if vec is None else sign)
@@ -103,11 +109,15 @@ class Blockwise(geometry.Geometry):
   def apply_cost(self, arr, axis=0, fn=None, is_linear=False):
     """C v (axis 1) or Cᵀ v (axis 0) in closed form, [n] or [n, p]; fn must be None."""
     if fn is not None:
-      raise TypeError("Blockwise applies the cost itself, not a function of it: pass fn=None.")
+      raise TypeError(
+        "Blockwise applies the cost itself, not a function of it: pass fn=None."
+      )
     x, y = (self.x, self.y) if axis == 1 else (self.y, self.x)
     v = arr[:, None] if arr.ndim == 1 else arr
     dot = lambda a, b: jnp.matmul(a, b, precision="highest")
-    out = jnp.sum(x**2, 1, keepdims=True) * v.sum(0, keepdims=True) + dot(jnp.sum(y**2, 1)[None], v)
+    out = jnp.sum(x**2, 1, keepdims=True) * v.sum(0, keepdims=True) + dot(
+      jnp.sum(y**2, 1)[None], v
+    )
     out = out - 2 * dot(x, dot(y.T, v))
     return out[:, 0] if arr.ndim == 1 else out
 

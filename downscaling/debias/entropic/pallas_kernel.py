@@ -32,9 +32,8 @@ LEAST = {
   "cuda": (16, 16),
   "tpu": (8, 128),
 }  # smallest edges: of a Triton product; of a TPU register
-DEPTH = (
-  64  # of d in one Triton product: two 64 × 64 operands in three stages are 96 KB of shared memory
-)
+# Of d in one Triton product: two 64 × 64 operands in three stages are 96 KB of shared memory.
+DEPTH = 64
 VMEM_BYTES = 8 * 2**20  # for two buffers of both operands' tiles, of some 16 MB
 ZERO = np.int32(0)  # indices stay int32 under enable_x64 too
 _FORMS = {"gpu": "cuda", "cuda": "cuda", "tpu": "tpu"}
@@ -88,7 +87,9 @@ def _check(x, y, f, g, tile, form) -> None:
     shapes[0][:1],
     shapes[1][:1],
   ):
-    raise ValueError(f"x, y, f, g of shapes {shapes} came, need [n, d], [m, d], [n], [m].")
+    raise ValueError(
+      f"x, y, f, g of shapes {shapes} came, need [n, d], [m, d], [n], [m]."
+    )
   if shapes[0][1] != shapes[1][1] or 0 in shapes[0] + shapes[1]:
     raise ValueError(
       f"x {shapes[0]} and y {shapes[1]} came, need at least one row each, of one d >= 1."
@@ -105,7 +106,9 @@ def _check(x, y, f, g, tile, form) -> None:
     for a, b in zip(tile, least, strict=True)
   )
   if not whole:
-    need = f"powers of two, at least {least}" if form == "cuda" else f"multiples of {least}"
+    need = (
+      f"powers of two, at least {least}" if form == "cuda" else f"multiples of {least}"
+    )
     raise ValueError(
       f"tile={tile}: rows and columns of a {form} tile are {need}. The default is {TILE[form]}."
     )
@@ -144,7 +147,11 @@ def _padded(left, y, right, tile, form):
 def _product(left, y) -> jax.Array:
   # "highest": the accelerator's default would round the product to 10 or 8 bits, and ε divides it
   return lax.dot_general(
-    left, y, (((1,), (1,)), ((), ())), precision="highest", preferred_element_type=jnp.float32
+    left,
+    y,
+    (((1,), (1,)), ((), ())),
+    precision="highest",
+    preferred_element_type=jnp.float32,
   )
 
 
@@ -154,7 +161,9 @@ def _merge(top, total, t) -> tuple[jax.Array, jax.Array]:
   A NaN gets into total, if not into top.
   """
   new = jnp.maximum(top, jnp.max(t, axis=1, keepdims=True))
-  return new, total * jnp.exp(top - new) + jnp.sum(jnp.exp(t - new), axis=1, keepdims=True)
+  return new, total * jnp.exp(top - new) + jnp.sum(
+    jnp.exp(t - new), axis=1, keepdims=True
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("tile", "interpret"))
@@ -174,12 +183,19 @@ def _cuda(left, y, right, tile, interpret) -> jax.Array:
         part = pl.ds(k * depth, depth)
         return t + _product(left_ref[:, part], y_ref[here, part])
 
-      t = lax.fori_loop(ZERO, np.int32(d // depth), add, jnp.zeros((rows, columns), jnp.float32))
+      t = lax.fori_loop(
+        ZERO, np.int32(d // depth), add, jnp.zeros((rows, columns), jnp.float32)
+      )
       top, total = carry
       return _merge(top, total, t + right_ref[:, here])
 
     start = jnp.full((rows, 1), PAD, jnp.float32), jnp.zeros((rows, 1), jnp.float32)
-    top, total = lax.fori_loop(ZERO, np.int32(len(y) // columns), one_tile, start)
+    top, total = lax.fori_loop(
+      ZERO,
+      np.int32(len(y) // columns),
+      one_tile,
+      start,
+    )
     out_ref[...] = top + jnp.log(total)
 
   whole = lambda shape: pl.BlockSpec(shape, lambda i: (0, 0))

@@ -94,10 +94,14 @@ def fit(
   """
   mesh = mesh or meshes.make(1)
   x, y, weights, mean_cost = _clouds(source, target, weights, epsilon, threshold, group)
-  path = path_of(path, len(x), len(y), x.shape[1], mesh.size, 1 if group is None else len(group))
+  path = path_of(
+    path, len(x), len(y), x.shape[1], mesh.size, 1 if group is None else len(group)
+  )
   ladder = [epsilon * mean_cost * factor for factor in _factors(*anneal)]
   _check_counts(max_iterations, check_every, momentum)
-  run = _Run(x, y, weights, ladder, check_every, momentum, group, path, mesh, checkpoints)
+  run = _Run(
+    x, y, weights, ladder, check_every, momentum, group, path, mesh, checkpoints
+  )
   saved = time.monotonic()
   while not (verdict := _verdict(run.history, ladder[-1], threshold, max_iterations)):
     if stop():
@@ -119,7 +123,9 @@ def fit(
       f"{_rounding(x, y, ladder[-1]):.1g}."
     )
   f, g = meshes.to_host(mesh)((run.f, run.g))
-  return Fit(f, g, ladder[-1], mean_cost, run.history, threshold, verdict == "converged", path)
+  return Fit(
+    f, g, ladder[-1], mean_cost, run.history, threshold, verdict == "converged", path
+  )
 
 
 class _Run:
@@ -127,7 +133,9 @@ class _Run:
   checkpoint.
   """
 
-  def __init__(self, x, y, weights, ladder, check_every, momentum, group, path, mesh, checkpoints):
+  def __init__(
+    self, x, y, weights, ladder, check_every, momentum, group, path, mesh, checkpoints
+  ):
     self.ladder, self.checkpoints = ladder, checkpoints
     self.check_every, self.momentum = check_every, momentum
     self.chunk = sinkhorn_steps.make_chunk(
@@ -136,15 +144,33 @@ class _Run:
     self.moves = (
       None
       if group is None
-      else tuple(map(jnp.asarray, (group.index.astype(np.int32), group.sign.astype(x.dtype))))
+      else tuple(
+        map(
+          jnp.asarray,
+          (group.index.astype(np.int32), group.sign.astype(x.dtype)),
+        )
+      )
     )
-    spread = lambda rows: meshes.to_global(mesh, rows[meshes.host_rows(mesh, len(rows))], len(rows))
+    spread = lambda rows: meshes.to_global(
+      mesh, rows[meshes.host_rows(mesh, len(rows))], len(rows)
+    )
     self.x, self.y, self.costs = spread(x), spread(y), None
     self.a, self.b = map(spread, weights)
-    if sinkhorn_steps.keeps_costs(path, x.shape[1], 1 if group is None else len(group)):
+    if sinkhorn_steps.keeps_costs(
+      path,
+      x.shape[1],
+      1 if group is None else len(group),
+    ):
       self.costs = sinkhorn_steps.make_costs(mesh)(self.x, self.y)
-    self.f, self.g = spread(np.zeros(len(x), x.dtype)), spread(np.zeros(len(y), y.dtype))
-    self.history: dict[str, list] = {"iteration": [], "epsilon": [], "error": []}
+    self.f, self.g = (
+      spread(np.zeros(len(x), x.dtype)),
+      spread(np.zeros(len(y), y.dtype)),
+    )
+    self.history: dict[str, list] = {
+      "iteration": [],
+      "epsilon": [],
+      "error": [],
+    }
     self.identity = _identity(x, y, weights, ladder, check_every, momentum, group)
     if checkpoints is None:
       return
@@ -203,7 +229,14 @@ class _Run:
     return last_check(self.history)
 
 
-def path_of(path: str, n: int, m: int, d: int, devices: int, elements: int = 1) -> str:
+def path_of(
+  path: str,
+  n: int,
+  m: int,
+  d: int,
+  devices: int,
+  elements: int = 1,
+) -> str:
   """The path to take, for clouds of n and m rows of d values in equal parts on the devices."""
   if path not in ("auto", *sinkhorn_steps.PATHS):
     raise ValueError(
@@ -246,10 +279,24 @@ def _clouds(source, target, weights, epsilon, threshold, group):
   source, target = source.astype(dtype), target.astype(dtype)
   a, b = (
     _weights(w, len(c), name)
-    for w, c, name in zip(weights, (source, target), ("source", "target"), strict=True)
+    for w, c, name in zip(
+      weights,
+      (source, target),
+      ("source", "target"),
+      strict=True,
+    )
   )
   x, y = (cloud - soft_min.centre(target, group) for cloud in (source, target))
-  squares = sum(np.einsum("i,ij,ij->", w, c, c, dtype=np.float64) for w, c in ((a, x), (b, y)))
+  squares = sum(
+    np.einsum(
+      "i,ij,ij->",
+      w,
+      c,
+      c,
+      dtype=np.float64,
+    )
+    for w, c in ((a, x), (b, y))
+  )
   means = (soft_min.centre(c, group, w).astype(np.float64) for w, c in ((a, x), (b, y)))
   mean_cost = float(squares - 2 * np.dot(*means))
   rounding = _rounding(x, y, epsilon * mean_cost)
@@ -268,12 +315,15 @@ def _weights(weights, count: int, name: str) -> np.ndarray:
     return np.full(count, 1 / count)
   weights = np.asarray(weights, np.float64)
   if weights.shape != (count,):
-    raise ValueError(f"{name} weights are {weights.shape}, need [{count}]: one for each row.")
+    raise ValueError(
+      f"{name} weights are {weights.shape}, need [{count}]: one for each row."
+    )
   if len(bad := weights[~(np.isfinite(weights) & (weights > 0))]):
     raise ValueError(
       f"{name} weights hold {bad[0]:g}: need > 0 and finite. Leave rows of no weight out."
     )
-  if abs(weights.sum() - 1) > 1e-5:  # float32 weights, normalised in float32, sum to 1 within this
+  # float32 weights, normalised in float32, sum to 1 within this.
+  if abs(weights.sum() - 1) > 1e-5:
     raise ValueError(
       f"{name} weights sum to {weights.sum():.6g}, a plan needs 1: divide them by their sum."
     )
@@ -286,7 +336,8 @@ def _rounding(x, y, epsilon: float) -> float:
   Measured .46–.53, ε 1e-2 … 3e-5, d 24.
   """
   squares = sum(
-    float(np.einsum("ij,ij->", c, c, dtype=np.float64)) / len(c) for c in map(np.asarray, (x, y))
+    float(np.einsum("ij,ij->", c, c, dtype=np.float64)) / len(c)
+    for c in map(np.asarray, (x, y))
   )
   return float(jnp.finfo(x.dtype).eps) / 4 * squares / epsilon
 
@@ -317,7 +368,9 @@ def _check_counts(max_iterations, check_every, momentum) -> None:
 
 def _identity(x, y, weights, ladder, check_every, momentum, group) -> str:
   """SHA-256 of all that decides the iterates."""
-  digest = hashlib.sha256(repr((x.shape, y.shape, ladder, check_every, momentum)).encode())
+  digest = hashlib.sha256(
+    repr((x.shape, y.shape, ladder, check_every, momentum)).encode()
+  )
   for part in (x, y, *weights, *(group or ())):
     digest.update(np.asarray(part).tobytes())
   return digest.hexdigest()
@@ -326,17 +379,27 @@ def _identity(x, y, weights, ladder, check_every, momentum, group) -> str:
 def _verdict(history, last_epsilon, threshold, max_iterations) -> str:
   """ "converged", "stalled", "spent", or "" to go on."""
   errors = [
-    e for e, eps in zip(history["error"], history["epsilon"], strict=True) if eps == last_epsilon
+    e
+    for e, eps in zip(history["error"], history["epsilon"], strict=True)
+    if eps == last_epsilon
   ]
   if errors and errors[-1] < threshold:
     return "converged"
-  if len(errors) > PATIENCE and min(errors[-PATIENCE:]) > 0.99 * min(errors[:-PATIENCE]):
+  if len(errors) > PATIENCE and min(errors[-PATIENCE:]) > 0.99 * min(
+    errors[:-PATIENCE]
+  ):
     return "stalled"
-  return "spent" if history["iteration"] and history["iteration"][-1] >= max_iterations else ""
+  return (
+    "spent"
+    if history["iteration"] and history["iteration"][-1] >= max_iterations
+    else ""
+  )
 
 
 def last_check(history) -> str:
   if not history["iteration"]:
     return "0 iterations"
-  iteration, epsilon, error = (history[key][-1] for key in ("iteration", "epsilon", "error"))
+  iteration, epsilon, error = (
+    history[key][-1] for key in ("iteration", "epsilon", "error")
+  )
   return f"{iteration} iterations, marginal error {error:.2g} at ε = {epsilon:.3g}"

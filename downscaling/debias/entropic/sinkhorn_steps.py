@@ -42,16 +42,21 @@ SAFE = soft_min.SAFE
 # scalings of the dense path up to this: what underflowed in E, below 1e-38, then still weighs
 # nothing
 SCALE = 1e15
-DENSE_BYTES = (
-  2**30
-)  # of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose
+# Of a device's part of E, up to which `dense` was the faster path on 2 CPU cores: see choose.
+DENSE_BYTES = 2**30
 # The same with a group, and for wide rows: there other paths pay more in every iteration.
 MORE_BYTES = 2**31
 WIDE = 128  # values of a row from which a product costs more than an iteration
 TILE_NUMBERS = 2**21  # in a tile of `fused`: 8 MB in float32
 
 
-def choose(n: int, m: int, d: int, devices: int, elements: int = 1) -> str:
+def choose(
+  n: int,
+  m: int,
+  d: int,
+  devices: int,
+  elements: int = 1,
+) -> str:
   """The path for n × m rows of d values: dense while what a device keeps takes at most DENSE_BYTES,
   else fused.
 
@@ -61,7 +66,11 @@ def choose(n: int, m: int, d: int, devices: int, elements: int = 1) -> str:
   which a device cannot hold one whole; it does twice the work of fused.
   """
   kept = 4 * n * m / devices * (2 if keeps_costs("dense", d, elements) else 1)
-  return "dense" if kept <= (DENSE_BYTES if elements == 1 and d < WIDE else MORE_BYTES) else "fused"
+  return (
+    "dense"
+    if kept <= (DENSE_BYTES if elements == 1 and d < WIDE else MORE_BYTES)
+    else "fused"
+  )
 
 
 def keeps_costs(path: str, d: int, elements: int = 1) -> bool:
@@ -75,8 +84,15 @@ def make_costs(mesh: Mesh) -> Callable:
   Two programs: in one, XLA on a CPU fuses the sums of squares into the product, at ten times its
   time.
   """
-  split = functools.partial(jax.shard_map, mesh=mesh, out_specs=meshes.ROWS, check_vma=False)
-  squares = jax.jit(split(lambda x: jnp.sum(x**2, 1), in_specs=meshes.ROWS))
+  split = functools.partial(
+    jax.shard_map, mesh=mesh, out_specs=meshes.ROWS, check_vma=False
+  )
+  squares = jax.jit(
+    split(
+      lambda x: jnp.sum(x**2, 1),
+      in_specs=meshes.ROWS,
+    )
+  )
   cost = lambda x, y, xx, yy: (
     xx[:, None] + _whole(yy)[None] - 2 * jnp.matmul(x, _whole(y).T, precision="highest")
   )
@@ -104,21 +120,45 @@ def make_chunk(*, iterations: int, momentum: float, path: str, mesh: Mesh) -> Ca
     "pallas": functools.partial(_ring, lse=kernel),
   }[path]
 
-  def chunk(x, y, a, b, f, g, epsilon, moves=None, costs=None):
+  def chunk(
+    x,
+    y,
+    a,
+    b,
+    f,
+    g,
+    epsilon,
+    moves=None,
+    costs=None,
+  ):
     run = jax.shard_map(
-      functools.partial(body, iterations=iterations, momentum=momentum, devices=mesh.size),
+      functools.partial(
+        body, iterations=iterations, momentum=momentum, devices=mesh.size
+      ),
       mesh=mesh,
       in_specs=(*(meshes.ROWS,) * 6, PartitionSpec(), PartitionSpec(), meshes.ROWS),
       out_specs=(meshes.ROWS, meshes.ROWS, PartitionSpec()),
       # what is equal on all devices after a psum is known to us, not to the checker
       check_vma=False,
     )
-    f, g, error = run(x, y, a, b, f, g, epsilon, moves, costs)
+    f, g, error = run(
+      x,
+      y,
+      a,
+      b,
+      f,
+      g,
+      epsilon,
+      moves,
+      costs,
+    )
     drift = f.mean()  # f and −g wander off together, and lose digits
     return f - drift, g + drift, error
 
   rows = meshes.rows(mesh)
-  return jax.jit(chunk, out_shardings=(rows, rows, meshes.replicated(mesh)), donate_argnums=(4, 5))
+  return jax.jit(
+    chunk, out_shardings=(rows, rows, meshes.replicated(mesh)), donate_argnums=(4, 5)
+  )
 
 
 def _sum(value):
@@ -146,7 +186,9 @@ def _rows(x, f, eps, columns, moves, *more):
   """What tiles are cut from, x, (f − |x|²)/ε and more, and how many rows make about TILE_NUMBERS
   exponents, or eight times that where rows are wide: a product of few rows reads all of y for
   little work."""
-  size = max(8, TILE_NUMBERS // columns, min(256, x.shape[1] // 4, 8 * TILE_NUMBERS // columns))
+  size = max(
+    8, TILE_NUMBERS // columns, min(256, x.shape[1] // 4, 8 * TILE_NUMBERS // columns)
+  )
   return (
     x,
     (f - jnp.sum(x**2, 1)) / eps - (0.0 if moves is None else math.log(len(moves[1]))),
@@ -160,13 +202,37 @@ def _exponentials(rows, right, eps, moves):
   if moves is None:
     return jnp.exp(soft_min.exponents((x, bias), right))
   add = lambda e, move: (
-    e + jnp.exp(soft_min.exponents((soft_min.moved(move, x), bias), right)),
+    e
+    + jnp.exp(
+      soft_min.exponents(
+        (soft_min.moved(move, x), bias),
+        right,
+      )
+    ),
     None,
   )
-  return lax.scan(add, jnp.zeros((len(x), len(right[1])), x.dtype), moves)[0]
+  return lax.scan(
+    add,
+    jnp.zeros((len(x), len(right[1])), x.dtype),
+    moves,
+  )[0]
 
 
-def _fused(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices):
+def _fused(
+  x,
+  y,
+  a,
+  b,
+  f,
+  g,
+  eps,
+  moves,
+  costs,
+  *,
+  iterations,
+  momentum,
+  devices,
+):
   del costs, devices
   whole_y, whole_g = _whole(y), _whole(g)
   step = functools.partial(_fused_step, x, whole_y, a, _whole(b), eps, moves)
@@ -200,14 +266,23 @@ def _fused_step(x, y, a, b, eps, moves, f, g, momentum):
   bad = (_sum(_outside(r / a).astype(jnp.int32)) > 0) | _outside(columns / b)
 
   def plain():
-    error = jnp.maximum(_sum(jnp.abs(r - a).sum()), jnp.abs(columns - b).sum())
-    return (f + momentum * eps * ratio, g - momentum * eps * jnp.log(columns / b)), error
+    error = jnp.maximum(
+      _sum(jnp.abs(r - a).sum()),
+      jnp.abs(columns - b).sum(),
+    )
+    return (
+      f + momentum * eps * ratio,
+      g - momentum * eps * jnp.log(columns / b),
+    ), error
 
   def careful():
     new = f - momentum * eps * (_soft(x, y, f, g, eps, moves) - jnp.log(a))
     lse = _soft_columns(x, y, new, g, eps, moves)
     rows = jnp.exp(_soft(x, y, f, g, eps, moves))
-    error = jnp.maximum(_sum(jnp.abs(rows - a).sum()), jnp.abs(jnp.exp(lse) - b).sum())
+    error = jnp.maximum(
+      _sum(jnp.abs(rows - a).sum()),
+      jnp.abs(jnp.exp(lse) - b).sum(),
+    )
     return (new, g - momentum * eps * (lse - jnp.log(b))), error
 
   return lax.cond(bad, careful, plain)
@@ -248,12 +323,28 @@ def _soft_columns(x, y, f, g, eps, moves):
   return top + jnp.log(_sum(jnp.exp(mine - top)))
 
 
-def _dense(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices):
+def _dense(
+  x,
+  y,
+  a,
+  b,
+  f,
+  g,
+  eps,
+  moves,
+  costs,
+  *,
+  iterations,
+  momentum,
+  devices,
+):
   whole_y, whole_b, whole_g = _whole(y), _whole(b), _whole(g)
   if costs is None:
     right = whole_y, (whole_g - jnp.sum(whole_y**2, 1)) / eps
     one_tile = lambda _, rows, there: (None, _exponentials(rows, right, eps, moves))
-    kernel = soft_min.scan_tiles(one_tile, None, *_rows(x, f, eps, len(whole_y), moves))[1]
+    kernel = soft_min.scan_tiles(
+      one_tile, None, *_rows(x, f, eps, len(whole_y), moves)
+    )[1]
   else:
     kernel = jnp.exp((f[:, None] + whole_g[None] - costs) / eps)
   dot = functools.partial(jnp.matmul, precision="highest")
@@ -264,21 +355,41 @@ def _dense(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices
     v = v * (v * _sum(dot(u, kernel)) / whole_b) ** -momentum
     return (u, v), None
 
-  (u, v), _ = lax.scan(step, (jnp.ones_like(f), jnp.ones_like(whole_g)), length=iterations)
+  (u, v), _ = lax.scan(
+    step, (jnp.ones_like(f), jnp.ones_like(whole_g)), length=iterations
+  )
   rows_err = _sum(jnp.abs(u * dot(kernel, v) - a).sum())
-  error = jnp.maximum(rows_err, jnp.abs(v * _sum(dot(u, kernel)) - whole_b).sum())
+  error = jnp.maximum(
+    rows_err,
+    jnp.abs(v * _sum(dot(u, kernel)) - whole_b).sum(),
+  )
   wild = lambda s: ~jnp.all((s > 1 / SCALE) & (s < SCALE))
   bad = (_sum(wild(u).astype(jnp.int32)) > 0) | wild(v)
   good = lambda: (f + eps * jnp.log(u), _own(whole_g + eps * jnp.log(v), len(y)), error)
   sizes = {"iterations": iterations, "momentum": momentum, "devices": devices}
-  again = lambda: _fused(x, y, a, b, f, g, eps, moves, None, **sizes)
+  again = lambda: _fused(
+    x,
+    y,
+    a,
+    b,
+    f,
+    g,
+    eps,
+    moves,
+    None,
+    **sizes,
+  )
   return lax.cond(bad, again, good)
 
 
-def _ring(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices, lse=_scan):
+def _ring(
+  x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices, lse=_scan
+):
   del costs
   soft = functools.partial(
-    _ring_soft, soft=functools.partial(_soft, eps=eps, moves=moves, lse=lse), devices=devices
+    _ring_soft,
+    soft=functools.partial(_soft, eps=eps, moves=moves, lse=lse),
+    devices=devices,
   )
 
   def step(fg, _):
@@ -289,7 +400,14 @@ def _ring(x, y, a, b, f, g, eps, moves, costs, *, iterations, momentum, devices,
 
   (f, g), _ = lax.scan(step, (f, g), length=iterations)
   error = lambda lse, weights: _sum(jnp.abs(jnp.exp(lse) - weights).sum())
-  return f, g, jnp.maximum(error(soft(x, f, y, g), a), error(soft(y, g, x, f), b))
+  return (
+    f,
+    g,
+    jnp.maximum(
+      error(soft(x, f, y, g), a),
+      error(soft(y, g, x, f), b),
+    ),
+  )
 
 
 def _ring_soft(x, f, y, g, *, soft, devices):

@@ -28,7 +28,9 @@ SAFE = (1e-20, 1e20)
 PAD = -1e30
 
 
-def centre(target: np.ndarray, group=None, weights: np.ndarray | None = None) -> np.ndarray:
+def centre(
+  target: np.ndarray, group=None, weights: np.ndarray | None = None
+) -> np.ndarray:
   """The point both clouds are centred on, [d]: the target's mean, by weights of sum 1 if there are
   any, summed in float64; of its orbit, with a Group."""
   weights = np.full(len(target), 1 / len(target)) if weights is None else weights
@@ -44,7 +46,9 @@ def tiled(a: jax.Array, size: int, value: float = 0.0) -> jax.Array:
   return jnp.pad(a, padding, constant_values=value).reshape(-1, size, *a.shape[1:])
 
 
-def scan_tiles(body: Callable, carry: Any, arrays: tuple[jax.Array, ...], size: int) -> Any:
+def scan_tiles(
+  body: Callable, carry: Any, arrays: tuple[jax.Array, ...], size: int
+) -> Any:
   """lax.scan over tiles of rows of arrays [n, ...], sliced out one by one, so that no cloud is ever
   copied.
 
@@ -64,7 +68,13 @@ def scan_tiles(body: Callable, carry: Any, arrays: tuple[jax.Array, ...], size: 
   carry, out = lax.scan(step, carry, jnp.arange(count))
   last = count * size - n  # where the last tile's own rows begin
   return carry, jax.tree.map(
-    lambda a: jnp.concatenate([a[:-1].reshape(-1, *a.shape[2:]), a[-1, last:]]), out
+    lambda a: jnp.concatenate(
+      [
+        a[:-1].reshape(-1, *a.shape[2:]),
+        a[-1, last:],
+      ]
+    ),
+    out,
   )
 
 
@@ -86,7 +96,12 @@ def _present(columns, there):
 def exponents(left, right) -> jax.Array:
   (x, f), (y, g) = left, right
   # "highest": an accelerator's default would round the product to 10 or 8 bits, and ε divides it
-  product = lax.dot_general(x, y, (((1,), (1,)), ((), ())), precision="highest")
+  product = lax.dot_general(
+    x,
+    y,
+    (((1,), (1,)), ((), ())),
+    precision="highest",
+  )
   return (product + g[None, :]) + f[:, None]
 
 
@@ -106,7 +121,11 @@ def log_sum_exp(x, y, f, g, eps, vec=None, tile=TILE) -> tuple[jax.Array, jax.Ar
       return None, careful()
     total = _scan_sum(rows, right, tile[1])
     safe = jnp.all((total > SAFE[0]) & (total < SAFE[1]))
-    return None, lax.cond(safe, lambda: (jnp.log(total), jnp.ones_like(total)), careful)
+    return None, lax.cond(
+      safe,
+      lambda: (jnp.log(total), jnp.ones_like(total)),
+      careful,
+    )
 
   return scan_tiles(one_tile, None, _rows(x, f, eps), tile[0])[1]
 
@@ -130,7 +149,12 @@ def _by_running_max(rows, right, size) -> tuple[jax.Array, jax.Array]:
     new = jnp.maximum(top, t.max(1))
     return (
       new,
-      total * jnp.exp(top - new) + jnp.matmul(jnp.exp(t - new[:, None]), v, precision="highest"),
+      total * jnp.exp(top - new)
+      + jnp.matmul(
+        jnp.exp(t - new[:, None]),
+        v,
+        precision="highest",
+      ),
     ), None
 
   start = jnp.full_like(rows[1], PAD), jnp.zeros_like(rows[1])
@@ -138,7 +162,10 @@ def _by_running_max(rows, right, size) -> tuple[jax.Array, jax.Array]:
   return top + jnp.log(jnp.abs(total)), jnp.sign(total)
 
 
-def moved(moves: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+def moved(
+  moves: tuple[jax.Array, jax.Array],
+  x: jax.Array,
+) -> jax.Array:
   """One element of a group, as (index [d], sign []), on rows [n, d]."""
   index, sign = moves
   return sign * x[:, index]
@@ -152,7 +179,10 @@ def orbit_log_sum_exp(x, y, f, g, eps, moves, lse) -> jax.Array:
   """
 
   def add(total, move):
-    return jnp.logaddexp(total, lse(moved(move, x), y, f, g, eps)), None
+    return jnp.logaddexp(
+      total,
+      lse(moved(move, x), y, f, g, eps),
+    ), None
 
   return lax.scan(add, jnp.full_like(f, PAD), moves)[0] - jnp.log(float(len(moves[1])))
 
@@ -178,7 +208,9 @@ def orbit_average(x, y, g, eps, moves, tile=TILE) -> tuple[jax.Array, jax.Array]
     return (new, mean, part(old, entropy) + part(its, its_entropy)), None
 
   zero = jnp.zeros_like(x[:, 0])
-  _, mean, entropy = lax.scan(add, (zero + PAD, jnp.zeros_like(x), zero), (moves, back))[0]
+  _, mean, entropy = lax.scan(
+    add, (zero + PAD, jnp.zeros_like(x), zero), (moves, back)
+  )[0]
   return mean, entropy
 
 
@@ -217,6 +249,15 @@ def _soft_average(x, y, g, eps, tile):
     zero = jnp.zeros_like(rows[1])
     start = zero + PAD, zero, jnp.zeros_like(rows[0]), zero
     top, total, mean, energy = scan_tiles(add, start, right, tile[1])[0]
-    return None, (mean / total[:, None], jnp.log(total) - energy / total, top + jnp.log(total))
+    return None, (
+      mean / total[:, None],
+      jnp.log(total) - energy / total,
+      top + jnp.log(total),
+    )
 
-  return scan_tiles(one_tile, None, _rows(x, jnp.zeros_like(x[:, 0]), eps), tile[0])[1]
+  return scan_tiles(
+    one_tile,
+    None,
+    _rows(x, jnp.zeros_like(x[:, 0]), eps),
+    tile[0],
+  )[1]

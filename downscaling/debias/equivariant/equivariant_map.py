@@ -80,11 +80,18 @@ class Quantiles:
     if not self.filter.size:
       return moved
     change = moved - (v * self.sign).reshape(y.shape)
-    return y + moments.fields(moments.waves(change) * self.filter.conj(), y.shape[1:])
+    return y + moments.fields(
+      moments.waves(change) * self.filter.conj(),
+      y.shape[1:],
+    )
 
   def filtered(self, y: np.ndarray) -> np.ndarray:
     """h∗y with the signs of the orbits' representatives, [S, n]."""
-    v = moments.fields(moments.waves(y) * self.filter, y.shape[1:]) if self.filter.size else y
+    v = (
+      moments.fields(moments.waves(y) * self.filter, y.shape[1:])
+      if self.filter.size
+      else y
+    )
     return v.reshape(len(y), -1) * self.sign
 
   def map(self, v: np.ndarray) -> np.ndarray:
@@ -107,7 +114,9 @@ class Quantiles:
 
   def outside(self, y: np.ndarray) -> np.ndarray:
     v = self.filtered(y)
-    return ((v < self.reach[0][self.orbit]) | (v > self.reach[1][self.orbit])).any(axis=1)
+    return ((v < self.reach[0][self.orbit]) | (v > self.reach[1][self.orbit])).any(
+      axis=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +129,9 @@ class Transfer:
 
   def __call__(self, y: np.ndarray) -> np.ndarray:
     term = moments.waves(self.quadratic(y))
-    return y + moments.fields(term * self.coefficients[moments.shells(y.shape[1:])], y.shape[1:])
+    return y + moments.fields(
+      term * self.coefficients[moments.shells(y.shape[1:])], y.shape[1:]
+    )
 
   def outside(self, y: np.ndarray) -> np.ndarray:
     return np.zeros(len(y), bool)
@@ -207,13 +218,17 @@ class EquivariantMap:
     record, arrays = map_files.load(folder, cls.kind)
     try:
       space = tuple(record["grid"][:-1])
-      steps = tuple(_step(i, said, arrays, space) for i, said in enumerate(record["steps"]))
+      steps = tuple(
+        _step(i, said, arrays, space) for i, said in enumerate(record["steps"])
+      )
     except (KeyError, TypeError, AttributeError) as error:
       raise map_files.damaged(folder, f"{type(error).__name__}: {error}") from error
     return cls(steps, tuple(record["grid"]))
 
 
-def _step(i: int, said: dict, arrays: dict[str, np.ndarray], space: tuple[int, ...]) -> Step:
+def _step(
+  i: int, said: dict, arrays: dict[str, np.ndarray], space: tuple[int, ...]
+) -> Step:
   own: dict[str, Any] = {
     name.split(".", 1)[1]: a for name, a in arrays.items() if name.startswith(f"{i}.")
   }
@@ -241,4 +256,10 @@ def blocks(rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
   """(place, block in float64) of rows [S, *space]."""
   step = max(1, BLOCK // math.prod(rows.shape[1:]))
   for first in range(0, len(rows), step):
-    yield slice(first, first + step), np.asarray(rows[first : first + step], np.float64)
+    yield (
+      slice(first, first + step),
+      np.asarray(
+        rows[first : first + step],
+        np.float64,
+      ),
+    )

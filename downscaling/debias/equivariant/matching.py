@@ -32,10 +32,12 @@ from downscaling.fields.quadratic import Quadratic
 from downscaling.runtime import mesh as meshes
 
 MOST = 400  # statistics of one grid; triads of short waves beyond are left out
-LOW = 6  # in 2-D, waves up to it along either axis have a spectrum of squares of their own each
+# In 2-D, waves up to it along either axis have a spectrum of squares of their own each.
+LOW = 6
 RIDGE = 1e-6  # of the largest eigenvalue of the Gram matrix in units of its diagonal
 LARGEST = 0.2  # rms displacement of one step over the field's
-CLOSE = 1e-9  # of a statistic: more is no rounding, and the group does not leave it alone
+# Of a statistic: more is no rounding, and the group does not leave it alone.
+CLOSE = 1e-9
 NUMBERS = 2**22  # in a block of gradients
 ROWS = 1024  # mapped at a time; the last block is padded
 
@@ -53,19 +55,28 @@ def statistics(
   fourth power of the differences between neighbours.
   """
   shell = moments.shells(space).ravel()
-  weight = np.broadcast_to(moments.multiplicity(space), moments.shells(space).shape).ravel()
+  weight = np.broadcast_to(
+    moments.multiplicity(space), moments.shells(space).shape
+  ).ravel()
   bins = _squares(space)
-  total = lambda values, place: jax.ops.segment_sum(values.ravel() * weight, place, place.max() + 1)
+  total = lambda values, place: jax.ops.segment_sum(
+    values.ravel() * weight, place, place.max() + 1
+  )
   by_shell = lambda values: total(values, shell)
   waves = lambda y: jnp.fft.rfftn(y) / math.prod(space)
   top = (space[0] - 1) // 2
-  triads = sorted(((j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top), key=sum)
+  triads = sorted(
+    ((j, k) for j in range(1, top) for k in range(1, j + 1) if j + k <= top), key=sum
+  )
   above, below = np.tril_indices(2 * LOW + 1, -1)
   j, k = np.array(triads[: MOST // 2], int).reshape(-1, 2).T
 
   def of(y):
     z, square = waves(y), waves(y**2)
-    found = {"energy": by_shell(jnp.abs(z) ** 2)[1:], "squares": total(jnp.abs(square) ** 2, bins)}
+    found = {
+      "energy": by_shell(jnp.abs(z) ** 2)[1:],
+      "squares": total(jnp.abs(square) ** 2, bins),
+    }
     if len(space) == 1:
       triad = z[j] * z[k] * jnp.conj(z[j + k])
       found |= {"triads": jnp.concatenate([triad.real, triad.imag])}
@@ -92,12 +103,16 @@ def _squares(space: tuple[int, ...]) -> np.ndarray:
       np.abs(np.fft.fftfreq(space[0], 1 / space[0])).astype(int)[:, None],
       np.arange(space[1] // 2 + 1)[None],
     )
-    shell = np.where((ky <= LOW) & (kx <= LOW), shell.max() + 1 + ky * (LOW + 1) + kx, shell)
+    shell = np.where(
+      (ky <= LOW) & (kx <= LOW), shell.max() + 1 + ky * (LOW + 1) + kx, shell
+    )
   return np.unique(shell, return_inverse=True)[1].ravel()
 
 
 @functools.cache
-def _flat(space: tuple[int, ...], quadratic: Quadratic | None) -> Callable[[jax.Array], jax.Array]:
+def _flat(
+  space: tuple[int, ...], quadratic: Quadratic | None
+) -> Callable[[jax.Array], jax.Array]:
   named = statistics(space, quadratic)
   return lambda y: jnp.concatenate(list(named(y).values()))
 
@@ -127,7 +142,9 @@ def _gram(space, quadratic, kept: tuple[int, ...]) -> Callable:
 def _displacement(space, quadratic) -> Callable:
   """(y [B, *space], λ [T]) -> Σ_t λ_t ∇φ_t(y), like y."""
   return jax.jit(
-    lambda y, step: jax.vmap(jax.grad(lambda row: step @ _flat(space, quadratic)(row)))(y)
+    lambda y, step: jax.vmap(jax.grad(lambda row: step @ _flat(space, quadratic)(row)))(
+      y
+    )
   )
 
 
@@ -139,10 +156,23 @@ def invariant(
   """
   y = np.random.default_rng(0).normal(size=math.prod(space))
   moved = (group.sign[:, None] * y[group.index]).reshape(-1, *space)
-  first, *others = (_sum(_values(space, quadratic), row[None], 1) for row in moved)
-  apart = np.max([np.abs(other - first) for other in others], axis=0, initial=0.0)
+  first, *others = (
+    _sum(
+      _values(space, quadratic),
+      row[None],
+      1,
+    )
+    for row in moved
+  )
+  apart = np.max(
+    [np.abs(other - first) for other in others],
+    axis=0,
+    initial=0.0,
+  )
   size = np.abs(first)
-  return np.flatnonzero((apart <= CLOSE * (size + size.mean())) & (size > CLOSE * size.mean()))
+  return np.flatnonzero(
+    (apart <= CLOSE * (size + size.mean())) & (size > CLOSE * size.mean())
+  )
 
 
 def _sum(program: Callable, rows: np.ndarray, size: int = ROWS) -> np.ndarray:
@@ -159,7 +189,15 @@ def _padded(rows: np.ndarray, size: int):
   for first in range(0, len(rows), size):
     block = rows[first : first + size]
     there = (np.arange(size) < len(block)).astype(np.float64)
-    yield np.concatenate([block, np.zeros((size - len(block), *rows.shape[1:]))]), there
+    yield (
+      np.concatenate(
+        [
+          block,
+          np.zeros((size - len(block), *rows.shape[1:])),
+        ]
+      ),
+      there,
+    )
 
 
 class Sums(NamedTuple):
@@ -175,13 +213,31 @@ class Sums(NamedTuple):
   def of(cls, y: np.ndarray, quadratic: Quadratic | None) -> "Sums":
     """y: [S, *space], less the mean."""
     values = _sum(_values(y.shape[1:], quadratic), y)
-    return cls(np.asarray(float(len(y))), values, np.asarray((y**2).sum()))
+    return cls(
+      np.asarray(float(len(y))),
+      values,
+      np.asarray((y**2).sum()),
+    )
 
 
-def gram(y: np.ndarray, quadratic: Quadratic | None, kept: np.ndarray) -> np.ndarray:
+def gram(
+  y: np.ndarray,
+  quadratic: Quadratic | None,
+  kept: np.ndarray,
+) -> np.ndarray:
   """Σ over rows of ∇φ_s · ∇φ_t of the kept statistics, [len(kept)]²; y [S, *space] is centred."""
-  rows = max(1, min(ROWS, NUMBERS // (len(kept) * math.prod(y.shape[1:]))))
-  return _sum(_gram(y.shape[1:], quadratic, tuple(map(int, kept))), y, rows)
+  rows = max(
+    1,
+    min(
+      ROWS,
+      NUMBERS // (len(kept) * math.prod(y.shape[1:])),
+    ),
+  )
+  return _sum(
+    _gram(y.shape[1:], quadratic, tuple(map(int, kept))),
+    y,
+    rows,
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,7 +258,10 @@ class Matching:
   def __call__(self, y: np.ndarray) -> np.ndarray:
     moved, size = self._moved(y)
     share = np.linalg.norm(moved, axis=1) / size
-    moved *= np.minimum(1.0, self.most / np.maximum(share, np.finfo(float).tiny))[:, None]
+    moved *= np.minimum(
+      1.0,
+      self.most / np.maximum(share, np.finfo(float).tiny),
+    )[:, None]
     return y + moved.reshape(y.shape)
 
   def shares(self, y: np.ndarray) -> np.ndarray:
@@ -221,10 +280,17 @@ class Matching:
       with meshes.float64():
         part = np.asarray(program(jnp.asarray(block), jnp.asarray(self.coefficients)))
       moved[k * ROWS : (k + 1) * ROWS] = part.reshape(len(part), -1)[: int(there.sum())]
-    return moved, np.maximum(np.linalg.norm(rows.reshape(len(y), -1), axis=1), np.finfo(float).tiny)
+    return moved, np.maximum(
+      np.linalg.norm(rows.reshape(len(y), -1), axis=1), np.finfo(float).tiny
+    )
 
 
-def solve(now: Sums, goal: Sums, products: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def solve(
+  now: Sums,
+  goal: Sums,
+  products: np.ndarray,
+  kept: np.ndarray,
+) -> np.ndarray:
   """λ [T] that moves the kept statistics by the gap, or by as much of it as LARGEST allows;
   products: mean of `gram`.
 
@@ -233,12 +299,20 @@ def solve(now: Sums, goal: Sums, products: np.ndarray, kept: np.ndarray) -> np.n
   """
   gap = (goal.values / goal.count - now.values / now.count)[kept]
   diagonal = np.diag(products)
-  unit = np.where(diagonal > 0, 1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0)), 0.0)
+  unit = np.where(
+    diagonal > 0,
+    1 / np.sqrt(np.where(diagonal > 0, diagonal, 1.0)),
+    0.0,
+  )
   values, vectors = np.linalg.eigh(products * unit[:, None] * unit)
   step = unit * (
-    vectors @ ((vectors.T @ (gap * unit)) / (np.maximum(values, 0) + RIDGE * values.max()))
+    vectors
+    @ ((vectors.T @ (gap * unit)) / (np.maximum(values, 0) + RIDGE * values.max()))
   )
   moved = math.sqrt(max(step @ products @ step, 0.0) / (now.power / now.count))
   out = np.zeros(len(now.values))
-  out[kept] = step * min(1.0, LARGEST / max(moved, np.finfo(float).tiny))
+  out[kept] = step * min(
+    1.0,
+    LARGEST / max(moved, np.finfo(float).tiny),
+  )
   return out

@@ -51,12 +51,18 @@ class Frame:
       )
     table = group.index.reshape(len(group), -1, last)
     row, column = table // last, table % last
-    way = np.where((column[:, :1, 1 % last] - column[:, :1, 0]) % last == 1, 1, -1)[..., None]
+    way = np.where(
+      (column[:, :1, 1 % last] - column[:, :1, 0]) % last == 1,
+      1,
+      -1,
+    )[..., None]
     plain = (row == row[..., :1]).all() and (
       column == (column[:, :1, :1] + way * np.arange(last)) % last
     ).all()
     still = (
-      (row[..., 0] == np.arange(row.shape[1])).all(axis=1) & (way.ravel() == 1) & (group.sign > 0)
+      (row[..., 0] == np.arange(row.shape[1])).all(axis=1)
+      & (way.ravel() == 1)
+      & (group.sign > 0)
     )
     if not plain or last < 2 or len(set(column[still, 0, 0])) < last:
       return cls(space, 1, tuple((index, 1) for index in group.index))
@@ -95,7 +101,12 @@ def merge(z: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
   """The inverse of `split`: [K, m, S] -> [S, *space]."""
   if len(z) == 1:
     return z.transpose(0, 2, 1).reshape(-1, *space)
-  return np.fft.irfft(z.transpose(2, 1, 0), n=space[-1], axis=-1, norm="ortho").reshape(-1, *space)
+  return np.fft.irfft(
+    z.transpose(2, 1, 0),
+    n=space[-1],
+    axis=-1,
+    norm="ortho",
+  ).reshape(-1, *space)
 
 
 def added(one, other):
@@ -118,16 +129,22 @@ class Moments(NamedTuple):
   @classmethod
   def of(cls, y: np.ndarray, frame: Frame) -> "Moments":
     z = frame.split(y)
-    return cls(np.asarray(float(len(y))), y.sum(axis=0), z @ z.conj().transpose(0, 2, 1))
+    return cls(
+      np.asarray(float(len(y))), y.sum(axis=0), z @ z.conj().transpose(0, 2, 1)
+    )
 
-  def averaged(self, group: symmetry.Group, frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+  def averaged(
+    self, group: symmetry.Group, frame: Frame
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Mean [*space] and covariance [K, m, m] of the law that the group leaves alone; the sum is
     divided by count.
     """
     mean = self.total.ravel() / self.count
     mean = (group.sign[:, None] * mean[group.index]).mean(axis=0).reshape(frame.space)
     z = frame.split(mean[None])
-    return mean, frame.average(self.square / self.count) - z @ z.conj().transpose(0, 2, 1)
+    return mean, frame.average(self.square / self.count) - z @ z.conj().transpose(
+      0, 2, 1
+    )
 
 
 def total(parts: list[Moments]) -> Moments:
@@ -135,7 +152,12 @@ def total(parts: list[Moments]) -> Moments:
   return functools.reduce(added, parts)
 
 
-def root(a: np.ndarray, *, inverse: bool = False, cut: float = CUT) -> np.ndarray:
+def root(
+  a: np.ndarray,
+  *,
+  inverse: bool = False,
+  cut: float = CUT,
+) -> np.ndarray:
   """A^½, or the pseudo-inverse A^−½, of symmetric or Hermitian PSD blocks [K, m, m].
 
   Modes whose eigenvalue is below `cut` of the largest of all blocks count as empty in the inverse.
@@ -144,13 +166,21 @@ def root(a: np.ndarray, *, inverse: bool = False, cut: float = CUT) -> np.ndarra
   values = np.maximum(values, 0.0)
   if inverse:
     held = values > cut * values.max()
-    values = np.where(held, 1 / np.sqrt(np.where(held, values, 1.0)), 0.0)
+    values = np.where(
+      held,
+      1 / np.sqrt(np.where(held, values, 1.0)),
+      0.0,
+    )
   else:
     values = np.sqrt(values)
   return (vectors * values[:, None]) @ vectors.conj().transpose(0, 2, 1)
 
 
-def optimal(a: np.ndarray, b: np.ndarray, cut: float = CUT) -> np.ndarray:
+def optimal(
+  a: np.ndarray,
+  b: np.ndarray,
+  cut: float = CUT,
+) -> np.ndarray:
   """A^−½ (A^½ B A^½)^½ A^−½, the optimal linear map of N(0, A) onto N(0, B), [K, m, m]; PSD.
 
   Modes that A leaves empty (see `root`) are mapped to 0: nothing linear can fill them.
@@ -169,19 +199,30 @@ def shells(space: tuple[int, ...]) -> np.ndarray:
   their own.
   """
   first = np.meshgrid(
-    *(np.fft.fftfreq(n, 1 / n) for n in space[:-1]), np.arange(space[-1] // 2 + 1.0), indexing="ij"
+    *(np.fft.fftfreq(n, 1 / n) for n in space[:-1]),
+    np.arange(space[-1] // 2 + 1.0),
+    indexing="ij",
   )
   return np.floor(np.sqrt(sum(k**2 for k in first)) + 0.5).astype(int)
 
 
 def waves(y: np.ndarray) -> np.ndarray:
   """rfftn over space of [S, *space], norm "ortho"."""
-  return np.fft.rfftn(y, axes=tuple(range(1, y.ndim)), norm="ortho")
+  return np.fft.rfftn(
+    y,
+    axes=tuple(range(1, y.ndim)),
+    norm="ortho",
+  )
 
 
 def fields(z: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
   """The inverse of `waves`."""
-  return np.fft.irfftn(z, s=space, axes=tuple(range(1, z.ndim)), norm="ortho")
+  return np.fft.irfftn(
+    z,
+    s=space,
+    axes=tuple(range(1, z.ndim)),
+    norm="ortho",
+  )
 
 
 def multiplicity(space: tuple[int, ...]) -> np.ndarray:
@@ -189,7 +230,11 @@ def multiplicity(space: tuple[int, ...]) -> np.ndarray:
   + 1].
   """
   k = np.arange(space[-1] // 2 + 1)
-  return np.where((k == 0) | (2 * k == space[-1]), 1.0, 2.0)
+  return np.where(
+    (k == 0) | (2 * k == space[-1]),
+    1.0,
+    2.0,
+  )
 
 
 class Transfer(NamedTuple):
@@ -207,8 +252,13 @@ class Transfer(NamedTuple):
   def of(cls, y: np.ndarray, quadratic: Quadratic) -> "Transfer":
     z, term = waves(y), waves(quadratic(y))
     weight, shell = multiplicity(y.shape[1:]), shells(y.shape[1:]).ravel()
-    sums = (weight * part.sum(axis=0) for part in (np.real(z.conj() * term), np.abs(term) ** 2))
-    return cls(np.asarray(float(len(y))), *(np.bincount(shell, s.ravel()) for s in sums))
+    sums = (
+      weight * part.sum(axis=0)
+      for part in (np.real(z.conj() * term), np.abs(term) ** 2)
+    )
+    return cls(
+      np.asarray(float(len(y))), *(np.bincount(shell, s.ravel()) for s in sums)
+    )
 
 
 def response(y: np.ndarray, quadratic: Quadratic) -> np.ndarray:
@@ -218,9 +268,16 @@ def response(y: np.ndarray, quadratic: Quadratic) -> np.ndarray:
   N(y) − N(d).
   """
   space, term = y.shape[1:], quadratic(y)
-  z, waves_of_term, shell, weight = waves(y), waves(term), shells(space), multiplicity(space)
+  z, waves_of_term, shell, weight = (
+    waves(y),
+    waves(term),
+    shells(space),
+    multiplicity(space),
+  )
   out = np.diag(
-    np.bincount(shell.ravel(), (weight * (np.abs(waves_of_term) ** 2).mean(axis=0)).ravel())
+    np.bincount(
+      shell.ravel(), (weight * (np.abs(waves_of_term) ** 2).mean(axis=0)).ravel()
+    )
   )
   for part in range(len(out)):
     d = fields(waves_of_term * (shell == part), space)
@@ -231,17 +288,29 @@ def response(y: np.ndarray, quadratic: Quadratic) -> np.ndarray:
   return out
 
 
-def newton(gap: np.ndarray, matrix: np.ndarray, power: np.ndarray) -> np.ndarray:
+def newton(
+  gap: np.ndarray,
+  matrix: np.ndarray,
+  power: np.ndarray,
+) -> np.ndarray:
   """τ [K] with matrix τ ≈ gap, in units where every shell has power 1; shells without power are
   left out.
 
   Directions weaker than RIDGE of the strongest are damped: N conserves energy, so that one
   direction hardly moves any.
   """
-  unit = np.where(power > CUT * power.max(), 1 / np.sqrt(np.where(power > 0, power, 1.0)), 0.0)
+  unit = np.where(
+    power > CUT * power.max(), 1 / np.sqrt(np.where(power > 0, power, 1.0)), 0.0
+  )
   matrix, gap = matrix * unit[:, None] * unit, gap * unit
   ridge = (RIDGE * np.linalg.norm(matrix, 2)) ** 2
-  return np.linalg.solve(matrix.T @ matrix + ridge * np.eye(len(gap)), matrix.T @ gap) * unit
+  return (
+    np.linalg.solve(
+      matrix.T @ matrix + ridge * np.eye(len(gap)),
+      matrix.T @ gap,
+    )
+    * unit
+  )
 
 
 # ----------------------------------- one-point laws, pooled over orbits
@@ -263,7 +332,11 @@ class Pool(NamedTuple):
   def of(cls, group: symmetry.Group, character: np.ndarray | None = None) -> "Pool":
     """character: further signs [G], of a filter h with h∗(g·y) = character[g] g·(h∗y)."""
     signs = group.sign if character is None else group.sign * character
-    orbit, sign, odd = np.full(group.index.shape[1], -1), np.ones(group.index.shape[1]), []
+    orbit, sign, odd = (
+      np.full(group.index.shape[1], -1),
+      np.ones(group.index.shape[1]),
+      [],
+    )
     for i in range(len(orbit)):
       if orbit[i] < 0:
         orbit[group.index[:, i]], sign[group.index[:, i]] = len(odd), signs
@@ -280,7 +353,12 @@ class Pool(NamedTuple):
     np.minimum.at(low, self.orbit, v.min(axis=0))
     np.maximum.at(high, self.orbit, v.max(axis=0))
     most = np.maximum(-low, high)
-    return np.stack([np.where(self.odd, -most, low), np.where(self.odd, most, high)])
+    return np.stack(
+      [
+        np.where(self.odd, -most, low),
+        np.where(self.odd, most, high),
+      ]
+    )
 
   @property
   def bins(self) -> int:
@@ -291,21 +369,38 @@ class Pool(NamedTuple):
     symmetric.
     """
     low, width = reach[0], reach[1] - reach[0]
-    per = np.where(width > 0, self.bins / np.where(width > 0, width, 1.0), 0.0)
+    per = np.where(
+      width > 0,
+      self.bins / np.where(width > 0, width, 1.0),
+      0.0,
+    )
     cell = ((v - low[self.orbit]) * per[self.orbit]).astype(np.int64)
     np.clip(cell, 0, self.bins - 1, out=cell)
     cell += self.orbit * self.bins
-    out = np.bincount(cell.ravel(), minlength=len(self.odd) * self.bins).reshape(-1, self.bins)
-    return np.where(self.odd[:, None], out + out[:, ::-1], out)
+    out = np.bincount(
+      cell.ravel(),
+      minlength=len(self.odd) * self.bins,
+    ).reshape(-1, self.bins)
+    return np.where(
+      self.odd[:, None],
+      out + out[:, ::-1],
+      out,
+    )
 
 
-def quantiles(counts: np.ndarray, reach: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def quantiles(
+  counts: np.ndarray,
+  reach: np.ndarray,
+  levels: np.ndarray,
+) -> np.ndarray:
   """Quantiles [O, T] of histograms [O, bins], linear within a bin; reach [2, O], levels [T] in (0,
   1).
   """
   bins = counts.shape[1]
   place = [
-    np.interp(levels * c.sum(), np.concatenate([[0], np.cumsum(c)]), np.arange(bins + 1.0))
+    np.interp(
+      levels * c.sum(), np.concatenate([[0], np.cumsum(c)]), np.arange(bins + 1.0)
+    )
     for c in counts
   ]
   return reach[0][:, None] + (reach[1] - reach[0])[:, None] * np.stack(place) / bins
@@ -314,7 +409,9 @@ def quantiles(counts: np.ndarray, reach: np.ndarray, levels: np.ndarray) -> np.n
 # ---------------------------------------------------------------- random filters
 
 
-def filters(group: symmetry.Group, space: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
+def filters(
+  group: symmetry.Group, space: tuple[int, ...]
+) -> list[tuple[np.ndarray, np.ndarray]]:
   """Angular factors a(k) of filters that commute with the group up to a sign: [(a [*half space],
   character [G])].
 
@@ -327,8 +424,14 @@ def filters(group: symmetry.Group, space: tuple[int, ...]) -> list[tuple[np.ndar
   for parity in np.ndindex(*(2,) * len(space)):
     factor = np.ones(1, complex)
     for axis, (odd, n) in enumerate(zip(parity, space, strict=True)):
-      k = np.arange(n // 2 + 1.0) if axis == len(space) - 1 else np.fft.fftfreq(n, 1 / n)
-      one = 1j * np.sign(np.where(2 * np.abs(k) == n, 0, k)) if odd else np.ones(len(k), complex)
+      k = (
+        np.arange(n // 2 + 1.0) if axis == len(space) - 1 else np.fft.fftfreq(n, 1 / n)
+      )
+      one = (
+        1j * np.sign(np.where(2 * np.abs(k) == n, 0, k))
+        if odd
+        else np.ones(len(k), complex)
+      )
       factor = factor[..., None] * one if axis else one
     after = fields(waves(moved) * factor, space).reshape(len(group), -1)
     before = group.sign[:, None] * fields(waves(y) * factor, space).ravel()[group.index]
@@ -338,7 +441,11 @@ def filters(group: symmetry.Group, space: tuple[int, ...]) -> list[tuple[np.ndar
   return out
 
 
-def draw(key: jax.Array, kinds: int, shells: int) -> tuple[int, np.ndarray]:
+def draw(
+  key: jax.Array,
+  kinds: int,
+  shells: int,
+) -> tuple[int, np.ndarray]:
   """One random filter: which of `kinds` angular factors, and +1 or −1 for every shell, [shells]."""
   which, sign = jax.random.split(key)
   return int(jax.random.randint(which, (), 0, kinds)), np.asarray(

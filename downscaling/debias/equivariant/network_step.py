@@ -30,8 +30,10 @@ from downscaling.fields import symmetry
 
 WIDTH, LAYERS = 32, 4
 BATCH = 128  # rows of a training step, half of them true
-FIRST, LATER = 600, 200  # training steps before the first network step, and before each later one
-RATE, DECAY, AVERAGE = 5e-3, 1e-2, 0.98  # of Adam, of the weights, of the parameters that are used
+# Training steps before the first network step, and before each later one.
+FIRST, LATER = 600, 200
+# Of Adam, of the weights, of the parameters that are used.
+RATE, DECAY, AVERAGE = 5e-3, 1e-2, 0.98
 SPARE = 8  # one row of so many sets η and trains no network
 DAMPING = 0.7  # share of the gap that a step closes
 SURE = 2.0  # standard errors by which spare rows must differ
@@ -67,8 +69,15 @@ def turns(group: symmetry.Group, space: tuple[int, ...]) -> symmetry.Group:
 @functools.cache
 def _unravel(space: tuple[int, ...]):
   """Function of a vector of all parameters -> the network's tree."""
-  shapes = jax.eval_shape(Logit().init, jax.random.key(0), jnp.zeros((1, *space)))
-  blank = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+  shapes = jax.eval_shape(
+    Logit().init,
+    jax.random.key(0),
+    jnp.zeros((1, *space)),
+  )
+  blank = jax.tree.map(
+    lambda a: np.zeros(a.shape, a.dtype),
+    shapes,
+  )
   return jax.flatten_util.ravel_pytree(blank)[1]
 
 
@@ -80,7 +89,12 @@ def _rise(space: tuple[int, ...]):
   def value(y, params, index, sign):
     flat = y.reshape(len(y), -1)
     moved = sign[:, None, None] * jnp.moveaxis(flat[:, index], 1, 0)
-    logits = jnp.asarray(Logit().apply(unravel(params), moved.reshape(-1, *space)))
+    logits = jnp.asarray(
+      Logit().apply(
+        unravel(params),
+        moved.reshape(-1, *space),
+      )
+    )
     each = logits.reshape(len(sign), len(y)).mean(axis=0)
     return each.sum(), each
 
@@ -110,7 +124,14 @@ class Network:
 
   def __call__(self, y: np.ndarray) -> np.ndarray:
     _, moved = self.rise(y)
-    limit = np.minimum(1.0, self.most / np.maximum(self._shares(y, moved), np.finfo(float).tiny))
+    limit = np.minimum(
+      1.0,
+      self.most
+      / np.maximum(
+        self._shares(y, moved),
+        np.finfo(float).tiny,
+      ),
+    )
     return y + moved * limit.reshape(-1, *(1,) * (y.ndim - 1))
 
   def outside(self, y: np.ndarray) -> np.ndarray:
@@ -143,17 +164,30 @@ def _norms(y: np.ndarray) -> np.ndarray:
 class Learner:
   """The classifier of one fit, which goes on from step to step."""
 
-  def __init__(self, space: tuple[int, ...], group: symmetry.Group, key: jax.Array):
+  def __init__(
+    self,
+    space: tuple[int, ...],
+    group: symmetry.Group,
+    key: jax.Array,
+  ):
     """key: typed, of this use alone (randomness.key(seed, "network"))."""
     self.space, self.turns, self.key, self.done = space, turns(group, space), key, 0
-    starting = Logit().init(jax.random.fold_in(key, 0), jnp.zeros((1, *space)))
+    starting = Logit().init(
+      jax.random.fold_in(key, 0),
+      jnp.zeros((1, *space)),
+    )
     params = jax.flatten_util.ravel_pytree(starting)[0]
     adam = optax.adamw(RATE, weight_decay=DECAY)
     self.optimizer = optax.chain(optax.clip_by_global_norm(1.0), adam)
     self.state = (params, params, self.optimizer.init(params))
     self.train = self._program()
 
-  def step(self, rows: np.ndarray, true: np.ndarray, mean: np.ndarray) -> Network:
+  def step(
+    self,
+    rows: np.ndarray,
+    true: np.ndarray,
+    mean: np.ndarray,
+  ) -> Network:
     """Trains on most rows and returns the step that the others ask for.
 
     Args:
@@ -164,9 +198,16 @@ class Learner:
     scale = math.sqrt(np.mean((true - mean) ** 2))
     normal = lambda a: ((a - mean) / scale).astype(np.float32)
     self._advance(normal(rows[:cut]), normal(true[:true_cut]))
-    about = (np.asarray(mean), self.turns.index.astype(np.int32), self.turns.sign.astype(np.int8))
+    about = (
+      np.asarray(mean),
+      self.turns.index.astype(np.int32),
+      self.turns.sign.astype(np.int8),
+    )
     step = Network(np.asarray(self.state[1]), *about, scale, 1.0, LARGEST)
-    return dataclasses.replace(step, rate=_rate(step, rows[cut:], true[true_cut:]))
+    return dataclasses.replace(
+      step,
+      rate=_rate(step, rows[cut:], true[true_cut:]),
+    )
 
   def _advance(self, rows: np.ndarray, true: np.ndarray) -> None:
     steps, half = (LATER if self.done else FIRST), BATCH // 2
@@ -174,7 +215,12 @@ class Learner:
     keys = jax.random.split(jax.random.fold_in(self.key, self.done), 3)
     draw = lambda key, most: np.asarray(jax.random.randint(key, (steps, half), 0, most))
     chosen, true_chosen = draw(keys[0], len(rows)), draw(keys[1], len(true))
-    elements = jax.random.randint(keys[2], (steps, BATCH), 0, len(self.turns))
+    elements = jax.random.randint(
+      keys[2],
+      (steps, BATCH),
+      0,
+      len(self.turns),
+    )
     elements = np.asarray(elements)
     n = math.prod(self.space)
     for i in range(steps):
@@ -194,7 +240,11 @@ class Learner:
     @jax.jit
     def train(state, x):
       params, average, inner = state
-      change, inner = self.optimizer.update(jax.grad(loss)(params, x), inner, params)
+      change, inner = self.optimizer.update(
+        jax.grad(loss)(params, x),
+        inner,
+        params,
+      )
       params = jnp.asarray(optax.apply_updates(params, change))
       return params, AVERAGE * average + (1 - AVERAGE) * params, inner
 

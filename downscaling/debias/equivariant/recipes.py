@@ -97,10 +97,14 @@ def fit(
   grid, wanted = np.shape(source)[1:], np.shape(target)[1:]
   source, target = cloud(source, "source"), cloud(target, "target")
   if grid != wanted:
-    raise ValueError(f"source rows are {grid}, target rows {wanted}: bring both to one grid.")
+    raise ValueError(
+      f"source rows are {grid}, target rows {wanted}: bring both to one grid."
+    )
   channels = check_channels(grid, order)
   group = group.over_channels(channels)
-  fitting = Fitting(source, target, group, quadratic, towards, seed, damping, scratch, together)
+  fitting = Fitting(
+    source, target, group, quadratic, towards, seed, damping, scratch, together
+  )
   fitting.channels = channels
   steps = []
   for done, letter in enumerate(order):
@@ -134,7 +138,9 @@ def letters(recipe, quadratic: Quadratic | None, damping: float = 1.0) -> str:
   Raises ValueError for one that cannot be read or fitted.
   """
   try:
-    read = [(part, 1) if isinstance(part, str) else (part[0], int(part[1])) for part in recipe]
+    read = [
+      (part, 1) if isinstance(part, str) else (part[0], int(part[1])) for part in recipe
+    ]
     found = "".join(name * count for name, count in read)
     good = (
       bool(found)
@@ -242,7 +248,11 @@ class Fitting:
       self.current[place] = step(block)
 
   def sums(
-    self, which: str, of: Callable, join: Callable = lambda a, b: a + b, rows: slice = slice(None)
+    self,
+    which: str,
+    of: Callable,
+    join: Callable = lambda a, b: a + b,
+    rows: slice = slice(None),
   ):
     """Σ over blocks, and processes, of `of(block)` for "current" or "target"."""
     total = None
@@ -280,18 +290,29 @@ class Fitting:
     """Mean and covariance of a cloud, shrunk if the group does not do enough against its noise."""
     many = self.frame.blocks > 1 or len(self.group) >= math.prod(self.space)
     if self.towards is None or many:
-      sums = self.once(self._moments) if which == "target" else self.sums(which, self._moments)
+      sums = (
+        self.once(self._moments)
+        if which == "target"
+        else self.sums(which, self._moments)
+      )
       return sums.averaged(self.group, self.frame)
     if which == "target" and self.goal is not None:
       return self.goal
     fewest = min(int(n) for n in self.together(np.int64(len(getattr(self, which)))))
     folds = min(shrinkage.FOLDS, fewest)
-    edges = np.linspace(0, len(getattr(self, which)), folds + 1).astype(int)
+    edges = np.linspace(
+      0,
+      len(getattr(self, which)),
+      folds + 1,
+    ).astype(int)
     parts = [
-      self.sums(which, self._moments, rows=slice(*pair)) for pair in itertools.pairwise(edges)
+      self.sums(which, self._moments, rows=slice(*pair))
+      for pair in itertools.pairwise(edges)
     ]
     found = shrinkage.shrink(parts, self.group, self.frame, self.towards, self.channels)
-    self.shrunk.append({"cloud": which, "weight": found.weight, "towards": found.structure})
+    self.shrunk.append(
+      {"cloud": which, "weight": found.weight, "towards": found.structure}
+    )
     if which == "target":
       self.goal = (found.mean, found.covariance)
     return found.mean, found.covariance
@@ -302,10 +323,17 @@ class Fitting:
     quadratic = self.term
     # a direction asks for less than the gap
     matrix = self.mean(
-      SAMPLE // math.prod(self.space), lambda rows: len(rows) * moments.response(rows, quadratic)
+      SAMPLE // math.prod(self.space),
+      lambda rows: len(rows) * moments.response(rows, quadratic),
     )
     return Transfer(
-      self.damping * moments.newton(gap, np.asarray(matrix), now.power / now.count), quadratic
+      self.damping
+      * moments.newton(
+        gap,
+        np.asarray(matrix),
+        now.power / now.count,
+      ),
+      quadratic,
     )
 
   def matching(self) -> matching.Matching:
@@ -318,7 +346,10 @@ class Fitting:
       self.gram, lambda rows: matching.gram(rows - mean, self.quadratic, self.kept)
     )
     step = matching.Matching(
-      matching.solve(now, goal, np.asarray(products), self.kept), mean, math.inf, self.quadratic
+      matching.solve(now, goal, np.asarray(products), self.kept),
+      mean,
+      math.inf,
+      self.quadratic,
     )
     most = self.sums("current", lambda block: step.shares(block).max(), max)
     return dataclasses.replace(step, most=float(most))
@@ -360,19 +391,30 @@ class Fitting:
     )
     self.slices += 1
     factor, character = self.kinds[kind]
-    return self._quantiles(moments.Pool.of(self.group, character), factor * weight[shells])
+    return self._quantiles(
+      moments.Pool.of(self.group, character), factor * weight[shells]
+    )
 
   def _quantiles(self, pool: moments.Pool, h: np.ndarray) -> Quantiles:
     blank = np.zeros((len(pool.odd), 2))
-    step = Quantiles(blank, blank, blank, pool.orbit.astype(np.int32), pool.sign.astype(np.int8), h)
+    step = Quantiles(
+      blank, blank, blank, pool.orbit.astype(np.int32), pool.sign.astype(np.int8), h
+    )
     tables = []
     for which in ("current", "target"):
       reach = self.sums(
         which,
         lambda block: pool.range(step.filtered(block)),
-        lambda a, b: np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])]),
+        lambda a, b: np.stack(
+          [
+            np.minimum(a[0], b[0]),
+            np.maximum(a[1], b[1]),
+          ]
+        ),
       )
-      counts = self.sums(which, lambda block, reach=reach: pool.counts(step.filtered(block), reach))
+      counts = self.sums(
+        which, lambda block, reach=reach: pool.counts(step.filtered(block), reach)
+      )
       tables.append((reach, counts))
     fewest = min(counts.sum(axis=1).min() for _, counts in tables)
     end = scipy.special.ndtri(
@@ -380,5 +422,12 @@ class Fitting:
     )  # even in the normal deviate: most levels in the tails
     levels = scipy.special.ndtr(np.linspace(end, -end, LEVELS))
     x, y = (moments.quantiles(counts, reach, levels) for reach, counts in tables)
-    x, y = (np.where(pool.odd[:, None], (t - t[:, ::-1]) / 2, t) for t in (x, y))
+    x, y = (
+      np.where(
+        pool.odd[:, None],
+        (t - t[:, ::-1]) / 2,
+        t,
+      )
+      for t in (x, y)
+    )
     return dataclasses.replace(step, x=x, y=y, reach=tables[0][0])

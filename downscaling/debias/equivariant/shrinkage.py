@@ -42,7 +42,11 @@ class Shrunk(NamedTuple):
 
 
 def shrink(
-  parts: list[moments.Moments], group, frame: moments.Frame, towards: str, channels: int = 1
+  parts: list[moments.Moments],
+  group,
+  frame: moments.Frame,
+  towards: str,
+  channels: int = 1,
 ) -> Shrunk:
   """The covariance that moments of several folds of rows say, with the weight that is best out of
   fold.
@@ -71,7 +75,9 @@ def shrink(
     if best is None or error < best[0]:
       best = (
         error,
-        Shrunk(mean, ((1 - weight) * covariance[0] + weight * goal)[None], weight, name),
+        Shrunk(
+          mean, ((1 - weight) * covariance[0] + weight * goal)[None], weight, name
+        ),
       )
   assert best is not None  # there is always a structure
   return best[1]
@@ -108,7 +114,9 @@ def _over_shifts(matrix: np.ndarray, space: tuple[int, ...]) -> np.ndarray:
   n = math.prod(space)
   if len(matrix) > n:
     pairs = matrix.reshape(len(matrix) // n, n, -1, n).swapaxes(1, 2)
-    return np.block([[_over_shifts_of_pair(pair, space) for pair in row] for row in pairs])
+    return np.block(
+      [[_over_shifts_of_pair(pair, space) for pair in row] for row in pairs]
+    )
   return _over_shifts_of_pair(matrix, space)
 
 
@@ -117,17 +125,26 @@ def _over_shifts_of_pair(matrix: np.ndarray, space: tuple[int, ...]) -> np.ndarr
   axes = tuple(range(len(space)))
   n = math.prod(space)
   rows = np.fft.fftn(matrix.reshape(*space, n), axes=axes).reshape(n, n)
-  both = np.fft.ifftn(rows.reshape(n, *space), axes=tuple(a + 1 for a in axes)).reshape(n, n)
+  both = np.fft.ifftn(
+    rows.reshape(n, *space),
+    axes=tuple(a + 1 for a in axes),
+  ).reshape(n, n)
   waves = np.diagonal(both)
   if (matrix == matrix.T).all():
     waves = waves.real  # of a symmetric matrix they are, but for rounding
   average = np.fft.ifftn(waves.reshape(space)).real  # of a shift, [*space]
   place = np.indices(space).reshape(len(space), n)
-  apart = [(p[:, None] - p[None, :]) % size for p, size in zip(place, space, strict=True)]
+  apart = [
+    (p[:, None] - p[None, :]) % size for p, size in zip(place, space, strict=True)
+  ]
   return average[tuple(apart)]
 
 
-def tapered(covariance: np.ndarray, space: tuple[int, ...], reach: float) -> np.ndarray:
+def tapered(
+  covariance: np.ndarray,
+  space: tuple[int, ...],
+  reach: float,
+) -> np.ndarray:
   """The covariance times Gaspari and Cohn's function of the distance in points, 0 from `reach` on;
   [n, n], PSD.
   """
@@ -161,11 +178,16 @@ def _structures(towards: str, space: tuple[int, ...]) -> dict:
     }
   reaches = [max(2.0, share * max(space)) for share in TAPERS]
   return {
-    f"tapered to {r:g} points": functools.partial(tapered, space=space, reach=r) for r in reaches
+    f"tapered to {r:g} points": functools.partial(tapered, space=space, reach=r)
+    for r in reaches
   }
 
 
 def _correlation(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   std = np.sqrt(np.maximum(np.diagonal(covariance), 0.0))
-  unit = np.where(std > 0, 1 / np.where(std > 0, std, 1.0), 0.0)
+  unit = np.where(
+    std > 0,
+    1 / np.where(std > 0, std, 1.0),
+    0.0,
+  )
   return covariance * unit[:, None] * unit, std

@@ -39,16 +39,18 @@ FOLDS = 4
 OWN = "N"
 MOST = 16_384  # rows of either cloud that are used; more would cost more than they tell
 GRAM = 2**11  # rows that give the direction of an M that is tried
+# Of the target, whose differences say what sampling does: at most, and rows of each at least.
 CHUNKS, ROWS = (
   32,
   25,
-)  # of the target, whose differences say what sampling does: at most, and rows of each at least
+)
 ROUNDING = 1e-8  # of the field's variance: a mean whose noise is less is rounding
 # of the largest variance of a family's statistics: those below are sums that a symmetry cancels
 EMPTY = 1e-22
 # of the same: weaker ones are judged by this noise, as a field does not show what they are wrong by
 WEAK = 1e-4
-LEVELS = scipy.special.ndtr(np.linspace(-2, 2, 17))  # of the quantiles that are compared
+# Of the quantiles that are compared.
+LEVELS = scipy.special.ndtr(np.linspace(-2, 2, 17))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,13 @@ def select(
     which = int(np.argmin([sum(one.values()) for one in found]))
     gained = sum(best.values()) - sum(found[which].values())
     trials.append(
-      {"step": letter, "taken": gained > 0, "gain": gained, "before": best, "after": found[which]}
+      {
+        "step": letter,
+        "taken": gained > 0,
+        "gain": gained,
+        "before": best,
+        "after": found[which],
+      }
     )
     if gained > 0:
       if which == 0:
@@ -187,24 +195,37 @@ class _Judge:
   not count.
   """
 
-  def __init__(self, target: np.ndarray, group: symmetry.Group, quadratic: Quadratic | None):
+  def __init__(
+    self, target: np.ndarray, group: symmetry.Group, quadratic: Quadratic | None
+  ):
     self.space, self.group, self.quadratic = target.shape[1:], group, quadratic
     self.frame, self.pool = moments.Frame.of(group, self.space), moments.Pool.of(group)
     self.families = self._families()
-    count = int(np.clip(len(target) // ROWS, min(4, len(target)), CHUNKS))
+    count = int(
+      np.clip(
+        len(target) // ROWS,
+        min(4, len(target)),
+        CHUNKS,
+      )
+    )
     edges = np.linspace(0, len(target), count + 1).astype(int)
     self.centre = self._moments(target)[0]
     chunks = [self.summary(target[low:high]) for low, high in itertools.pairwise(edges)]
     self.noise = {}
     for name in chunks[0]:
-      variance = np.var(np.stack([chunk[name] for chunk in chunks]), axis=0, ddof=1)
+      variance = np.var(
+        np.stack([chunk[name] for chunk in chunks]),
+        axis=0,
+        ddof=1,
+      )
       held = variance > EMPTY * variance.max()
       noise = np.maximum(variance, WEAK * variance.max())
       self.noise[name] = np.where(held, noise, 0.0) * len(target) / count
-    power = sum(float(((block - self.centre) ** 2).sum()) for _, block in blocks(target)) / len(
-      target
-    )
-    if self.noise["mean"].sum() < ROUNDING * power:  # a symmetry or the equation forbids it
+    power = sum(
+      float(((block - self.centre) ** 2).sum()) for _, block in blocks(target)
+    ) / len(target)
+    # A symmetry or the equation forbids it.
+    if self.noise["mean"].sum() < ROUNDING * power:
       del self.noise["mean"]
     bad = [name for name, noise in self.noise.items() if not noise.any()]
     if bad:
@@ -227,8 +248,14 @@ class _Judge:
 
     jax.eval_shape(count, row)
     kept = matching.invariant(self.group, self.space, self.quadratic)
-    owner = np.searchsorted(np.cumsum(list(counts.values())), kept, side="right")
-    return {name: kept[owner == k] for k, name in enumerate(counts) if (owner == k).any()}
+    owner = np.searchsorted(
+      np.cumsum(list(counts.values())),
+      kept,
+      side="right",
+    )
+    return {
+      name: kept[owner == k] for k, name in enumerate(counts) if (owner == k).any()
+    }
 
   def _moments(self, rows):
     parts = [moments.Moments.of(block, self.frame) for _, block in blocks(rows)]
@@ -239,14 +266,19 @@ class _Judge:
     mean, covariance = self._moments(rows)
     out = {
       "mean": mean.ravel(),
-      "covariance": np.concatenate([np.real(covariance).ravel(), np.imag(covariance).ravel()]),
+      "covariance": np.concatenate(
+        [np.real(covariance).ravel(), np.imag(covariance).ravel()]
+      ),
     }
     out["law"] = self._law(rows)
     parts = [
-      matching.Sums.of(block - self.centre, self.quadratic).values for _, block in blocks(rows)
+      matching.Sums.of(block - self.centre, self.quadratic).values
+      for _, block in blocks(rows)
     ]
     values = functools.reduce(np.add, parts)
-    return out | {name: values[kept] / len(rows) for name, kept in self.families.items()}
+    return out | {
+      name: values[kept] / len(rows) for name, kept in self.families.items()
+    }
 
   def _law(self, rows: np.ndarray) -> np.ndarray:
     values = self.pool.values(np.asarray(rows, np.float64))
