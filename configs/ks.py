@@ -24,7 +24,7 @@ QUICK = dict(
   ),
   debias=dict(points=8192, threshold=2e-3, max_iterations=1000, recipe="GMQMNNNNM"),
   optimizer=dict(warmup_steps=100),
-  train=dict(total_steps=800, ema_decay=0.995),
+  train=dict(total_steps=600, ema_decay=0.995),
   plan=dict(log_every=50, eval_every=500, save_every=500),
   watch=dict(fields=64, steps=16),
   sampling=dict(conditions=256, unconditional=dict(fields=256, steps=32)),

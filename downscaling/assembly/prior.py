@@ -46,7 +46,8 @@ def network(
   if convolution is None:
     convolution = model.convolution
   if convolution == "auto" and jax.default_backend() == "cpu":
-    convolution = "edges"  # measured: see unet.convolve
+    # Microbatches are a loop. Samplers are too, but take no gradient to the kernels.
+    convolution = "im2col" if memory.microbatches > 1 else "edges"
   domain = worlds.domain(experiment)
   net = unet.UNet(
     channels=model.channels,
