@@ -196,6 +196,8 @@ def _drawn(work: Workdir, channel: int) -> tuple[dict, dict, dict, dict]:
     found[name] = in_time[name]
     if e.sampling.series.frames > 1:
       found[name] = frames_as_rows(in_time[name])
+      if name in misfits:  # a series has one, its frames share it
+        misfits[name] = misfits[name].repeat(e.sampling.series.frames, axis=0)
     if source:
       behind = rows.condition_fields(work, source)[..., channel]
       conditions[name] = time_series.as_rows(behind, e, 1)
