@@ -13,8 +13,8 @@ from downscaling import checks, experiment, jobs
 from downscaling.assembly import prior, samples, time_series, worlds
 from downscaling.fields import statistics
 from downscaling.jobs import rows, sample
-from downscaling.runtime import mesh as meshes
 from downscaling.runtime import files, stage_folder, supervision
+from downscaling.runtime import mesh as meshes
 from downscaling.sampling import ensemble
 
 # Trajectories of 6 frames, series of all 6 by windows of 4 that have 2 in common.
