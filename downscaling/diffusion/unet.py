@@ -93,18 +93,22 @@ def _edges(x: jax.Array, kernel: jax.Array, wrapped: tuple[bool, ...]) -> jax.Ar
 
 
 def _edges_forward(x, kernel, wrapped):
-  return _with_edges(x, kernel, wrapped), (x, kernel)
+  saved = x.value if kernel.perturbed else None, kernel.value
+  return _with_edges(x.value, kernel.value, wrapped), saved
 
 
 def _edges_backward(wrapped, saved, g):
   x, kernel = saved
   mirrored = jnp.flip(kernel, range(len(wrapped))).swapaxes(-1, -2)
+  to_field = _with_edges(g, mirrored, wrapped)
+  if x is None:  # guidance takes no gradient to the parameters
+    return to_field, None
   padded = _padded(x, kernel.shape[: len(wrapped)], wrapped)
   _, pull = jax.vjp(lambda kernel: _convolved(padded, kernel, "VALID"), kernel)
-  return _with_edges(g, mirrored, wrapped), *pull(g)
+  return to_field, *pull(g)
 
 
-_edges.defvjp(_edges_forward, _edges_backward)
+_edges.defvjp(_edges_forward, _edges_backward, symbolic_zeros=True)
 
 
 def _with_edges(
