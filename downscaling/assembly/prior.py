@@ -35,16 +35,13 @@ SCHEDULES = {
 WATCHED = ("unconditional/melr_weighted", "unconditional/melr_energy")
 
 
-def network(
-  experiment: Experiment, stats: statistics.Statistics, convolution: str | None = None
-) -> denoiser.Denoiser:
+def network(experiment: Experiment, stats: statistics.Statistics) -> denoiser.Denoiser:
   """The untrained D(x, σ), for windows of grid.frames.
 
-  stats: of single frames. convolution: in place of model.convolution.
+  stats: of single frames.
   """
   model, memory = experiment.model, experiment.memory
-  if convolution is None:
-    convolution = model.convolution
+  convolution = model.convolution
   if convolution == "auto" and jax.default_backend() == "cpu":
     # Microbatches are a loop. Samplers are too, but take no gradient to the kernels.
     convolution = "im2col" if memory.microbatches > 1 else "edges"

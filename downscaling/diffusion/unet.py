@@ -93,6 +93,7 @@ def _edges(x: jax.Array, kernel: jax.Array, wrapped: tuple[bool, ...]) -> jax.Ar
 
 
 def _edges_forward(x, kernel, wrapped):
+  # The field is kept only for the kernel's gradient, which guidance does not ask for.
   saved = x.value if kernel.perturbed else None, kernel.value
   return _with_edges(x.value, kernel.value, wrapped), saved
 
@@ -100,12 +101,12 @@ def _edges_forward(x, kernel, wrapped):
 def _edges_backward(wrapped, saved, g):
   x, kernel = saved
   mirrored = jnp.flip(kernel, range(len(wrapped))).swapaxes(-1, -2)
-  to_field = _with_edges(g, mirrored, wrapped)
-  if x is None:  # guidance takes no gradient to the parameters
-    return to_field, None
-  padded = _padded(x, kernel.shape[: len(wrapped)], wrapped)
-  _, pull = jax.vjp(lambda kernel: _convolved(padded, kernel, "VALID"), kernel)
-  return to_field, *pull(g)
+  to_field, to_kernel = _with_edges(g, mirrored, wrapped), None
+  if x is not None:
+    padded = _padded(x, kernel.shape[: len(wrapped)], wrapped)
+    _, pull = jax.vjp(lambda kernel: _convolved(padded, kernel, "VALID"), kernel)
+    (to_kernel,) = pull(g)
+  return to_field, to_kernel
 
 
 _edges.defvjp(_edges_forward, _edges_backward, symbolic_zeros=True)
@@ -132,7 +133,7 @@ def _with_edges(
       for p in near:
         slab = jnp.take(x, (p + shift) % n, axis=axis + 1)
         term = _with_edges(slab, jnp.take(kernel, tap, axis=axis), rest)
-        y = y.at[(slice(None), *(slice(None),) * axis, p)].add(term)
+        y = y.at[(*(slice(None),) * (axis + 1), p)].add(term)
   return y
 
 
