@@ -34,9 +34,8 @@ def convolve(
   Returns: [B, *space, C'].
 
   Measured with `python benchmarks/convolution.py --rounds=9`, two cores of an Intel Xeon, jax
-  0.10.2. Wall time of edges over the best of the others, in 1-D and 2-D: a training step .99, .83;
-  calls within lax.scan .73, .59; these with a vjp .78, .74. XLA's own gradient of a convolution is
-  slow within a loop on a CPU, so lax takes 2.3 and 3.7 times as long as im2col there.
+  0.10.2. Wall time of edges over the best of the others, in 1-D and 2-D: a training step 1.13, .77;
+  calls within lax.scan .79, .55; these with a vjp .85, .72. docs/research/prior.md has the table.
   """
   rank = x.ndim - 2
   if kernel.ndim != rank + 2 or any(k % 2 == 0 for k in kernel.shape[:rank]):
@@ -85,9 +84,8 @@ def _convolved(x: jax.Array, kernel: jax.Array, padding: str) -> jax.Array:
 def _edges(x: jax.Array, kernel: jax.Array, wrapped: tuple[bool, ...]) -> jax.Array:
   """`_with_edges`, whose gradient to x is the same convolution by the mirrored kernel.
 
-  Within a loop on a CPU, the backend's own gradients are slow: this one takes a third of the time.
-  That to the kernel is still the backend's. A loop that needs it should use im2col, which takes a
-  ninth of the time there.
+  Within a loop on a CPU, the backend's own gradients are slow. That to the kernel is the backend's:
+  a loop that needs it should use im2col.
   """
   return _with_edges(x, kernel, wrapped)
 
