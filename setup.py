@@ -93,6 +93,11 @@ setup(
     "cuda12": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
     "tpu": [f"jax[tpu]{JAX}"],
+    # Checkpoints on gs://. Also, xarray then opens gs:// and s3:// by itself.
+    "gcs": ["gcsfs>=2024.6"],
+    "s3": ["s3fs>=2024.6"],
+    # Processes of pods find each other through the cluster.
+    "k8s": ["kubernetes>=29"],
   },
   entry_points={"console_scripts": ["downscaling = downscaling.main:run"]},
 )

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from typing import Any
 
-from downscaling.runtime import settings
+from downscaling.runtime import files, settings
 from downscaling.runtime.settings import (
   Settings,
   choice,
@@ -29,10 +29,11 @@ def inner(kind: type[Settings]) -> Any:
   return dataclasses.field(default_factory=kind)
 
 
-def local_folder(value: Any) -> str:
-  """A path of this file system; "" for the default place."""
-  if not isinstance(value, str) or re.match(r"\w[\w+.-]*://", value):
+def folder_name(value: Any) -> str:
+  """A path of this file system or of an object store; "" for the default place."""
+  if not isinstance(value, str):
     raise ValueError
+  files.as_path(value)
   return value
 
 
@@ -62,9 +63,7 @@ def recipe(value: Any) -> str | tuple:
   return tuple(tuple(step) for step in value)
 
 
-FOLDER = (
-  'a folder of this machine\'s file system, without "scheme://"; "" for the default'
-)
+FOLDER = 'a folder, gs://BUCKET/FOLDER or s3://BUCKET/FOLDER; "" for the default'
 LABEL = "letters, digits and any of . _ + = -, without .. in it"
 
 
@@ -128,7 +127,7 @@ class Data(Settings, key="data"):
 
   name: str = text("ks", "the equation", words="the name of an equation")
   dir: str = text("", "where the data lie, WORKDIR/data by default", words=FOLDER,
-                  read=local_folder, free=True, example="/data/ks")  # fmt: skip
+                  read=folder_name, free=True, example="/data/ks")  # fmt: skip
   burn_in: float = number(25.0, "time before the first snapshot", least=0)
   spacing: float = number(12.5, "time between snapshots", above=0)
   snapshots: int = count(4, "snapshots a trajectory")
@@ -256,7 +255,7 @@ class Train(Settings, key="train"):
   ema_decay: tuple = numbers((0.999,), "decays of the averages; the first average is the prior",
                              least=0, below=1)  # fmt: skip
   dir: str = text("", "where the prior lies, WORKDIR/train by default", words=FOLDER,
-                  read=local_folder, free=True, example="/data/ks")  # fmt: skip
+                  read=folder_name, free=True, example="/data/ks")  # fmt: skip
   augment: bool = flag(
     False, "move every field by a random symmetry, anew in each step"
   )

@@ -27,6 +27,7 @@ from downscaling.fields import operators, statistics
 from downscaling.fields.domain import Domain
 from downscaling.runtime import files, products, stage_folder
 from downscaling.runtime import mesh as meshes
+from downscaling.runtime.remote_paths import RemotePath
 from downscaling.sampling import conditional_sampler, ensemble, observation_noise
 
 # Stages of a work folder that are read; `samples` may be missing.
@@ -69,7 +70,7 @@ class Downscaler:
     Raises: FileNotFoundError if `debias` or `train` has not finished there; ValueError if the
       folder is damaged, or made by a version that this one does not read.
     """
-    path = pathlib.Path(folder).expanduser().absolute()
+    path = files.folder(folder)
     found = {stage: _marker(path, stage) for stage in STAGES}
     e = _experiment(path, found)
     name = e.debias.map if map is None else map
@@ -104,9 +105,11 @@ class Downscaler:
   def save(self, folder: str | os.PathLike) -> None:
     """Writes what `load` needs into a new folder: megabytes, without data and checkpoints.
 
-    Raises: FileExistsError if the folder holds anything.
+    Raises: FileExistsError if the folder holds anything; ValueError for one on an object store.
     """
-    target = pathlib.Path(folder).expanduser().absolute()
+    target = files.folder(folder)
+    if isinstance(target, RemotePath):
+      raise ValueError(f"{target} is on an object store: save to a disk, then copy it.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
       raise FileExistsError(
         f"{target} is not empty: nothing was written. Use another folder."
@@ -117,21 +120,14 @@ class Downscaler:
       for stage in ("data", "debias", "train"):
         (partial / stage).mkdir(parents=True)
       data, trained = e.folder(source, "data"), e.folder(source, "train")
-      shutil.copyfile(data / "statistics.npz", partial / "data" / "statistics.npz")
-      shutil.copytree(trained / "prior", partial / "train" / "prior")
+      files.copy(data, partial / "data", [data / "statistics.npz"])
+      files.copy(trained, partial / "train", (trained / "prior").rglob("*"))
       if self.table is not None:
-        shutil.copyfile(
-          trained / error_table.FILE, partial / "train" / error_table.FILE
-        )
+        files.copy(trained, partial / "train", [trained / error_table.FILE])
       for fitted in (source / "debias").glob("*/map.json"):
-        shutil.copytree(
-          fitted.parent,
-          partial / "debias" / fitted.parent.name,
-          ignore=shutil.ignore_patterns("checkpoints"),
-        )
+        files.copy(source, partial, fitted.parent.glob("*"))
       if (source / NOISE).exists():
-        (partial / NOISE).parent.mkdir()
-        shutil.copyfile(source / NOISE, partial / NOISE)
+        files.copy(source, partial, [source / NOISE])
       # What it saves lies in one folder, wherever data and prior were.
       settings = e.changed(**{"data.dir": "", "train.dir": ""}).differences()
       for stage in ("data", "debias", "train"):

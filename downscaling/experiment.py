@@ -12,7 +12,7 @@ from typing import Any, Self
 from downscaling import blocks
 from downscaling.config_files import merged, read, resolve, split
 from downscaling.equations import kolmogorov, ks
-from downscaling.runtime import random_keys, settings
+from downscaling.runtime import files, random_keys, settings
 from downscaling.runtime.settings import Settings, count, text
 
 EQUATIONS = {"ks": ks, "kolmogorov": kolmogorov}
@@ -164,7 +164,7 @@ class Experiment(Settings):
     """Where a stage lies. A label keeps a second set of samples, and its report, apart."""
     elsewhere = {"data": self.data.dir, "train": self.train.dir}.get(stage)
     if elsewhere:
-      return pathlib.Path(elsewhere).expanduser()
+      return files.as_path(elsewhere).expanduser()
     labelled = self.label and stage in ("samples", "report")
     return workdir / (f"{stage}-{self.label}" if labelled else stage)
 

@@ -157,7 +157,7 @@ def main(argv: list[str], stop: supervision.Stop, overrides: dict) -> None:
         f"{job} needs --{name}. E.g. downscaling {job} --config=ks --workdir=runs/ks"
       )
   if FLAGS.workdir:
-    local(FLAGS.workdir)  # before anything starts
+    folder_of(FLAGS.workdir)  # before anything starts
   if FLAGS.devices is not None:
     plan_for(FLAGS.devices)
   with stop.interruptible("starting"):
@@ -209,7 +209,7 @@ def inspect(argv: list[str]) -> None:
   folders += [FLAGS.workdir] if FLAGS.workdir else []
   if len(folders) != 1:
     fail(f"{what} needs one work folder. E.g. downscaling {what} runs/ks")
-  folder = local(folders[0])
+  folder = folder_of(folders[0])
   from downscaling.jobs import status, verify
 
   try:
@@ -225,16 +225,20 @@ def inspect(argv: list[str]) -> None:
     fail(f"{what}: {folder} is damaged; see the lines with FIX above.")
 
 
-def local(folder: str) -> pathlib.Path:
-  """A folder that was typed. Ends the program for one on an object store: it would become a local
-  folder of that name.
+def folder_of(folder: str) -> pathlib.Path:
+  """A folder that was typed, here or on an object store. Ends the program for another scheme: it
+  would become a local folder of that name.
   """
-  if re.match(r"\w[\w+.-]*:/", folder):
-    fail(
-      f"--workdir={folder}: a work folder lies on a disk that all hosts see; object stores cannot "
-      "hold one yet. Mount the bucket (gcsfuse, mount-s3) and give that path."
-    )
-  return pathlib.Path(folder).expanduser().absolute()
+  from downscaling.runtime import files
+  from downscaling.runtime.remote_paths import RemotePath
+
+  try:
+    found = files.folder(folder)
+    if isinstance(found, RemotePath):
+      found.reach()
+    return found
+  except (ValueError, OSError) as error:
+    fail(f"--workdir={folder}: {error}")
 
 
 def read_experiment(overrides: dict):
@@ -300,9 +304,11 @@ def work(job: str, experiment, stop: supervision.Stop) -> str:
     processes.same_everywhere(facts(experiment))
     elsewhere = FLAGS.devices and ":" in FLAGS.devices
     devices = target_devices.devices(FLAGS.devices) if elsewhere else None
+    for folder in filter(None, (experiment.data.dir, experiment.train.dir)):
+      folder_of(folder)
     workdir = jobs.Workdir(
       experiment=experiment,
-      path=local(FLAGS.workdir),
+      path=folder_of(FLAGS.workdir),
       mesh=meshes.make(**experiment.mesh.asdict(), devices=devices),
       stop=stop,
       command=shlex.join(["downscaling", *sys.argv[1:]]),
@@ -360,7 +366,7 @@ def doctor(found, experiment) -> str:
   from downscaling.runtime import mesh as meshes
 
   mesh = meshes.make(**({} if experiment is None else experiment.mesh.asdict()))
-  workdir = local(FLAGS.workdir) if FLAGS.workdir else None
+  workdir = folder_of(FLAGS.workdir) if FLAGS.workdir else None
   text, well = doctor.report(found, mesh, workdir, facts(experiment))
   if not well:
     progress.say(text)

@@ -13,7 +13,7 @@ fi
 new=$(mktemp requirements.XXXXXX)
 trap 'rm -f "$new" "$new.whole"' EXIT
 cp requirements.lock "$new"
-uv pip compile setup.py --extra dev --generate-hashes --python-version 3.11 --universal --no-header --quiet \
+uv pip compile setup.py --extra dev --extra gcs --extra s3 --extra k8s --generate-hashes --python-version 3.11 --universal --no-header --quiet \
   "$@" -o "$new" >/dev/null
 # Whole or not at all: launch/install.sh may read it at the same time.
 { echo "# Every version, with hashes. Made by launch/lock.sh."; cat "$new"; } >"$new.whole"
@@ -21,7 +21,7 @@ mv "$new.whole" requirements.lock
 mkdir -p launch/locks
 for extra in cpu cuda12 cuda13 tpu; do
   # The versions of requirements.lock, without its hashes, as constraints.
-  uv pip compile setup.py $([ $extra = cpu ] || echo --extra $extra) --generate-hashes --python-version 3.11 \
+  uv pip compile setup.py $([ $extra = cpu ] || echo --extra $extra) --extra gcs --extra s3 --extra k8s --generate-hashes --python-version 3.11 \
     --python-platform x86_64-manylinux_2_31 --no-header --no-annotate --quiet \
     -c <(sed -n '/^[a-zA-Z0-9]/s/ *\\$//p' requirements.lock) -o "$new" >/dev/null
   { echo "# Of an image with EXTRA=$extra. Made by launch/lock.sh."; cat "$new"; } >"$new.whole"

@@ -18,8 +18,9 @@ from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core import splits as tfds_splits
 
 from downscaling.datasets import simulated
-from downscaling.runtime import files, ledger, progress, supervision
+from downscaling.runtime import files, ledger, mirror, progress, supervision
 from downscaling.runtime import mesh as meshes
+from downscaling.runtime.remote_paths import RemotePath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +91,11 @@ def generate(
     begun shard being whole.
   """
   shards = plan.shards()
-  plan.builder.data_path.mkdir(parents=True, exist_ok=True)
-  there = agree(
-    [s[3].exists() for s in shards]
-  )  # as process 0 sees them, so that all deal out the same
+  home = plan.builder.home
+  home.mkdir(parents=True, exist_ok=True)
+  names = {path.name for path in home.iterdir()}
+  # As process 0 sees them, so that all deal out the same.
+  there = agree([path.name in names for *_, path in shards])
   missing = [s for s, exists in zip(shards, there[0], strict=True) if not exists]
   mine, rounds = missing[process :: len(there)], -(-len(missing) // len(there))
   name = f"generate {plan.builder.name}/{plan.builder.grid.name}"
@@ -115,9 +117,7 @@ def generate(
         )
         computed = plan.rollout(jax.device_put(padded, meshes.rows(mesh)))
       if pending is not None:
-        with files.full_disk_in_words(
-          plan.builder.data_dir, "its finished shards are whole"
-        ):
+        with files.full_disk_in_words(home, "its finished shards are whole"):
           fields = np.asarray(pending[1])
           with ledger.spend("saving"):
             _write(plan, pending[0], fields)
@@ -131,13 +131,11 @@ def generate(
         )
       pending = None if shard is None else (shard, computed)
   agree("written")
-  described = (
-    plan.builder.info.initialized
-    and (plan.builder.data_path / "features.json").exists()
-  )
+  described = plan.builder.info.initialized and (home / "features.json").exists()
   if process == 0 and (missing or not described):
     _finalise(plan, shards)
   agree("finalised")
+  plan.builder.pull("*.json")
   if not plan.builder.info.initialized:
     plan.builder.info.read_from_directory(plan.builder.data_dir)
   return todo
@@ -147,7 +145,7 @@ def _write(plan: Plan, shard, fields: np.ndarray) -> None:
   _, _, ids, path = shard
   fields = fields[: len(ids)]
   plan.check(fields, ids, plan.times)
-  with files.replacing(path) as temporary:
+  with files.replacing(plan.builder.home / path.name) as temporary:
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for _, example in plan.builder._generate_examples(
       ids, plan.times, fields.astype(np.float32)
@@ -182,7 +180,8 @@ def _finalise(plan: Plan, shards) -> None:
   """Counts the records of every shard and writes dataset_info.json: only then the data set counts
   as made.
   """
-  splits = []
+  splits, here = [], pathlib.Path(plan.builder.data_dir)
+  plan.builder.pull("*.array_record-*")
   for split in plan.trajectories:
     lengths, size = [], 0
     for _, _, ids, path in (s for s in shards if s[0] == split):
@@ -190,8 +189,9 @@ def _finalise(plan: Plan, shards) -> None:
       size += path.stat().st_size
       if lengths[-1] != len(ids) * len(plan.times):
         raise ValueError(
-          f"{path} has {lengths[-1]} records, {len(ids) * len(plan.times)} are needed: it is "
-          "damaged. Move it away and run the same command; only that shard is made again."
+          f"{plan.builder.home / path.name} has {lengths[-1]} records, "
+          f"{len(ids) * len(plan.times)} are needed: it is damaged. Move it away and run the same "
+          "command; only that shard is made again."
         )
     if lengths:
       splits.append(
@@ -204,4 +204,6 @@ def _finalise(plan: Plan, shards) -> None:
       )
   plan.builder.info.set_splits(tfds_splits.SplitDict(splits))
   plan.builder.info.write_to_directory(plan.builder.data_dir)
+  if isinstance(plan.builder.home, RemotePath):
+    mirror.push(here, plan.builder.home, "*.json")
   plan.builder.info.read_from_directory(plan.builder.data_dir)

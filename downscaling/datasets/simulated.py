@@ -11,6 +11,7 @@ The files are written by `downscaling generate` (see generate.py), which resumes
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -18,6 +19,9 @@ from typing import ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+
+from downscaling.runtime import files, mirror
+from downscaling.runtime.remote_paths import RemotePath
 
 # Splits have one use each. The coarse world has the first three.
 #   train        fits the maps and the prior.
@@ -52,8 +56,23 @@ class FieldsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   RELEASE_NOTES: ClassVar = {"1.0.0": "First version: u, trajectory, time."}
   about = ""
 
-  def __init__(self, **kwargs):
+  def __init__(self, home: RemotePath | None = None, **kwargs):
+    """home: the folder of data_dir on an object store, of which data_dir holds copies."""
     super().__init__(file_format="array_record", **kwargs)
+    self._home = home
+
+  @property
+  def home(self) -> pathlib.Path:
+    """Where the files of the data set belong."""
+    here = pathlib.Path(self.data_dir)
+    if self._home is None:
+      return here
+    return self._home / here.relative_to(pathlib.Path(self._data_dir_root).absolute())
+
+  def pull(self, pattern: str) -> None:
+    """Fetches files whose names match, if they are not on this machine as they are now."""
+    if isinstance(self.home, RemotePath):
+      mirror.pull(self.home, pathlib.Path(self.data_dir), pattern)
 
   @property
   def grid(self) -> FieldsConfig:
@@ -88,7 +107,7 @@ class FieldsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def download_and_prepare(self, **_):
     """Raises RuntimeError: these data sets are made by a job."""
     raise RuntimeError(
-      f"{self.data_dir} holds no finished data set. These fields are simulated by a job that "
+      f"{self.home} holds no finished data set. These fields are simulated by a job that "
       "resumes: run `downscaling generate --config=... --workdir=...`."
     )
 
@@ -161,8 +180,14 @@ def make(
     config = dataclasses.replace(
       config, name=name, space=tuple(space), channels=channels
     )
-  builder = cls(config=config, data_dir=str(pathlib.Path(data_dir).absolute()))
-  return builder
+  folder = files.folder(data_dir)
+  if not isinstance(folder, RemotePath):
+    return cls(config=config, data_dir=str(folder))
+  made = functools.partial(
+    cls, home=folder, config=config, data_dir=str(mirror.place(folder))
+  )
+  made().pull("*.json")
+  return made()  # TFDS reads them when it makes a builder
 
 
 def _class_of(name: str) -> type[FieldsBuilder]:
@@ -184,21 +209,22 @@ def source(builder: FieldsBuilder, split: str, at_least: int = 1):
   """
   if not builder.info.initialized:
     raise FileNotFoundError(
-      f"{builder.data_dir} has no dataset_info.json: the data set is missing or half made. Run "
+      f"{builder.home} has no dataset_info.json: the data set is missing or half made. Run "
       "`downscaling generate` with the same --config and --workdir; it goes on where it stopped."
     )
   have = builder.info.splits[split].num_examples if split in builder.info.splits else 0
   if have < at_least:
     raise ValueError(
-      f"{builder.data_dir} has {have} {split} snapshots, {at_least} are needed: raise config.data "
+      f"{builder.home} has {have} {split} snapshots, {at_least} are needed: raise config.data "
       "(trajectories or snapshots) and generate into another --workdir, or ask for fewer."
     )
+  builder.pull(f"*-{split}.array_record-*")
   try:
     # TFDS decorates the method so that its types lose its arguments.
     return builder.as_data_source(split)  # pyright: ignore[reportCallIssue]
   except Exception as error:  # array_record raises its own kinds for a truncated file
     raise ValueError(
-      f"{builder.data_dir} split {split} cannot be read ({error}): generate it anew elsewhere."
+      f"{builder.home} split {split} cannot be read ({error}): generate it anew elsewhere."
     ) from error
 
 
@@ -271,7 +297,7 @@ def load(
   if not finite.all():
     bad = int(np.argmin(finite))
     raise ValueError(
-      f"{builder.data_dir} split {split}: trajectory {out['trajectory'][bad]} at time "
+      f"{builder.home} split {split}: trajectory {out['trajectory'][bad]} at time "
       f"{out['time'][bad]:g} holds NaN or infinity ({int((~finite).sum())} of {len(rows)} "
       "snapshots). Generate anew in another --workdir."
     )

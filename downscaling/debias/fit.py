@@ -57,7 +57,7 @@ def debias(
   Returns: the diagnostics. Raises: as the fits, and ValueError for arrays that are not on `space`,
     for rows that cannot be meant (see health.py), and for a chosen map that carries no information.
   """
-  began, folder = time.monotonic(), pathlib.Path(folder)
+  began, folder = time.monotonic(), files.as_path(folder)
   if chosen not in maps:
     raise ValueError(
       f"config.debias.map={chosen!r} is not among config.debias.maps={tuple(maps)}: add it there."
@@ -211,7 +211,9 @@ def _mapped_rows(
   }
   if ids is not None:
     chunks["row"] = {"compressors": stores.CHECKED}
-  data.to_zarr(path, mode="w", zarr_format=3, consolidated=False, encoding=chunks)
+  data.to_zarr(
+    stores.store(path), mode="w", zarr_format=3, consolidated=False, encoding=chunks
+  )
   return mapped
 
 

@@ -21,7 +21,7 @@ def save(
   arrays: Mapping[str, np.ndarray],
 ) -> None:
   """Writes the arrays and then, when they are durable, map.json."""
-  folder = pathlib.Path(folder)
+  folder = files.as_path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   files.write_npz(folder / "arrays.npz", dict(arrays))
   about = {
@@ -35,7 +35,7 @@ def save(
 
 def kind_of(folder: str | os.PathLike) -> str:
   """The kind of the map in a folder. Raises FileNotFoundError if there is none."""
-  return str(_record(pathlib.Path(folder)).get("kind"))
+  return str(_record(files.as_path(folder)).get("kind"))
 
 
 def load(folder: str | os.PathLike, kind: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -44,7 +44,7 @@ def load(folder: str | os.PathLike, kind: str) -> tuple[dict, dict[str, np.ndarr
   Raises: FileNotFoundError if there is no map; ValueError if it is damaged, of another kind or of
     another schema.
   """
-  folder = pathlib.Path(folder)
+  folder = files.as_path(folder)
   record = _record(folder)
   found = (record.get("schema"), record.get("kind"))
   if found != (SCHEMA, kind):
@@ -53,7 +53,7 @@ def load(folder: str | os.PathLike, kind: str) -> tuple[dict, dict[str, np.ndarr
     )
   try:
     with (
-      open(folder / "arrays.npz", "rb") as file,
+      (folder / "arrays.npz").open("rb") as file,
       np.load(file, allow_pickle=False) as stored,
     ):
       arrays = {name: stored[name] for name in record["arrays"]}

@@ -55,14 +55,14 @@ class Chain:
   def save(self, folder: str | os.PathLike) -> None:
     """The maps as FOLDER/0, FOLDER/1, ..., then map.json."""
     for i, each in enumerate(self.maps):
-      each.save(pathlib.Path(folder) / str(i))
+      each.save(files.as_path(folder) / str(i))
     map_files.save(folder, self.kind, {"length": len(self.maps)}, {})
 
   @classmethod
   def load(cls, folder: str | os.PathLike) -> "Chain":
     record, _ = map_files.load(folder, cls.kind)
     return cls(
-      tuple(load(pathlib.Path(folder) / str(i)) for i in range(int(record["length"])))
+      tuple(load(files.as_path(folder) / str(i)) for i in range(int(record["length"])))
     )
 
 
@@ -82,7 +82,7 @@ class Scaled:
 
   def save(self, folder: str | os.PathLike) -> None:
     """The map as FOLDER/map, then map.json."""
-    self.map.save(pathlib.Path(folder) / "map")
+    self.map.save(files.as_path(folder) / "map")
     map_files.save(folder, self.kind, {}, {"scale": self.scale})
 
   @classmethod
@@ -90,7 +90,7 @@ class Scaled:
     _, arrays = map_files.load(folder, cls.kind)
     if set(arrays) != {"scale"}:
       raise map_files.damaged(folder, ", ".join(sorted(arrays)))
-    return cls(load(pathlib.Path(folder) / "map"), arrays["scale"])
+    return cls(load(files.as_path(folder) / "map"), arrays["scale"])
 
 
 def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
@@ -198,25 +198,23 @@ def _entropic(
   folder, source, target, setting: Setting, group: symmetry.Group | None = None
 ):
   x, y = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (source, target))
-  saver = checkpoints_lib.Checkpoints(
-    folder / "checkpoints", setting.config_hash, agree=setting.agree
-  )
-  try:
-    with progress.Progress(
-      folder.name, setting.sinkhorn.get("max_iterations", 2000), "iterations at most"
-    ) as bar:
-      advance = lambda count, eps, error: bar.advance(count, error=error, epsilon=eps)
-      shared = {
-        "mesh": setting.mesh,
-        "stop": setting.stop,
-        "agree": setting.agree,
-        "progress": advance,
-      }
-      result = sinkhorn.fit(
-        x, y, checkpoints=saver, group=group, **shared, **setting.sinkhorn
-      )
-  finally:
-    saver.close()
+  most = setting.sinkhorn.get("max_iterations", 2000)
+  with (
+    checkpoints_lib.opened(
+      folder / "checkpoints", setting.config_hash, setting.agree
+    ) as saver,
+    progress.Progress(folder.name, most, "iterations at most") as bar,
+  ):
+    advance = lambda count, eps, error: bar.advance(count, error=error, epsilon=eps)
+    shared = {
+      "mesh": setting.mesh,
+      "stop": setting.stop,
+      "agree": setting.agree,
+      "progress": advance,
+    }
+    result = sinkhorn.fit(
+      x, y, checkpoints=saver, group=group, **shared, **setting.sinkhorn
+    )
   if not result.converged and meshes.is_main():
     progress.say(
       f"debias: {folder.name} not converged after {sinkhorn.last_check(result.history)}; wanted "
@@ -282,24 +280,21 @@ def _minibatch(folder, source, target, setting: Setting):
   x, y = (np.asarray(a, np.float32).reshape(len(a), -1) for a in (source, target))
   spare = max(2, len(x) // SPARE)
   if meshes.is_main():
-    saver = checkpoints_lib.Checkpoints(folder / "checkpoints", setting.config_hash)
     steps = max(1, round(passes * ((len(x) - spare) // batch)))
-    try:
-      with progress.Progress(folder.name, steps, "steps") as bar:
-        result = minibatch.fit(
-          minibatch.shuffled(x[:-spare], batch, setting.seed),
-          y,
-          held_out=x[-spare:],
-          epsilon=setting.sinkhorn["epsilon"],
-          steps=steps,
-          checkpoints=saver,
-          stop=setting.stop,
-          progress=lambda count, eps, error: bar.advance(
-            count, error=error, epsilon=eps
-          ),
-        )
-    finally:
-      saver.close()
+    with (
+      checkpoints_lib.opened(folder / "checkpoints", setting.config_hash) as saver,
+      progress.Progress(folder.name, steps, "steps") as bar,
+    ):
+      result = minibatch.fit(
+        minibatch.shuffled(x[:-spare], batch, setting.seed),
+        y,
+        held_out=x[-spare:],
+        epsilon=setting.sinkhorn["epsilon"],
+        steps=steps,
+        checkpoints=saver,
+        stop=setting.stop,
+        progress=lambda count, eps, error: bar.advance(count, error=error, epsilon=eps),
+      )
     reach = entropic_map.reach_of(x[:-spare], y)
     made = entropic_map.EntropicMap(
       y, np.asarray(result.g), result.epsilon, source.shape[1:], reach=reach

@@ -10,7 +10,6 @@ slaved to larger ones have a small part of that, and the gain of `measured` guid
 
 import hashlib
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -172,7 +171,7 @@ def tabulate(
 
 def save(folder: str | os.PathLike, table: ErrorTable, config_hash: str) -> None:
   """folder/FILE with a SHA-256 over numbers and config hash; all or nothing."""
-  path = pathlib.Path(folder) / FILE
+  path = files.as_path(folder) / FILE
   about = {"config_hash": config_hash, "sha256": _digest(table, config_hash)}
   with files.full_disk_in_words(path, "the prior is whole"):
     files.write_npz(path, table._asdict() | about)
@@ -182,7 +181,7 @@ def load(folder: str | os.PathLike, config_hash: str) -> ErrorTable:
   """Raises FileNotFoundError or ValueError, with what to do, if the table is missing, damaged or of
   another prior.
   """
-  path = pathlib.Path(folder) / FILE
+  path = files.as_path(folder) / FILE
   again = (
     "run `downscaling train` with the same --config and --workdir: it keeps the prior and "
     "tabulates its error"
@@ -192,7 +191,7 @@ def load(folder: str | os.PathLike, config_hash: str) -> ErrorTable:
       f"{path} is missing, which guidance by the measured error reads: {again}."
     )
   try:
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
       table = ErrorTable(*(stored[k] for k in ErrorTable._fields))
       made_by, digest = str(stored["config_hash"]), str(stored["sha256"])
   except Exception as error:  # zip, numpy and zlib each raise their own

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,14 +18,17 @@ import jax.numpy as jnp
 from downscaling.diffusion import train_state
 from downscaling.runtime import checkpoints as ckpt
 from downscaling.runtime import (
+  files,
   ledger,
   metric_writer,
+  mirror,
   program_cost,
   progress,
   random_keys,
   supervision,
 )
 from downscaling.runtime import mesh as meshes
+from downscaling.runtime.remote_paths import RemotePath
 
 # steps that may be under way: enough to hide the host, few enough that batches do not pile up on
 # the device
@@ -241,9 +245,13 @@ class Watch:
     """Starts a trace before step start_step + 1 and ends it `steps` later."""
     inside = block["start_step"] < step <= block["start_step"] + block["steps"]
     if inside and not self._profiling:
-      jax.profiler.start_trace(str(self.folder))
+      self._trace = tempfile.TemporaryDirectory()
+      jax.profiler.start_trace(self._trace.name)
     elif self._profiling and not inside:
       jax.profiler.stop_trace()
+      traced = pathlib.Path(self._trace.name)
+      files.copy(traced, self.folder, traced.rglob("*"))
+      self._trace.cleanup()
       progress.say(
         f"train: profile of {block['steps']} steps is in {self.folder}/plugins/profile"
       )
@@ -384,7 +392,9 @@ def load_prior(
     )["params"],
     random_keys.key(0, "plans"),
   )
-  prior = ckpt.Checkpoints(folder / "prior", config_hash, 1, agree)
+  there = folder / "prior"
+  here = mirror.tree(there) if isinstance(there, RemotePath) else there
+  prior = ckpt.Checkpoints(here, config_hash, 1, agree)
   found = prior.restore_last(ckpt.abstract(shapes, meshes.replicated(mesh)))
   prior.close()
   if found is None:

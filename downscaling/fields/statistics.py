@@ -7,7 +7,6 @@ point.
 import dataclasses
 import math
 import os
-import pathlib
 
 import numpy as np
 
@@ -55,14 +54,14 @@ def _last(values: np.ndarray, like) -> np.ndarray:
 
 def load(path: str | os.PathLike) -> Statistics:
   """Raises FileNotFoundError or ValueError, with the fix, if the file is missing or damaged."""
-  path = pathlib.Path(path)
+  path = files.as_path(path)
   if not path.exists():
     raise FileNotFoundError(
       f"{path} is missing: run `downscaling generate` with the same --config and --workdir."
     )
   try:
     with (
-      open(path, "rb") as file,
+      path.open("rb") as file,
       np.load(file, allow_pickle=False) as stored,
     ):  # np.load leaves a damaged file open
       return Statistics(**{k: stored[k] for k in ("mean", "std", "spectrum")})

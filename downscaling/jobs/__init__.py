@@ -37,6 +37,7 @@ def run(name: str, work: Workdir) -> str:
   if name == PIPELINE:
     return _pipeline(work)
   job = JOBS[name](work)
+  job.check()
   if work.done(job.stage, optional=True):
     return f"{name} is done already, in {work.folder(job.stage)}"
   if work.stop():
@@ -47,6 +48,8 @@ def run(name: str, work: Workdir) -> str:
 def _pipeline(work: Workdir) -> str:
   """All jobs in order; finished ones are skipped, interrupted ones continue."""
   report = work.folder("report")
+  for job in JOBS.values():
+    job(work).check()
   done = work.done("report")
   for name in JOBS:
     progress.say(f"{name}: {run(name, work)}")
@@ -75,5 +78,6 @@ def plan(name: str, work: Workdir) -> str:
     f"workdir    {work.path}",
   ]
   for job in JOBS if name == PIPELINE else (name,):
+    JOBS[job](work).check()
     lines += [job, *(f"  {line}" for line in JOBS[job](work).plan())]
   return "\n".join(lines)

@@ -47,6 +47,9 @@ class Job(abc.ABC):
   def __init__(self, work: Workdir):
     self.work, self.experiment = work, work.experiment
 
+  def check(self) -> None:  # noqa: B027 - most jobs have nothing to refuse
+    """Raises what would stop the job later, before any job of a pipeline begins."""
+
   @abc.abstractmethod
   def run(self) -> str:
     """Does the job. Returns what it wrote and what to run next, in one line."""

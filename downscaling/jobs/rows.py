@@ -12,6 +12,7 @@ from downscaling.experiment import Experiment
 from downscaling.fields import operators
 from downscaling.jobs.workdir import Workdir, readable
 from downscaling.metrics import bootstrap
+from downscaling.runtime import stores
 
 # Of fine fields that are in memory at a time while they are coarsened.
 BLOCK_BYTES = 2**26
@@ -205,7 +206,10 @@ def mapped(
 
   e, path = work.experiment, work.folder("debias") / f"{name}.zarr"
   shape = (-1, *worlds.operator(e).coarse, worlds.channels(e))
-  with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
+  with (
+    readable(path, "debias"),
+    xarray.open_zarr(stores.store(path), consolidated=False) as data,
+  ):
     names = variables or ("lflr", *e.debias.maps)
     found = {key: np.asarray(data[key]).reshape(shape) for key in names}
     if not all(np.isfinite(x).all() for x in found.values()):
@@ -218,5 +222,8 @@ def in_sample(work: Workdir) -> np.ndarray:
   import xarray
 
   path = work.folder("debias") / "in_sample.zarr"
-  with readable(path, "debias"), xarray.open_zarr(path, consolidated=False) as data:
+  with (
+    readable(path, "debias"),
+    xarray.open_zarr(stores.store(path), consolidated=False) as data,
+  ):
     return np.asarray(data["row"])

@@ -24,14 +24,15 @@ from downscaling.jobs.job import (
   tree_bytes,
   width,
 )
-from downscaling.runtime import mesh as meshes
 from downscaling.runtime import (
+  checkpoints,
   processes,
   program_cost,
   random_keys,
   stage_folder,
   trackers,
 )
+from downscaling.runtime import mesh as meshes
 
 
 class Train(Job):
@@ -39,6 +40,10 @@ class Train(Job):
 
   name, stage = "train", "train"
   libraries = 550e6  # most of it is the compiler's
+
+  def check(self) -> None:
+    if not self.work.done(self.stage):
+      checkpoints.refuse(self.work.folder(self.stage))
 
   def run(self) -> str:
     work, e = self.work, self.experiment

@@ -5,7 +5,6 @@ no live model.
 """
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,7 +23,7 @@ def write(folder: str | os.PathLike, evidence: Evidence) -> dict:
   The folder must exist (stage_folder.open_stage makes it). Raises ValueError, naming the row, for
   NaN or grids that differ; nothing is written then.
   """
-  folder = pathlib.Path(folder)
+  folder = files.as_path(folder)
   metrics = evidence.metrics
   parts = sections.every(evidence)
   if evidence.series is not None:
@@ -54,7 +53,7 @@ def write_index(folder: str | os.PathLike, title: str, channels: Sequence[str]) 
   holds {"channels": {name: metrics}}; both from the folders that `write` has filled. Returns the
   metrics.
   """
-  folder = pathlib.Path(folder)
+  folder = files.as_path(folder)
   metrics = {
     "channels": {
       name: files.read_json(folder / name / "metrics.json") for name in channels

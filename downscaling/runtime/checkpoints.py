@@ -7,21 +7,26 @@ dtypes, shardings), so a checkpoint of one device mesh can be read on another. I
 checkpoint is damaged, the newest whole one is restored.
 """
 
+import contextlib
 import copy
 import dataclasses
+import importlib.util
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from downscaling.runtime import files, ledger, progress, stage_folder
+from downscaling.runtime.remote_paths import RemotePath
 
 SCHEMA = 2
+CHECKPOINTED = ("gs",)  # object stores to which orbax writes
 MANIFEST = "manifest.json"
 
 
@@ -107,12 +112,13 @@ class Checkpoints:
     keep: Keep | int = 3,
     agree: Callable[[Any], list] = lambda value: [value],
   ):
-    self.folder = pathlib.Path(folder).absolute()
+    self.folder = files.folder(folder)
+    refuse(self.folder)
     self.config_hash, self._agree = config_hash, agree
     self._damaged: dict[int, str] = {}
     self.keep = Keep(keep) if isinstance(keep, int) else keep
     self._manager = ocp.CheckpointManager(
-      self.folder,
+      epath.Path(str(self.folder)),
       options=ocp.CheckpointManagerOptions(
         preservation_policy=self.keep.policy(),
         create=True,
@@ -291,6 +297,41 @@ class Checkpoints:
     return files.full_disk_in_words(
       self.folder, "the checkpoints already there are whole"
     )
+
+
+def refuse(folder: pathlib.Path) -> None:
+  """Raises ValueError for a folder in which orbax writes no checkpoints."""
+  if isinstance(folder, RemotePath) and folder.scheme not in CHECKPOINTED:
+    raise ValueError(
+      f"{folder} cannot hold checkpoints: orbax, which writes them, does so on disks and gs://. "
+      "Train in a folder on a disk that all hosts see: --config.train.dir=FOLDER; the other stages "
+      "may stay here."
+    )
+  if isinstance(folder, RemotePath) and importlib.util.find_spec("gcsfs") is None:
+    raise ValueError(
+      f"{folder} cannot hold checkpoints, as gcsfs is not installed: pip install "
+      "'downscaling[gcs]'."
+    )
+
+
+@contextlib.contextmanager
+def opened(
+  folder: pathlib.Path,
+  config_hash: str,
+  agree: Callable[[Any], list] = lambda value: [value],
+) -> Iterator[Checkpoints | None]:
+  """Checkpoints of a fit that can also begin anew: None where there can be none."""
+  if isinstance(folder, RemotePath) and folder.scheme not in CHECKPOINTED:
+    progress.say(
+      f"{folder}: no checkpoints on {folder.scheme}://; a stop begins this fit anew."
+    )
+    yield None
+    return
+  saver = Checkpoints(folder, config_hash, agree=agree)
+  try:
+    yield saver
+  finally:
+    saver.close()
 
 
 def fault(folder: pathlib.Path) -> str:

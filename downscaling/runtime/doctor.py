@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import secrets
 import socket
 import time
 
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from downscaling.runtime import idle_devices, joining, processes, provenance
 from downscaling.runtime import mesh as meshes
+from downscaling.runtime.remote_paths import RemotePath
 
 PSUM_BYTES = 4_000_000  # bytes on each device
 ROUNDS = 5
@@ -204,6 +206,8 @@ def _judge(
 
 def _make(folder: pathlib.Path) -> list[pathlib.Path]:
   """Makes the folder and its parents; returns those that are new, deepest first."""
+  if isinstance(folder, RemotePath):
+    return []
   new = [f for f in (folder, *folder.parents) if not f.exists()]
   folder.mkdir(parents=True, exist_ok=True)
   return new
@@ -232,4 +236,12 @@ def _reads(token: pathlib.Path) -> str:
 
 def _refuses(folder: pathlib.Path) -> str:
   """Why the folder cannot be written; "" if it can."""
+  if isinstance(folder, RemotePath):
+    probe = folder / f".downscaling-doctor-{secrets.token_hex(8)}"
+    try:
+      probe.write_text(probe.name)
+      probe.unlink()
+    except OSError as error:
+      return str(error)
+    return ""
   return "" if os.access(folder, os.W_OK | os.X_OK) else "read-only"

@@ -1,7 +1,8 @@
 """Files that are written whole or not at all, sealed JSON, and a clear message for a full disk.
 
-Reading a file back never executes anything. A JSON object carries the SHA-256 of what it says, its
-seal: one that was damaged or edited is not read as another one.
+A path may be on an object store (remote_paths.py). Reading a file back never executes anything. A
+JSON object carries the SHA-256 of what it says, its seal: one that was damaged or edited is not
+read as another one.
 """
 
 import contextlib
@@ -13,14 +14,41 @@ import pathlib
 import re
 import secrets
 import socket
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
 
+from downscaling.runtime import remote_paths
+from downscaling.runtime.remote_paths import RemotePath
+
 # How Python, orbax and Zarr say that a disk is full. TensorStore's RESOURCE_EXHAUSTED is not among
 # them: it may also mean device memory.
 _FULL_DISK = ("no space left", "enospc", "quota exceeded")
+
+
+def as_path(path: str | os.PathLike) -> pathlib.Path:
+  """A path of this machine's file system, or SCHEME://BUCKET/FOLDER.
+
+  Raises: ValueError for a scheme that is not known, or without a bucket.
+  """
+  if isinstance(path, RemotePath):
+    return path
+  text = os.fspath(path)
+  return remote_paths.parse(text) if remote_paths.remote(text) else pathlib.Path(text)
+
+
+def folder(path: str | os.PathLike) -> pathlib.Path:
+  """The same as an absolute path, with ~ replaced."""
+  return as_path(path).expanduser().absolute()
+
+
+def version(path: pathlib.Path) -> int | str:
+  """Changes when a file is written again: its time in ns, or the object's version."""
+  if isinstance(path, RemotePath):
+    return path.version()
+  return path.stat().st_mtime_ns
 
 
 @contextlib.contextmanager
@@ -45,9 +73,15 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A new path beside `path`, whose file replaces `path` if the block ends well.
 
   The file is on disk (fsync) before it is renamed, so a crash leaves the old file or the new one.
-  After an exception the old file is unchanged and the temporary one is removed.
+  After an exception the old file is unchanged and the temporary one is removed. What belongs on an
+  object store lies on this machine until it is sent.
   """
-  path = pathlib.Path(path)
+  path = as_path(path)
+  if isinstance(path, RemotePath):
+    with tempfile.TemporaryDirectory() as here:
+      yield pathlib.Path(here) / path.name
+      path.write_bytes((pathlib.Path(here) / path.name).read_bytes())
+    return
   temporary = path.with_name(temporary_name(path.name))
   try:
     yield temporary
@@ -56,6 +90,17 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def copy(
+  source: pathlib.Path, target: pathlib.Path, paths: Iterable[pathlib.Path]
+) -> None:
+  """Copies those of the paths below `source` that are files to the same places below `target`."""
+  for path in paths:
+    if path.is_file():
+      copied = target / path.relative_to(source)
+      copied.parent.mkdir(parents=True, exist_ok=True)
+      copied.write_bytes(path.read_bytes())
 
 
 def temporary_name(name: str) -> str:
@@ -74,8 +119,10 @@ def temporary(path: pathlib.Path) -> bool:
 def sweep(folder: pathlib.Path) -> int:
   """Removes the temporary files of dead writers below a folder; returns how many there were.
 
-  Call it where nobody else can be writing.
+  Call it where nobody else can be writing. On an object store there are none.
   """
+  if isinstance(folder, RemotePath):
+    return 0
   litter = [path for path in folder.rglob(".*.tmp") if temporary(path)]
   for path in litter:
     path.unlink(missing_ok=True)
@@ -110,7 +157,7 @@ def read_json(path: str | os.PathLike) -> dict:
   Raises: ValueError, naming the file, if it is not JSON, or not what was written.
   """
   try:
-    found = json.loads(pathlib.Path(path).read_text())
+    found = json.loads(as_path(path).read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(
       f"{path} is not valid JSON ({error}): it was damaged; move it away and run again."
@@ -123,28 +170,35 @@ def read_json(path: str | os.PathLike) -> dict:
   return found
 
 
-def write_json(path: str | os.PathLike, value: Any, sealed: bool = True) -> None:
+def write_json(path: str | os.PathLike, value: Any, seal: bool = True) -> None:
   """Writes JSON all or nothing. Non-finite numbers become null.
 
-  sealed: an object gets its seal. A file of another format's must not have one.
+  seal: an object gets its seal. A file of another format's must not have one.
   """
   with all_or_nothing(path, "w") as file:
-    file.write(_text(value, sealed))
+    file.write(_text(value, seal))
 
 
 def create_json(path: str | os.PathLike, value: Any) -> bool:
   """The same if there is no such file yet; False if there is."""
-  path = pathlib.Path(path)
+  path = as_path(path)
+  if isinstance(path, RemotePath):
+    return path.swap(sealed(value).encode(), remote_paths.Version(""))
   fresh = path.with_name(temporary_name(path.name))
   write_json(fresh, value)
   return make_new(fresh, path)
 
 
-def _text(value: Any, sealed: bool) -> str:
+def sealed(value: Any) -> str:
+  """What `write_json` writes."""
+  return _text(value, True)
+
+
+def _text(value: Any, seal: bool) -> str:
   """JSON, one key a line."""
   # As a reader will have it.
   value = json.loads(json.dumps(_finite(value), allow_nan=False))
-  if sealed and isinstance(value, dict):
+  if seal and isinstance(value, dict):
     value = value | {SEAL: _seal(value)}
   return json.dumps(value, indent=1) + "\n"
 
@@ -157,7 +211,7 @@ def _seal(value: dict) -> str:
 
 def sha256(path: str | os.PathLike) -> str:
   """Of a file, in hexadecimal."""
-  with open(path, "rb") as file:
+  with as_path(path).open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,6 +5,9 @@ finds a lock asks whether the holder is alive. On the same host, the kernel answ
 host, the holder counts as dead if the file does not change for PATIENCE seconds, or if it is older
 than STALE by the file system's own clock (the clocks of hosts differ). A dead holder's lock is
 taken over; a live holder is named and left alone.
+
+On an object store the file says itself when its holder was last alive, by the holder's clock, and
+it is made, renewed and taken over by compare-and-swap.
 """
 
 import contextlib
@@ -19,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from downscaling.runtime import files, progress
+from downscaling.runtime.remote_paths import RemotePath
 
 BEAT = 15.0  # seconds between two signs of life
 # Seconds that another host's lock is watched: file systems may show changes a minute late, and of a
@@ -51,6 +55,16 @@ class Lock:
         "command again once it has ended."
       )
 
+  def beat(self) -> None:
+    """A sign of life. Raises Held as `check` does."""
+    self.check()
+    if not isinstance(self.path, RemotePath):
+      return os.utime(self.path)
+    version = self.path.version()
+    found = _read(self.path) or {}
+    if found.get("token") == self.token:
+      self.path.swap(_signed(found), version)
+
 
 @contextlib.contextmanager
 def hold(
@@ -67,7 +81,7 @@ def hold(
     lost: called from a thread, with a reason, once another job has taken the lock over.
   Raises: Held if another live job has the lock; the message names host, pid and start time.
   """
-  path, lock = pathlib.Path(path), None
+  path, lock = files.as_path(path), None
   ended = threading.Event()
   while lock is None:
     found = _read(path)
@@ -84,8 +98,7 @@ def hold(
   def beat():
     while not ended.wait(BEAT):
       try:
-        lock.check()
-        os.utime(path)
+        lock.beat()
       except Held as error:
         return lost(str(error))
       except OSError:  # the file system is away for a while
@@ -108,7 +121,9 @@ def _take(path: pathlib.Path, dead: dict | None) -> Lock | None:
   token = secrets.token_hex(8)
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
   expected = dead.get("token") if dead else None
+  record = _here() | {"since": now, "token": token}
   with _alone(path.parent):
+    version = path.version() if isinstance(path, RemotePath) else None
     current = _read(path) or {}
     if current.get("token") != expected:
       return None
@@ -118,9 +133,18 @@ def _take(path: pathlib.Path, dead: dict | None) -> Lock | None:
       )
     if dead is not None:
       progress.say(f"{path}: taking over from {_words(dead)}, which is dead.")
-      path.unlink()
-    made = files.create_json(path, _here() | {"since": now, "token": token})
+    if isinstance(path, RemotePath) and version is not None:
+      made = path.swap(_signed(record), version)
+    else:
+      if dead is not None:
+        path.unlink()
+      made = files.create_json(path, record)
   return Lock(path, token) if made else None
+
+
+def _signed(record: dict) -> bytes:
+  """The lock of an object store, with the time of now."""
+  return files.sealed(record | {"seen": time.time()}).encode()
 
 
 def holder(path: str | os.PathLike) -> str | None:
@@ -128,16 +152,20 @@ def holder(path: str | os.PathLike) -> str | None:
 
   It may take PATIENCE seconds, see `_dead`.
   """
-  found = _read(pathlib.Path(path))
-  return None if found is None or _dead(pathlib.Path(path), found) else _words(found)
+  path = files.as_path(path)
+  found = _read(path)
+  return None if found is None or _dead(path, found) else _words(found)
 
 
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[None]:
   """One process of this host at a time, if the file system has flock.
 
-  Two processes may find the same dead lock.
+  Two processes may find the same dead lock. An object store compares and swaps instead.
   """
+  if isinstance(folder, RemotePath):
+    yield
+    return
   handle = os.open(folder, os.O_RDONLY)
   try:
     with contextlib.suppress(OSError):
@@ -223,7 +251,18 @@ def _dead(path: pathlib.Path, found: dict) -> bool:
   return True
 
 
+def silent(path: pathlib.Path) -> float:
+  """Seconds since the last sign of life. Raises: FileNotFoundError if the lock is gone."""
+  seen = _changed(path)
+  if seen is None:
+    raise FileNotFoundError(f"{path} is not there")
+  return _now(path.parent) - seen
+
+
 def _changed(path: pathlib.Path) -> float | None:
+  """When the holder was last alive."""
+  if isinstance(path, RemotePath):
+    return (_read(path) or {}).get("seen")
   try:
     return path.stat().st_mtime
   except FileNotFoundError:
@@ -231,7 +270,9 @@ def _changed(path: pathlib.Path) -> float | None:
 
 
 def _now(folder: pathlib.Path) -> float:
-  """The file system's clock."""
+  """The file system's clock; for an object store, this host's."""
+  if isinstance(folder, RemotePath):
+    return time.time()
   probe = folder / f".{secrets.token_hex(8)}.tmp"
   try:
     probe.touch()

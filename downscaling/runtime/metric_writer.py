@@ -3,12 +3,18 @@
 import csv
 import os
 import pathlib
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from downscaling.runtime import files, trackers
+from downscaling.runtime import files, mirror, trackers
 from downscaling.runtime import mesh as meshes
+from downscaling.runtime.remote_paths import RemotePath
+
+EVENTS = "events.out.*"
+SEND = 60.0  # seconds between two times that events are sent to an object store
 
 
 class MetricWriter:
@@ -16,7 +22,9 @@ class MetricWriter:
 
   metrics.csv holds what the run computes. It is the same however often the run was interrupted:
   rows after the step from which a run resumes are dropped. speed.csv holds rates and shares of
-  time, which differ from run to run. Only the main process writes.
+  time, which differ from run to run. Only the main process writes. On an object store the CSV files
+  are sent whole after every write, so that a checkpoint never has more steps than they; events are
+  sent every SEND seconds.
 
   Args:
     folder: the stage's folder.
@@ -32,19 +40,24 @@ class MetricWriter:
     evaluated: bool = True,
     tracker: Callable[[], trackers.Tracker | None] = lambda: None,
   ):
-    self.folder = pathlib.Path(folder)
+    self.folder = files.as_path(folder)
     self._board = None
+    self._sent = time.monotonic()
     if not meshes.is_main():
       return
     self._tracker = tracker()
     from tensorboardX import SummaryWriter
 
     self.folder.mkdir(parents=True, exist_ok=True)
-    self._board = SummaryWriter(str(self.folder), purge_step=after + 1)
+    self._here = self.folder
+    if isinstance(self.folder, RemotePath):
+      self._temporary = tempfile.TemporaryDirectory()
+      self._here = pathlib.Path(self._temporary.name)
+    self._board = SummaryWriter(str(self._here), purge_step=after + 1)
     self._files = {}
     for name in ("metrics", "speed"):
-      path = self.folder / f"{name}.csv"
-      _keep_rows(path, after, evaluated)
+      path = self._here / f"{name}.csv"
+      _keep_rows(self.folder / path.name, path, after, evaluated)
       self._files[name] = open(path, "a", newline="")  # noqa: SIM115 - closed by close()
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -65,11 +78,22 @@ class MetricWriter:
       )
       rows.writerow([step, name, repr(float(value))])
     self._files[kind].flush()
+    self._send(f"{kind}.csv")
+    if time.monotonic() - self._sent > SEND:
+      self._send(EVENTS)
     if self._tracker:
       before = "speed/" if kind == "speed" else ""
       self._tracker.log(
         step, {f"{before}{name}": float(v) for name, v in scalars.items()}
       )
+
+  def _send(self, pattern: str) -> None:
+    """Files whose names match, to an object store."""
+    if isinstance(self.folder, RemotePath):
+      if pattern == EVENTS and self._board:
+        self._board.flush()
+        self._sent = time.monotonic()
+      mirror.push(self._here, self.folder, pattern)
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Adds images {name: [height, width, 3] uint8} to TensorBoard."""
@@ -86,6 +110,7 @@ class MetricWriter:
   def close(self) -> None:
     """Closes all files."""
     if self._board:
+      self._send(EVENTS)
       self._board.close()
       for file in self._files.values():
         file.close()
@@ -93,9 +118,13 @@ class MetricWriter:
         self._tracker.close()
 
 
-def _keep_rows(path: pathlib.Path, after: int, evaluated: bool) -> None:
-  """Drops the rows that a killed run wrote after the resumed step, and a row cut in half."""
-  if not path.exists():
+def _keep_rows(
+  old: pathlib.Path, path: pathlib.Path, after: int, evaluated: bool
+) -> None:
+  """Takes over the rows of a file, but those that a killed run wrote after the resumed step, and a
+  row cut in half. old: the file; path: the new one, which may be the same.
+  """
+  if not old.exists():
     return
 
   def stays(row):
@@ -107,10 +136,10 @@ def _keep_rows(path: pathlib.Path, after: int, evaluated: bool) -> None:
     return step < after  # an evaluation at the resumed step is made again
 
   with (
-    open(path, newline="") as old,
+    old.open(newline="") as rows,
     files.all_or_nothing(path, "w", newline="") as new,
   ):
-    csv.writer(new).writerows(row for row in csv.reader(old) if stays(row))
+    csv.writer(new).writerows(row for row in csv.reader(rows) if stays(row))
 
 
 def read_scalars(
@@ -121,7 +150,7 @@ def read_scalars(
   A step that was logged twice (after a restart) keeps its last value.
   """
   values: dict[int, float] = {}
-  with open(pathlib.Path(folder) / f"{kind}.csv", newline="") as file:
+  with (files.as_path(folder) / f"{kind}.csv").open(newline="") as file:
     for row in csv.reader(file):
       if len(row) == 3 and row[1] == name:
         values[int(row[0])] = float(row[2])

@@ -1,16 +1,19 @@
-"""The files of a finished stage: size, time and SHA-256 of each, as its marker holds them.
+"""The files of a finished stage: size, version and SHA-256 of each, as its marker holds them.
 
-`changed` reads small files; of others it looks at size and time, and reads them only where those
+The version of a file is its time in ns; of an object, what its store tells (files.version).
+`changed` reads small files; of others it looks at size and version, and reads them only where those
 differ. So every job can ask it of what it reads. `downscaling verify` reads everything.
 
 Left out are files that check themselves and may be deleted: checkpoints, which have a manifest, and
 TensorBoard's events. Of a set of samples, every unit's marker holds the digests of its shards.
 """
 
+import hashlib
 import pathlib
 from collections.abc import Iterable, Iterator
 
 from downscaling.runtime import files, processes
+from downscaling.runtime.remote_paths import RemotePath
 
 MARKER, COPY, LOCK = "stage.json", "stage.copy.json", "lock.json"
 _OWN = {MARKER, COPY, LOCK}
@@ -44,7 +47,7 @@ def _walk(top: pathlib.Path, folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def measure(folder: pathlib.Path) -> dict[str, list]:
-  """{path below the folder: [bytes, time in ns, SHA-256]} of every file of a stage.
+  """{path below the folder: [bytes, version, SHA-256]} of every file of a stage.
 
   The processes share the reading. Every process must call it.
   """
@@ -66,12 +69,16 @@ def of(folder: pathlib.Path) -> dict[str, list]:
 
 
 def describe(folder: pathlib.Path, names: Iterable[str]) -> dict[str, list]:
-  """{name: [bytes, time in ns, SHA-256]} of files below a folder."""
-  found = {}
-  for name in names:
-    about = (folder / name).stat()
-    found[name] = [about.st_size, about.st_mtime_ns, files.sha256(folder / name)]
-  return found
+  """{name: [bytes, version, SHA-256]} of files below a folder."""
+  return {name: _described(folder / name) for name in names}
+
+
+def _described(path: pathlib.Path) -> list:
+  if isinstance(path, RemotePath):
+    data, version = path.fetch()
+    return [len(data), version, hashlib.sha256(data).hexdigest()]
+  about = path.stat()
+  return [about.st_size, about.st_mtime_ns, files.sha256(path)]
 
 
 def changed(
@@ -82,17 +89,20 @@ def changed(
   told: see `measure`. whole: read every file, and name those that are missing as well.
   """
   wrong = {}
-  for name, (size, time, digest) in told.items():
+  for name, (size, version, digest) in told.items():
     path = folder / name
     if not path.is_file():
       if whole:
         wrong[name] = "is missing"
       continue
-    about = path.stat()
-    if about.st_size != size:
-      wrong[name] = f"has {about.st_size} bytes, {size} were written"
-      continue
-    read = whole or about.st_mtime_ns != time or size <= SMALL
+    if isinstance(path, RemotePath):
+      read = whole or size <= SMALL or path.version() != version
+    else:
+      about = path.stat()
+      if about.st_size != size:
+        wrong[name] = f"has {about.st_size} bytes, {size} were written"
+        continue
+      read = whole or size <= SMALL or about.st_mtime_ns != version
     if read and files.sha256(path) != digest:
       wrong[name] = "is not what was written there: damaged, edited, or of another run"
   return wrong

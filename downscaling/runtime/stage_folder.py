@@ -201,7 +201,7 @@ def open_stage(
     ValueError: other settings or another schema made it; the message names the first keys that
       differ.
   """
-  path, identity = pathlib.Path(path), plain(identity)
+  path, identity = files.as_path(path), plain(identity)
   marker = path / MARKER
   if not marker.exists():
     _make(path)

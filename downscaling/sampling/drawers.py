@@ -8,7 +8,6 @@ import contextlib
 import os
 import pathlib
 import secrets
-import time
 
 from downscaling.runtime import locks
 
@@ -23,10 +22,10 @@ def draw(units: pathlib.Path) -> contextlib.AbstractContextManager[locks.Lock]:
 
 def others(units: pathlib.Path) -> int:
   """How many other jobs draw, by their signs of life; those that are long silent are removed."""
-  alive, now = 0, time.time()
+  alive = 0
   for path in units.glob(_PATTERN):
     with contextlib.suppress(FileNotFoundError):  # it has just ended
-      if now - path.stat().st_mtime > locks.STALE or locks.dead_here(path):
+      if locks.silent(path) > locks.STALE or locks.dead_here(path):
         path.unlink()
       else:
         alive += 1

@@ -158,7 +158,7 @@ def write_ensemble(
     FloatingPointError: more members failed than may.
     OSError: the disk is full; what is marked done is whole.
   """
-  began, path = time.monotonic(), pathlib.Path(path)
+  began, path = time.monotonic(), files.as_path(path)
   layout = _layout(conditions, members, space, channels, unit, frames)
   ids = _ids(condition_ids, layout.conditions)
   layout = layout._replace(misfit=_has_misfit(sampler, layout, weights))

@@ -33,6 +33,7 @@ import zarr
 from zarr.errors import ZarrUserWarning
 
 from downscaling.runtime import files, locks, products, provenance, stage_folder, stores
+from downscaling.runtime.remote_paths import RemotePath
 
 Coordinates = Mapping[str, tuple[np.ndarray, Mapping[str, str]]]
 MARKERS = "c*-m*.json"
@@ -162,6 +163,8 @@ def locked(path: pathlib.Path) -> contextlib.AbstractContextManager[locks.Lock]:
 def sweep(path: pathlib.Path) -> None:
   """Removes what dead writers left, where no other job draws."""
   files.sweep(path.with_suffix(".units"))
+  if isinstance(path, RemotePath):
+    return
   for lock in path.rglob("*.__lock"):  # TensorStore's, of a process that was killed
     lock.unlink(missing_ok=True)
 
@@ -243,7 +246,9 @@ def create(
       f"{path} lost its array `sample`, but {path.with_suffix('.units')} lists finished units: put "
       "the store back, or move that folder away to draw everything again."
     )
-  group = zarr.open_group(path, mode="a", zarr_format=3, use_consolidated=False)
+  group = zarr.open_group(
+    stores.store(path), mode="a", zarr_format=3, use_consolidated=False
+  )
   known = set(group.array_keys())
   root = files.read_json(path / "zarr.json")
   last = (
@@ -296,7 +301,7 @@ def create(
     # xarray warns where consolidated metadata is missing, zarr where it is made: it lies outside
     # the v3 text.
     warnings.simplefilter("ignore", ZarrUserWarning)
-    zarr.consolidate_metadata(path)
+    zarr.consolidate_metadata(stores.store(path))
 
 
 def find(path: pathlib.Path, layout: Layout) -> Found:
@@ -331,7 +336,7 @@ def say_done(path: pathlib.Path, layout: Layout, **attributes: int) -> int:
     told = {"done_fraction": round(1 - missing / total, 6)} | attributes
     if root["attributes"] | told != root["attributes"]:
       root["attributes"] |= told
-      files.write_json(path / "zarr.json", root, sealed=False)
+      files.write_json(path / "zarr.json", root, seal=False)
   return missing
 
 
@@ -362,7 +367,7 @@ def fixed(path: pathlib.Path) -> dict[str, list]:
 
 def _fixed(path: pathlib.Path, file: pathlib.Path) -> bool:
   parts = file.relative_to(path).parts
-  return file.is_file() and not file.name.startswith(".") and parts[:2] not in SHARDS
+  return not file.name.startswith(".") and parts[:2] not in SHARDS and file.is_file()
 
 
 def _array_of(group: zarr.Group, name: str) -> zarr.Array:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from downscaling.runtime import files, products, stage_folder
+from downscaling.runtime import files, products, stage_folder, stores
 from downscaling.sampling.ensemble_store import (
   FAILED,
   MARKERS,
@@ -90,8 +90,8 @@ class Writer:
 
 
 def array_of(path: pathlib.Path, name: str):
-  kvstore = {"driver": "file", "path": f"{path.absolute() / name}/"}
-  return tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
+  spec = {"driver": "zarr3", "kvstore": stores.kvstore(path / name)}
+  return tensorstore.open(spec, open=True).result()
 
 
 def shards(path: pathlib.Path, layout: Layout, unit: Unit) -> list[str]:
@@ -147,7 +147,7 @@ def read(path: pathlib.Path):
   """
   import xarray
 
-  path = pathlib.Path(path)
+  path = files.as_path(path)
   marker = path.with_suffix(".units") / stage_folder.MARKER
   if not path.exists() or not marker.exists():
     raise ValueError(
@@ -175,4 +175,4 @@ def read(path: pathlib.Path):
       f"{path}: {products.words(together)}. `downscaling verify WORKDIR --repair` moves aside what "
       "is damaged; `downscaling sample` then draws that again."
     )
-  return xarray.open_zarr(path)
+  return xarray.open_zarr(stores.store(path))
