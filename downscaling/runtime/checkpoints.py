@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fsspec.config
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
@@ -114,6 +115,9 @@ class Checkpoints:
   ):
     self.folder = files.folder(folder)
     refuse(self.folder)
+    if isinstance(self.folder, RemotePath):
+      # Orbax lists through gcsfs, which else remembers what other hosts and we have changed since.
+      fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     self.config_hash, self._agree = config_hash, agree
     self._damaged: dict[int, str] = {}
     self.keep = Keep(keep) if isinstance(keep, int) else keep
@@ -252,9 +256,13 @@ class Checkpoints:
     self._manager.close()
 
   def _seal(self) -> None:
-    """Writes the manifest into the checkpoint that is about to be renamed into place."""
+    """Writes the manifest into the checkpoint that is about to be renamed into place, or, on an
+    object store, committed where it is.
+    """
     if jax.process_index() == 0:
-      for folder in self.folder.glob("*.orbax-checkpoint-tmp"):
+      remote = isinstance(self.folder, RemotePath)
+      begun = "[0-9]*" if remote else "*.orbax-checkpoint-tmp"
+      for folder in self.folder.glob(begun):
         if not (folder / MANIFEST).exists():
           digests = {
             str(f.relative_to(folder)): files.sha256(f) for f in _files(folder)
@@ -367,4 +375,5 @@ def _dtype(name: str):
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The files of a checkpoint without orbax's own metadata, which orbax writes again after us."""
   found = [path for path in folder.rglob("*") if path.is_file()]
-  return sorted(path for path in found if not path.name.startswith(("_", ".")))
+  own = ("_", ".", "commit_success")
+  return sorted(path for path in found if not path.name.startswith(own))

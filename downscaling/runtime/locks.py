@@ -252,11 +252,13 @@ def _dead(path: pathlib.Path, found: dict) -> bool:
 
 
 def silent(path: pathlib.Path) -> float:
-  """Seconds since the last sign of life. Raises: FileNotFoundError if the lock is gone."""
+  """Seconds since the last sign of life, by this host's clock. Raises: FileNotFoundError if the
+  lock is gone.
+  """
   seen = _changed(path)
   if seen is None:
     raise FileNotFoundError(f"{path} is not there")
-  return _now(path.parent) - seen
+  return time.time() - seen
 
 
 def _changed(path: pathlib.Path) -> float | None:

@@ -252,6 +252,9 @@ def parse(text: str) -> RemotePath:
   parts = rest.split("/")
   if not rest or {"", ".", ".."} & set(parts[:-1] if parts[-1] == "" else parts):
     raise ValueError(f"{text!r} needs a bucket, and no empty or dotted names")
+  emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+  if scheme == "gs" and emulator:  # before TensorStore is first asked, also by orbax
+    os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
   return RemotePath(text)
 
 
@@ -270,10 +273,6 @@ def _store(scheme: str, bucket: str) -> dict[str, Any]:
     spec |= {"endpoint": endpoint} if endpoint else {}
     # Without either, TensorStore asks the bucket for its region.
     spec |= {"aws_region": region or "us-east-1"} if region or endpoint else {}
-  elif os.environ.get("STORAGE_EMULATOR_HOST"):
-    os.environ.setdefault(
-      "TENSORSTORE_GCS_HTTP_URL", os.environ["STORAGE_EMULATOR_HOST"]
-    )
   return spec
 
 
