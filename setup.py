@@ -93,10 +93,10 @@ setup(
     "cuda12": [f"jax[cuda12]{JAX}"],
     "cuda13": [f"jax[cuda13]{JAX}"],
     "tpu": [f"jax[tpu]{JAX}"],
-    # Checkpoints on gs://. Also, xarray then opens gs:// and s3:// by itself.
+    # Checkpoints on gs://; with these two, xarray opens gs:// and s3:// by itself.
     "gcs": ["gcsfs>=2024.6"],
     "s3": ["s3fs>=2024.6"],
-    # Processes of pods find each other through the cluster.
+    # With it, jax finds the processes of a Kubernetes Job through the cluster's API.
     "k8s": ["kubernetes>=29"],
   },
   entry_points={"console_scripts": ["downscaling = downscaling.main:run"]},

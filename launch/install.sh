@@ -11,7 +11,7 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 stamp=.venv/installed.lock
 if ! cmp -s requirements.lock "$stamp"; then
-  echo "launch: installing into $PWD/.venv (about 1.1 GB)" >&2
+  echo "launch: installing into $PWD/.venv (about 1.7 GB)" >&2
   [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
   # uv where it is there and reaches the index; else pip, slower and always there.
   if ! { command -v uv && uv pip install --quiet --python .venv/bin/python --require-hashes -r requirements.lock; } >/dev/null 2>&1; then

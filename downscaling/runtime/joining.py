@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +25,13 @@ NAMES = {
   "GceTpuCluster": "Cloud TPU",
   "K8sCluster": "Kubernetes",
 }
-LAUNCHED = ("Slurm", "Open MPI")
+LAUNCHED = ("Slurm", "Open MPI", "Kubernetes")
 MARGIN = 60  # seconds by which we give up before jax does
 NOTICE = 30.0  # seconds between two lines of a process that waits for others
 # Seconds until a name must resolve: in Kubernetes it appears after its pod.
 RESOLVE = 45.0
+# Seconds in which the API of Kubernetes must answer; its client would wait for many minutes.
+ANSWER = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,8 @@ def start(
   """Joins the processes of this job. Call it once, before anything touches a device.
 
   Rank, count and coordinator come from the variables of a launcher (launchers.py); where they do
-  not say the coordinator, from jax, which knows it for Slurm, Open MPI 4, Kubernetes and TPUs.
+  not say the coordinator, from jax, which knows it for Slurm, Open MPI 4, Kubernetes and TPUs. In
+  Kubernetes, jax asks the cluster's API, and only in a pod of an indexed Job.
 
   Args:
     mode: "on" joins or raises. "off" stays alone. "auto" joins if other processes are announced,
@@ -71,10 +75,14 @@ def start(
     return Found("alone", "--distributed=off", 1)
   here, cluster = launchers.place(os.environ), _cluster()
   method = NAMES.get(cluster.__name__, cluster.__name__) if cluster else ""
-  if here and here.address is None and method == here.launcher and method in LAUNCHED:
-    here = dataclasses.replace(here, address=_address(cluster, method))
-  if here and here.count == 1 and mode == "auto" and (here.address or not cluster):
+  if here is None and method == "Kubernetes" and os.environ.get(launchers.INDEX):
+    here = _pod(cluster)
+  same = here is not None and method == here.launcher and method in LAUNCHED
+  sure = same or not cluster or (here is not None and here.address)
+  if here and here.count == 1 and mode == "auto" and sure:
     return Found("alone", f"{here.launcher} started one process only", 1)
+  if here and same and here.address is None:
+    here = dataclasses.replace(here, address=_address(cluster, method))
   if here and here.address:
     return _join_at(here, timeout, heartbeat)
   if cluster and method not in LAUNCHED:
@@ -120,6 +128,10 @@ def _join_at(here: launchers.Place, timeout: int, heartbeat: int) -> Found:
     "num_processes": here.count,
     "process_id": here.rank,
   }
+  if (
+    _cluster() is None
+  ):  # jax would look for launchers once more, and raise where we do not
+    arguments["cluster_detection_method"] = "deactivate"
   # Of several processes on a host each takes one device, unless the launcher hides the others.
   hidden = len(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1
   if here.local is not None and not (hidden and os.environ.get("CUDA_VISIBLE_DEVICES")):
@@ -288,16 +300,59 @@ def _present(cluster) -> bool:
 
 def _address(cluster, method: str) -> str | None:
   """host:port of the coordinator as jax knows it; None if it does not."""
+  port = os.environ.get("JAX_COORDINATOR_PORT")
   try:
-    return cluster.get_coordinator_address(RESOLVE, None)
+    # Without a time jax does not wait for the name to resolve: _trouble does, in words.
+    return _within(ANSWER, lambda: cluster.get_coordinator_address(None, port))
   except Exception as error:
     if "mpi4py" in str(error):  # which jax 0.11 asks for Open MPI 5
       return None
-    lines = str(error).splitlines() or [type(error).__name__]
     raise StartError(
-      f"{method} was found ({_seen()}), but not its first process: {lines[0][:300]}. Set "
+      f"{method} was found ({_seen()}), but not its first process: {_reason(error)}. Set "
       f"{launchers.ADDRESS}=HOST:PORT of process 0 on all of them."
     ) from error
+
+
+def _pod(cluster) -> launchers.Place:
+  """This pod of an indexed Job, which only the API of the cluster knows the size of."""
+  try:
+    count = _within(ANSWER, cluster.get_process_count)
+  except Exception as error:
+    raise StartError(
+      f"Kubernetes was found ({_seen()}), but its API does not say how many processes there are: "
+      f"{_reason(error)}. Let the pod's service account list pods and services and get jobs; or "
+      f"set {launchers.ADDRESS}=HOST:PORT of process 0 and JAX_PROCESS_COUNT on all of them; or "
+      "use --distributed=off for a job of one process."
+    ) from error
+  place = launchers.place({**os.environ, "JAX_PROCESS_COUNT": str(count)})
+  assert place is not None
+  return place
+
+
+def _within(seconds: float, question: Callable[[], Any]) -> Any:
+  """The answer, or what it raises; TimeoutError where it takes longer."""
+  answers: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+
+  def ask():
+    try:
+      answers.put((question(), None))
+    except Exception as error:
+      answers.put((None, error))
+
+  threading.Thread(target=ask, name="asking", daemon=True).start()
+  try:
+    answer, error = answers.get(timeout=seconds)
+  except queue.Empty:
+    raise TimeoutError(f"no answer in {seconds:g} s") from None
+  if error is not None:
+    raise error
+  return answer
+
+
+def _reason(error: Exception) -> str:
+  """The first paragraph of an error, which jax breaks into lines, without its last point."""
+  words = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+  return words[:400].rstrip(".")
 
 
 def _count(cluster) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 PORT = 8476  # where the coordinator listens, if an address comes without a port
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
+INDEX = "JOB_COMPLETION_INDEX"  # that Kubernetes gives each pod of an indexed Job
 ASK = (  # of every error about a missing coordinator
   f"set {ADDRESS}=HOST:PORT of process 0 on all of them, or use --distributed=off if each is to be "
   "a job of its own"
@@ -79,9 +80,7 @@ LAUNCHERS = (
   Launcher("torchrun", ("RANK",), ("WORLD_SIZE",), "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
   Launcher("NNODES", ("NODE_RANK",), ("NNODES",)),
   Launcher("SkyPilot", ("SKYPILOT_NODE_RANK",), ("SKYPILOT_NUM_NODES",)),
-  Launcher(
-    "Kubernetes", ("JOB_COMPLETION_INDEX",), ("JAX_PROCESS_COUNT", "JAX_NUM_PROCESSES")
-  ),
+  Launcher("Kubernetes", (INDEX,), ("JAX_PROCESS_COUNT", "JAX_NUM_PROCESSES")),
 )
 COORDINATOR = (ADDRESS, "JAX_COORDINATOR_IP", "JAX_COORDINATOR_PORT")
 OTHERS = (

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import pytest
@@ -273,16 +274,60 @@ def test_a_jax_that_hides_its_launchers(env, initialize, monkeypatch):
   assert len(initialize) == 1
 
 
-def test_a_pod_without_a_service_account_stays_alone(env, initialize, monkeypatch):
-  """With the package `kubernetes`, jax's detection raises there."""
+@pytest.fixture
+def kubernetes(monkeypatch):
+  """kubernetes(**methods): jax detects it, and nothing else; each method is called bare."""
   from jax._src.clusters import cluster
 
-  def absent(_):
-    raise RuntimeError("Service host/port is not set.")
+  def detected(**methods):
+    told = {"is_env_present": lambda: True, "opt_in_only_method": False}
+    for name, method in (told | methods).items():
+      told[name] = staticmethod(method) if callable(method) else method
+    kind = type("K8sCluster", (), told)
+    monkeypatch.setattr(cluster.ClusterEnv, "_cluster_types", [kind])
 
-  kind = type("K8sCluster", (), {"opt_in_only_method": False, "is_env_present": absent})
-  monkeypatch.setattr(cluster.ClusterEnv, "_cluster_types", [kind])
+  return detected
+
+
+def test_a_pod_without_a_service_account(env, initialize, kubernetes):
+  """With the package `kubernetes`, jax's detection raises there, also while it joins."""
+
+  def absent():
+    raise RuntimeError("Service token file does not exist.")
+
+  kubernetes(is_env_present=absent)
   assert joining.start("auto").method == "alone"
+  assert not initialize
+  env(JAX_COORDINATOR_ADDRESS=f"{LOCAL}:5", JAX_PROCESS_COUNT="2")
+  env(JOB_COMPLETION_INDEX="1")
+  joining.start("auto")
+  assert joined(initialize) == (f"{LOCAL}:5", 1, 2, None)
+  assert initialize[0]["cluster_detection_method"] == "deactivate"
+
+
+def test_a_pod_of_an_indexed_job(env, initialize, kubernetes, monkeypatch):
+  """The API knows how many there are and who is the first, and is asked nothing else."""
+  kubernetes()
+  assert joining.start("auto").method == "alone"  # no pod of an indexed Job
+  env(JOB_COMPLETION_INDEX="0")
+  kubernetes(get_process_count=lambda: 1)
+  found = joining.start("auto")
+  assert found == joining.Found("alone", "Kubernetes started one process only", 1)
+  assert not initialize
+  env(JOB_COMPLETION_INDEX="1", JAX_COORDINATOR_PORT="6")
+  address = {"get_coordinator_address": lambda seconds, port: f"{LOCAL}:{port}"}
+  kubernetes(get_process_count=lambda: 2, **address)
+  assert joining.start("auto").method == "Kubernetes"
+  assert joined(initialize) == (f"{LOCAL}:6", 1, 2, None)
+  kubernetes(get_process_count=lambda: 1)  # more completions than processes at a time
+  with pytest.raises(joining.StartError, match="number the processes 0 to 0"):
+    joining.start("auto")
+  monkeypatch.setattr(joining, "ANSWER", 0.1)
+  kubernetes(get_process_count=lambda: time.sleep(5))
+  with pytest.raises(
+    joining.StartError, match=r"how many .* no answer in 0\.1 s\. Let the"
+  ):
+    joining.start("auto")
 
 
 CODE = """
