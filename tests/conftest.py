@@ -32,6 +32,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import jax
 import pytest
 
+from downscaling.runtime import cpu_flags
+
+cpu_flags.avoid_deadlock()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -19,6 +19,9 @@ from downscaling.metrics import distances
 from downscaling.metrics.ensembles import Ensemble
 
 PINNED = 0.01  # of the typical spread; points with less are fixed by the constraint
+TILE = (
+  512  # members along either edge of a tile of pairs; 2 MB, near what a cache holds
+)
 
 
 class Calibration(NamedTuple):
@@ -246,19 +249,30 @@ def _fair_energy(members: np.ndarray, truth: np.ndarray) -> float:
 
 def _field_pairs(members: np.ndarray) -> np.ndarray:
   """Σ_i,j ‖x_i − x_j‖ / (2 M (M − 1)), [B], by scalar products about the ensemble mean: no M²
-  fields are made.
+  fields are made, and distances only for a tile of pairs at a time.
   """
-  _, m, d = members.shape
-  centred = members - members.mean(axis=1, keepdims=True)
-  product = centred @ centred.swapaxes(1, 2) / d
-  squares = np.einsum("bmm->bm", product)
-  apart = np.sqrt(
-    np.maximum(
-      squares[:, :, None] + squares[:, None] - 2 * product,
-      0,
-    )
-  )
-  return apart.sum(axis=(1, 2)) / (2 * m * (m - 1))
+  m = members.shape[1]
+  return np.array([_distances(each) for each in members]) / (m * (m - 1))
+
+
+def _distances(members: np.ndarray) -> float:
+  """Σ_i<j ‖x_i − x_j‖ over members [M, D]."""
+  centred = members - members.mean(axis=0)
+  squares = (centred**2).mean(axis=1)
+  tiles = [slice(first, first + TILE) for first in range(0, len(members), TILE)]
+  total = 0.0
+  for number, rows in enumerate(tiles):
+    for columns in tiles[number:]:
+      apart = centred[rows] @ centred[columns].T
+      apart *= -2 / members.shape[1]
+      apart += squares[rows, None]
+      apart += squares[columns]
+      np.sqrt(np.maximum(apart, 0, out=apart), out=apart)
+      if rows == columns:  # every pair is there twice, and every member with itself
+        np.fill_diagonal(apart, 0)
+        apart /= 2
+      total += apart.sum()
+  return float(total)
 
 
 def _ranks(ordered: np.ndarray, truth: np.ndarray) -> np.ndarray:

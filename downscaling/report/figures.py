@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from downscaling.report.themes import Theme, label, page
 
 Draw = Callable[[Theme], Figure]
+BARS = 200  # of a rank histogram at most
 
 
 def spectrum(
@@ -392,17 +393,23 @@ def loss(steps: np.ndarray, values: np.ndarray) -> Draw:
 
 
 def ranks(rows: Mapping[str, np.ndarray]) -> Draw:
-  """Rank histograms: {name: [M + 1] shares}, each over the flat line of a perfect ensemble."""
+  """Rank histograms: {name: [M + 1] shares}, each over the flat line of a perfect ensemble.
+
+  Of a large ensemble, a bar is the mean of several ranks.
+  """
 
   def draw(theme: Theme) -> Figure:
     figure = page(0.5 + 1.9 * len(rows))
     for axes, (name, share) in zip(
       figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True
     ):
+      count = min(len(share), BARS)
+      edges = np.linspace(0, len(share), count + 1).astype(int)
+      width = np.diff(edges)
       axes.bar(
-        np.arange(len(share)),
-        share * len(share),
-        width=0.86,
+        edges[:-1] + (width - 1) / 2,
+        np.add.reduceat(share, edges[:-1]) / width * len(share),
+        width=0.86 * width,
         color=theme.line(name)["color"],
         alpha=0.8,
       )

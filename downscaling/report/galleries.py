@@ -9,6 +9,7 @@ from downscaling.report.results import Evidence
 from downscaling.report.themes import label
 
 GALLERY = 4  # conditions drawn
+MEMBERS = 8  # members drawn of a condition
 STRIPES = 40  # snapshots in a picture of rows
 
 
@@ -27,7 +28,7 @@ def gallery(e: Evidence) -> Section:
     else:
       draw = _maps(
         e,
-        x[chosen[:3]],
+        _first(x, chosen[:3]),
         None if y is None else y[chosen[:3]],
         None if truth is None else truth[chosen[:3]],
       )
@@ -48,17 +49,26 @@ def _of_members(x: Members) -> str:
   return (
     "one field a condition"
     if x.shape[1] == 1
-    else f"{min(x.shape[1], 8)} of {x.shape[1]} members, the first in bold"
+    else f"{min(x.shape[1], MEMBERS)} of {x.shape[1]} members, the first in bold"
   )
 
 
+def _first(x: Members, chosen: np.ndarray) -> np.ndarray:
+  """The first members of some conditions, [k, ≤ MEMBERS, *space], read one condition at a time."""
+  return np.stack([x[k][:MEMBERS].copy() for k in chosen])
+
+
 def _curves(e: Evidence, name: str, chosen: np.ndarray) -> figures.Draw:
-  x, y, truth = e.samples[name][chosen], e.conditions.get(name), e.truth.get(name)
+  x, y, truth = (
+    _first(e.samples[name], chosen),
+    e.conditions.get(name),
+    e.truth.get(name),
+  )
   at = np.arange(x.shape[2]) * e.length / x.shape[2]
   where = None if y is None else _places(e, at, np.shape(y)[1])
   panels = [
     {
-      "members": members[:8],
+      "members": members,
       "at": where,
       "condition": None if y is None else y[k],
       "truth": None if truth is None else truth[k],

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from downscaling.runtime import cpu_flags
+
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
 ROWS = PartitionSpec(AXES)
@@ -85,6 +87,7 @@ def _across(slices: list[list[Device]], fsdp: int) -> np.ndarray:
 
 def here() -> list[Device]:
   """jax.devices(). Raises ValueError if the platform that was asked for is not installed."""
+  cpu_flags.avoid_deadlock()
   try:
     return jax.devices()
   except (RuntimeError, AssertionError) as error:

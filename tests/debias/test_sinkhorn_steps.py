@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from downscaling.debias.entropic import entropic_map, sinkhorn, sinkhorn_steps, soft_min
 from downscaling.equations import ks
@@ -203,14 +204,23 @@ def test_what_the_paths_hold():
 
 
 @pytest.mark.parametrize(
-  ("platform", "mark"), [("cuda", "triton"), ("tpu", "tpu_custom_call")]
+  ("platform", "mark", "devices"),
+  [
+    ("cuda", "triton", ("NVIDIA H100", None, "gpu")),
+    ("tpu", "tpu_custom_call", ("TPU v5 lite", None, "tpu")),
+  ],
 )
 def test_a_chunk_by_the_kernel_lowers_for_four_accelerators(
-  monkeypatch, platform, mark
+  monkeypatch, platform, mark, devices
 ):
   """Inside shard_map, without the hardware; between devices only parts of the other cloud go."""
   monkeypatch.setattr(meshes, "platform", lambda mesh: platform)
-  mesh = meshes.make(4)
+  here = meshes.make(4)
+  # From jax 0.11 on, Triton asks which GPU a program is for while it is lowered.
+  device = AbstractDevice(*devices)
+  mesh = AbstractMesh(
+    here.axis_sizes, here.axis_names, here.axis_types, abstract_device=device
+  )
   rows = [
     jax.ShapeDtypeStruct(s, jnp.float32, sharding=meshes.rows(mesh))
     for s in ((1024, 24),) * 2 + ((1024,),) * 4

@@ -1,5 +1,7 @@
 """Calibration scores of ensembles whose answer is known."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -122,6 +124,25 @@ def test_energy_score_is_the_double_sum():
   exact = (norm(ensemble - truth[:, None]).mean(axis=1) - pairs).mean()
   found = calibration.calibrate(ensemble, truth)
   assert found.energy * found.rms == pytest.approx(exact, rel=1e-12)
+
+
+def test_distances_between_members_are_made_tile_by_tile(monkeypatch):
+  """Tiles of 3 among 8 members: whole ones, a rest, and those on the diagonal."""
+  ensemble, truth = draw(k=3, m=8, points=5)
+  whole = calibration.calibrate(ensemble, truth).energy
+  monkeypatch.setattr(calibration, "TILE", 3)
+  tiled = calibration.calibrate(ensemble, truth).energy
+  assert tiled == pytest.approx(whole, rel=1e-12)  # another order of float64 sums
+
+
+def test_no_array_holds_all_pairs_of_members():
+  """2000 members of 4 points: a distance for every pair would be 32 MB, a tile is 8 MB."""
+  ensemble, truth = draw(k=1, m=2000, points=4)
+  tracemalloc.start()
+  calibration.calibrate(ensemble, truth)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 8 * 2000**2
 
 
 def test_energy_score_sees_how_points_go_together():

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from downscaling.fields import operators
-from downscaling.report import galleries, results, sections, themes, writer
+from downscaling.metrics.ensembles import Ensemble
+from downscaling.report import figures, galleries, results, sections, themes, writer
 
 
 def waves(rng, s, space=(32,)):
@@ -209,6 +210,31 @@ def test_coarse_dots_sit_where_the_operator_looks():
   strided, mean = small(), small(operator=operators.BlockMean.on((32,), 8))
   assert galleries._places(strided, at, 4).tolist() == [0, 16, 32, 48]
   assert galleries._places(mean, at, 4).tolist() == [7, 23, 39, 55]
+
+
+def test_a_gallery_reads_one_condition_at_a_time():
+  members, seen = np.random.default_rng(0).normal(size=(9, 20, 5)), []
+
+  def read(numbers):
+    seen.append(numbers.tolist())
+    return members[numbers]
+
+  found = galleries._first(Ensemble(read, members.shape), np.array([0, 4, 8]))
+  np.testing.assert_array_equal(found, members[[0, 4, 8], :8])
+  assert seen == [[0], [4], [8]]
+
+
+@pytest.mark.parametrize("members", [3, 199, 4096])
+def test_bars_of_a_rank_histogram(members):
+  """A flat histogram is flat, and its bars cover all ranks, however many ranks a bar stands for."""
+  share = np.full(members + 1, 1 / (members + 1))
+  figure = figures.ranks({"true+diffusion": share})(themes.LIGHT)
+  bars = figure.axes[0].patches
+  assert len(bars) == min(members + 1, figures.BARS)
+  assert [bar.get_height() for bar in bars] == pytest.approx([1] * len(bars))
+  assert sum(bar.get_width() for bar in bars) == pytest.approx(0.86 * (members + 1))
+  middles = [bar.get_x() + bar.get_width() / 2 for bar in bars]
+  assert np.mean([middles[0], middles[-1]]) == pytest.approx(members / 2, abs=1)
 
 
 def test_sinkhorn_record():
