@@ -63,8 +63,10 @@ setup(
     "absl-py>=2.1",
     "array-record>=0.5",
     "clu>=0.0.12",
+    "etils[epath]>=1.12",
     "exponax>=0.2.0",
     "flax>=0.10",
+    "fsspec>=2024.6",
     "grain>=0.2.18",
     "h5netcdf>=1.3",
     # h5netcdf leaves the choice of a reader of HDF5 to us.
