@@ -3,7 +3,8 @@
   python benchmarks/debias_sweep.py [--points=1024,4096,16384,65536] [--epsilons=0.01,0.002,0.0005]
                                     [--most=16384]
                                     [--maps=entropic,symmetric,gaussian,equivariant]
-                                    [--bias=none,broken,cubic,square] [--out=docs/results/ks]
+                                    [--bias=none,broken,cubic,square] [--draws=1]
+                                    [--out=docs/results/ks]
 
 Rows are independent of the fit: 4096 held-out biased snapshots are carried over and compared with
 16 384 true ones.
@@ -19,6 +20,9 @@ takes them all. Both stand at the end of a line. --bias changes the biased world
 (1 + .3 sin x) + .4 cos x, is not alike everywhere; cubic, u + .05 u³, keeps the symmetry; square, u
 + .05 u², breaks its reflection; broken:full names the group to fit with.
 floor, bound: the median and the highest of four other sets of true rows.
+
+--draws: fits to so many independent sets of rows. Then each column of equivariant less that of
+gaussian, on the same rows, is printed as mean ± standard error over the draws.
 """
 
 import argparse
@@ -39,6 +43,7 @@ from downscaling.report import terminal
 
 HELD, REFERENCE = 4096, 16384
 FLOORS = 4
+APART = 10**6  # trajectories between two draws
 RECIPES = {"gaussian": "G", "equivariant": "GMQM", "all steps": "GMQM"}
 TURN = 2 * np.pi * np.arange(24)[:, None] / 24
 BIASES = {
@@ -113,6 +118,7 @@ def main():
   parser.add_argument("--most", type=int, default=16384)
   parser.add_argument("--maps", default="entropic,symmetric,gaussian,equivariant")
   parser.add_argument("--bias", default="none")
+  parser.add_argument("--draws", type=int, default=1)
   parser.add_argument("--out", type=pathlib.Path)
   args = parser.parse_args()
   counts, epsilons = (
@@ -120,7 +126,10 @@ def main():
     [float(e) for e in args.epsilons.split(",")],
   )
   biased, true = ks.Coarse(), ks.Fine()
-  x, y = (simulate(solver, 0, max(counts), 4) for solver in (biased, true))
+  clouds = [
+    [simulate(solver, draw * APART, max(counts), 4) for solver in (biased, true)]
+    for draw in range(args.draws)
+  ]
   held = simulate(biased, 10**9, HELD, 4)
   reference, floors = (
     simulate(true, first, n, 4)
@@ -134,9 +143,12 @@ def main():
     )
     return {k: found[k] for k in COLUMNS}
 
-  def add(bias, name, n, epsilon, found, seconds=0.0, converged=True, chosen=""):
+  def add(
+    bias, name, n, epsilon, found, seconds=0.0, converged=True, chosen="", draw=0
+  ):
     row = {
       "bias": bias,
+      "draw": draw,
       "map": name,
       "points": n,
       "epsilon": epsilon,
@@ -171,25 +183,46 @@ def main():
     )
   for bias in args.bias.split(","):
     change, _, subgroup = bias.partition(":")
-    raw, source = (BIASES[change](u).astype(np.float32) for u in (x, held))
+    changed = lambda u, change=change: BIASES[change](u).astype(np.float32)
+    source = changed(held)
     if bias != "none":
       print(f"bias {bias}")
     add(bias, "raw", 0, 0.0, measured(source, source[..., 0]))
     for kind in args.maps.split(","):
       for n, epsilon in sweep(kind, counts, epsilons, args.most):
-        made, *facts = fit(
-          kind, raw[:n], y[:n], epsilon, subgroup or bias_symmetry.AUTO
-        )
-        add(
-          bias,
-          kind,
-          n,
-          0.0 if kind in RECIPES else epsilon,
-          measured(made(source), source[..., 0]),
-          *facts,
-        )
+        for draw_number, (x, y) in enumerate(clouds):
+          made, *facts = fit(
+            kind, changed(x[:n]), y[:n], epsilon, subgroup or bias_symmetry.AUTO
+          )
+          add(
+            bias,
+            kind,
+            n,
+            0.0 if kind in RECIPES else epsilon,
+            measured(made(source), source[..., 0]),
+            *facts,
+            draw=draw_number,
+          )
+    if args.draws > 1:
+      print_differences([row for row in rows if row["bias"] == bias])
   if args.out:
     draw(rows, args.out / "sweep.png")
+
+
+def print_differences(rows):
+  """equivariant less gaussian by column, mean ± standard error over the draws, for every n."""
+  of = {(row["map"], row["points"], row["draw"]): row for row in rows}
+  for n in dict.fromkeys(row["points"] for row in rows if row["map"] == "equivariant"):
+    pairs = [
+      (of["equivariant", n, draw], of["gaussian", n, draw])
+      for draw in range(len([key for key in of if key[:2] == ("gaussian", n)]))
+    ]
+    told = []
+    for key, words in COLUMNS.items():
+      apart = [ours[key] - theirs[key] for ours, theirs in pairs]
+      error = np.std(apart, ddof=1) / np.sqrt(len(apart))
+      told.append(f"{words} {np.mean(apart):+.4f} ± {error:.4f}")
+    print(f"n {n}, equivariant − gaussian: {', '.join(told)}", flush=True)
 
 
 def sweep(kind, counts, epsilons, most):
