@@ -28,10 +28,11 @@ from downscaling.runtime import supervision
 def status(name):
   return 1024 * int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 
+mesh = meshes.make()
 jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()
 keys = dict(argument.split("=", 1) for argument in sys.argv[3:])
 config = experiment.load("ks:smoke", **keys)
-work = jobs.Workdir(config, pathlib.Path(sys.argv[1]), meshes.make(), supervision.Stop())
+work = jobs.Workdir(config, pathlib.Path(sys.argv[1]), mesh, supervision.Stop())
 job = jobs.JOBS[sys.argv[2]](work)
 before = status("VmRSS")
 job.run()
@@ -67,10 +68,22 @@ MID = {
 }
 
 
-def took_and_plan(folder, keys, names=tuple(jobs.JOBS)):
-  """{job: (bytes that it took, bytes that its plan says)} of a whole run, or of some jobs."""
+# What a process frees goes back to the system at once, and one chunk of a store is read at a time.
+STEADY = {
+  "MALLOC_ARENA_MAX": "1",
+  "MALLOC_MMAP_THRESHOLD_": "1000000",
+  "ZARR_ASYNC__CONCURRENCY": "1",
+}
+
+
+def took_and_plan(folder, keys, names=tuple(jobs.JOBS), **variables):
+  """{job: (bytes that it took, bytes that its plan says)} of a whole run, or of some jobs.
+
+  variables: of the environment.
+  """
   # A cache of compiled programs would spare the compiler's memory in some runs.
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  environment |= variables
   environment.pop("JAX_COMPILATION_CACHE_DIR")
   given = [f"{key}={value}" for key, value in keys.items()]
   found = {}
@@ -102,17 +115,22 @@ def test_a_plan_is_what_a_job_takes(tmp_path, keys):
 
 @pytest.mark.slow
 def test_evaluate_never_holds_an_ensemble(tmp_path):
-  """Sixteen conditions of 1024 members, then of 17,408: 200 MB more on disk.
+  """64 conditions of 1024 members, then of 3072, drawn by a tiny network.
 
-  A quarter of that would be seen beside what RSS varies from run to run (20 MB).
+  The members between, 64 × 2048 fields of 192 float32, are 101 MB. A quarter of them, 25 MB, would
+  be seen beside what RSS varies from run to run: 3 MB with STEADY, 60 MB without. All else is of
+  one size in both runs: a block of conditions is 21 × 1024 or 7 × 3072 fields, a tile of pairs
+  1024 × 1024. Distances between 3072 members of one condition would be 75 MB.
   """
-  keys = {"sampling.sets": ("true+diffusion",), "sampling.unit": (16, 1024)}
-  keys |= {"sampling.conditions": 16, "sampling.members": 1024}
-  keys |= {"sampling.levels.steps": 2}  # bytes are what counts here
-  few = took_and_plan(tmp_path, keys)["evaluate"][0]
-  keys["sampling.members"] = 17 * 1024
-  many = took_and_plan(tmp_path, keys, ("sample", "evaluate"))["evaluate"][0]
-  extra = 4 * 192 * 16 * 16 * 1024
+  keys = {"sampling.sets": ("true+diffusion",), "sampling.unit": (4, 1024)}
+  keys |= {"sampling.conditions": 64, "sampling.members": 1024}
+  # Bytes are what counts here.
+  keys |= {"sampling.levels.steps": 2, "model.channels": (4, 8), "model.embedding": 8}
+  few = took_and_plan(tmp_path, keys, **STEADY)["evaluate"][0]
+  keys["sampling.members"] = 3 * 1024
+  again = ("sample", "evaluate")
+  many = took_and_plan(tmp_path, keys, again, **STEADY)["evaluate"][0]
+  extra = 4 * 192 * 64 * 2 * 1024
   assert many - few < extra / 4, (few, many)
 
 
