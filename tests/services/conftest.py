@@ -1,5 +1,6 @@
-"""Services that tests install and start by themselves: MPI, Slurm, an API of Kubernetes. They listen on loopback only.
+"""Services that tests install and start by themselves: MPI, Slurm, an API of Kubernetes.
 
+They listen on loopback only.
 Where something cannot be installed, its tests are skipped and say why. Run by `.ci/run`:
 launch/test.sh -m services
 """

@@ -138,6 +138,10 @@ def slurm(debian, on_cpus, tmp_path_factory):
       started.append(subprocess.Popen(argv, env=env, **quiet))
     until(lambda: sh("sinfo", "-h", "-o", "%D %t", env=env).strip() == "2 idle", 60)
     yield Slurm(folder, env)
+    # What a failed test left running would keep its port.
+    sh("scancel", "--signal=KILL", "--full", "--user=root", env=env)
+    sh("scancel", "--user=root", env=env)
+    until(lambda: not sh("squeue", "-h", env=env), 60)
   finally:
     for process in reversed(started):
       process.send_signal(signal.SIGTERM)
@@ -242,6 +246,51 @@ def test_a_time_limit_is_no_end(slurm, command, execute, tmp_path):
   job, log = slurm.sbatch(*limit, script, "train", *flags, "--config.plan.eval_every=0")
   until(lambda: log.exists() and re.search(r"going on from step \d+", log.read_text()))
   assert "warned of the end" in log.read_text()
+  sh("scancel", job, env=slurm.env)
+  assert slurm.ended(job) == "CANCELLED"
+
+
+# Process 1 of a job stands still once a file is there: no Python runs in it any more, and SIGTERM
+# does not end it, but its heartbeats go on.
+HANG = """
+import ctypes, os, pathlib, threading, time
+
+def stand_still(file):
+  while not file.exists():
+    time.sleep(0.1)
+  file.unlink()  # the next attempt goes on
+  ctypes.PyDLL(None).pause()
+
+if os.environ.get("SLURM_PROCID") == "1":
+  file = pathlib.Path(os.environ["HANG"])
+  threading.Thread(target=stand_still, args=[file], daemon=True).start()
+"""
+
+
+def test_a_job_that_hangs_is_queued_again(slurm, command, execute, tmp_path):
+  """Process 0 gives up with code 75; the one that hangs is killed, or aborts without process 0."""
+  assert execute(command("generate", tmp_path)).returncode == 0
+  (tmp_path / "hang").mkdir()
+  (tmp_path / "hang" / "sitecustomize.py").write_text(HANG)
+  path = f"{tmp_path / 'hang'}:{os.environ.get('PYTHONPATH', '')}"
+  export = f"--export=ALL,PYTHONPATH={path},HANG={tmp_path / 'now'}"
+  script = ROOT / "launch" / "slurm.sbatch"
+  flags = ["--config=ks:smoke", f"--workdir={tmp_path}", "--config.data.shard=16"]
+  flags += ["--config.train.total_steps=1000000", "--config.plan.log_every=50"]
+  flags += ["--config.plan.eval_every=0", "--config.plan.save_every=50"]
+  # Longer than it takes to compile.
+  flags += ["--config.supervision.silence=75"]
+  job, log = slurm.sbatch(export, script, "train", *flags)
+  until(lambda: log.exists() and steps_of(log) and steps_of(log)[-1] > 100)
+  (tmp_path / "now").touch()
+  until(lambda: re.search(r"going on from step \d+", log.read_text()))
+  said = log.read_text()
+  assert re.search("0: .*no sign of life for 75 s", said)
+  # Either is a higher code than 75, and srun ends with the highest.
+  assert re.search("task 1: (Killed|Exited with exit code 134)", said)
+  assert "slurm: ended with code 75, by itself or cancelled" in said
+  reached = steps_of(log)[-1]
+  until(lambda: steps_of(log)[-1] > reached)
   sh("scancel", job, env=slurm.env)
   assert slurm.ended(job) == "CANCELLED"
 
