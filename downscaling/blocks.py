@@ -140,7 +140,10 @@ class Data(Settings, key="data"):
     return self.hfhr.asdict() if which == "hfhr" else self.lflr.asdict()
 
 
-MAPS = ("entropic", "equivariant", "gaussian", "minibatch", "rescaled", "symmetric")
+MAPS = (
+  "entropic", "equivariant", "gaussian", "minibatch", "pooled_quantile", "quantile", "rescaled",
+  "symmetric",
+)  # fmt: skip
 
 
 @block
@@ -183,6 +186,9 @@ class Debias(Settings, key="debias"):
                     words="auto, full, trivial or the name of a subgroup")  # fmt: skip
   outlier: float = number(100.0, "robust standard deviations beyond which a row is refused",
                           above=0, free=True)  # fmt: skip
+  quantiles: int = count(
+    1000, "quantiles of the maps quantile and pooled_quantile", least=2
+  )
   minibatch: Minibatch = inner(Minibatch)
   held_out: int = count(4096, "coarse test snapshots that are debiased", least=2)
 

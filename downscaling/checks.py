@@ -153,6 +153,11 @@ def _debiasing(experiment: Experiment) -> None:
   recipes.letters(setting.recipe, setting.quadratic)
   coarse = worlds.operator(experiment).coarse
   bias_symmetry.check_name(setting.subgroup, setting.group, coarse)
+  if {"quantile", "pooled_quantile"} & {*block.maps} and block.points < block.quantiles:
+    raise ValueError(
+      f"config.debias.quantiles={block.quantiles} of config.debias.points={block.points} rows: "
+      f"need as many rows. Set --config.debias.quantiles={block.points} or fewer."
+    )
   half = block.points // 2
   if "minibatch" in block.maps and block.minibatch.batch > half:
     raise ValueError(

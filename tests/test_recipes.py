@@ -94,15 +94,17 @@ def test_a_map(checkout, finished):
   maps.write_text(maps.read_text() + "\n\n" + names)
   change(
     maps,
-    "import bias_symmetry, map_files\n",
     "import bias_symmetry, map_files, quantile_map\n",
+    "import bias_symmetry, map_files, mean_map, quantile_map\n",
   )
-  old = re.search(r"^MAPS = .*\n", (checkout / third).read_text(), re.MULTILINE)[0]
-  change(checkout / third, old, known)
-  only = ("--config.debias.maps=quantile", "--config.debias.map=quantile")
+  old = re.search(
+    r"(?<=^MAPS = \(\n)  .*\n", (checkout / third).read_text(), re.MULTILINE
+  )
+  change(checkout / third, old[0], known)
+  only = ("--config.debias.maps=mean", "--config.debias.map=mean")
   data = f"--config.data.dir={finished[0] / 'data'}"
   job(checkout, "debias", "ks:smoke", *only, data, "--config.data.shard=16")
-  assert (checkout / "run/debias/quantile/map.json").exists()
+  assert (checkout / "run/debias/mean/map.json").exists()
 
 
 def test_a_source(checkout):

@@ -42,6 +42,7 @@ def setting(experiment: Experiment, config_hash: str, **of_job) -> maps.Setting:
     sinkhorn={key: getattr(debias, key) for key in SINKHORN},
     minibatch=debias.minibatch.asdict(),
     recipe=debias.recipe,
+    quantiles=debias.quantiles,
     seed=experiment.seed,
     config_hash=config_hash,
     weights=tuple(worlds.domain(experiment).weights),

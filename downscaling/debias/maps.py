@@ -11,6 +11,8 @@ shrinkage | hardly |
 takes | hardly |
 | gaussian | optimal transport between group-averaged Gaussians | nearly all |
 | equivariant | steps by config.debias.recipe (recipes.py) | nearly all |
+| quantile | empirical quantiles of every point by itself, as BCSD has it | nearly all |
+| pooled_quantile | the same; points that the group takes to each other share rows | nearly all |
 """
 
 import contextlib
@@ -24,7 +26,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from downscaling.debias import bias_symmetry, map_files
+from downscaling.debias import bias_symmetry, map_files, quantile_map
 from downscaling.debias.entropic import entropic_map, minibatch, sinkhorn
 from downscaling.debias.equivariant import equivariant_map, recipes, step_selection
 from downscaling.fields import symmetry
@@ -110,7 +112,13 @@ def load(folder: str | os.PathLike) -> Callable[[np.ndarray], np.ndarray]:
 # The kind in map.json -> the class that reads it.
 KINDS: dict[str, Any] = {
   each.kind: each
-  for each in (entropic_map.EntropicMap, equivariant_map.EquivariantMap, Chain, Scaled)
+  for each in (
+    entropic_map.EntropicMap,
+    equivariant_map.EquivariantMap,
+    quantile_map.QuantileMap,
+    Chain,
+    Scaled,
+  )
 }
 
 
@@ -125,7 +133,8 @@ class Setting:
   beyond which rows are refused.
 
   quadratic: the equation's quadratic term, or None. sinkhorn: keywords of sinkhorn.fit.
-  minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. config_hash: of
+  minibatch: {"batch": rows, "passes": over the source}. recipe: see recipes.fit. quantiles: of the
+  quantile maps. config_hash: of
   the blocks this stage depends on. mesh, stop, interruptible: of the job, see
   runtime/supervision.py. agree: see Checkpoints. weights: of the channels, for squared errors in
   units of their own standard deviation; () for one alike for all.
@@ -140,6 +149,7 @@ class Setting:
   sinkhorn: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   minibatch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   recipe: str | tuple = "G"
+  quantiles: int = 1000
   seed: int = 0
   config_hash: str = ""
   mesh: jax.sharding.Mesh | None = None
@@ -370,6 +380,17 @@ def _equivariant(folder, source, target, setting: Setting):
   return made, facts | {"recipe": setting.recipe} | trials
 
 
+def _quantile(folder, source, target, setting: Setting):
+  return quantile_map.fit(source, target, setting.quantiles), {
+    "quantiles": setting.quantiles
+  }
+
+
+def _pooled_quantile(folder, source, target, setting: Setting):
+  made = quantile_map.fit(source, target, setting.quantiles, setting.group)
+  return made, {"quantiles": setting.quantiles, "images": len(setting.group)}
+
+
 FITS = {
   "entropic": _entropic,
   "symmetric": _symmetric,
@@ -377,4 +398,6 @@ FITS = {
   "minibatch": _minibatch,
   "gaussian": _gaussian,
   "equivariant": _equivariant,
+  "quantile": _quantile,
+  "pooled_quantile": _pooled_quantile,
 }
