@@ -33,7 +33,7 @@ import time
 import jax
 import numpy as np
 
-from downscaling.debias import bias_symmetry
+from downscaling.debias import bias_symmetry, quantile_map
 from downscaling.debias.entropic import entropic_map, sinkhorn
 from downscaling.debias.equivariant import recipes, step_selection
 from downscaling.equations import ks, rollouts
@@ -44,6 +44,7 @@ from downscaling.report import terminal
 HELD, REFERENCE = 4096, 16384
 FLOORS = 4
 APART = 10**6  # trajectories between two draws
+QUANTILE = {"quantile": False, "pooled_quantile": True}  # over the whole group?
 RECIPES = {"gaussian": "G", "equivariant": "GMQM", "all steps": "GMQM"}
 TURN = 2 * np.pi * np.arange(24)[:, None] / 24
 BIASES = {
@@ -98,6 +99,10 @@ def fit(kind, x, y, epsilon, subgroup):
   if kind in RECIPES:
     made, chosen = by_recipe(kind, x, y, subgroup)
     return made, time.perf_counter() - began, True, chosen
+  if kind in QUANTILE:
+    pooled = group if QUANTILE[kind] else None
+    made = quantile_map.fit(x, y, min(1000, len(x)), pooled)
+    return made, time.perf_counter() - began, True, ""
   group = group if kind == "symmetric" else None
   done = sinkhorn.fit(
     x[..., 0],
@@ -198,7 +203,7 @@ def main():
             bias,
             kind,
             n,
-            0.0 if kind in RECIPES else epsilon,
+            0.0 if kind in {*RECIPES, *QUANTILE} else epsilon,
             measured(made(source), source[..., 0]),
             *facts,
             draw=draw_number,
