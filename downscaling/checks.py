@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from downscaling.assembly import debiasing, prior, samples, time_series, worlds
-from downscaling.debias import bias_symmetry
+from downscaling.debias import bias_symmetry, maps
 from downscaling.debias.equivariant import recipes
 from downscaling.equations import rollouts
 from downscaling.experiment import Experiment
@@ -153,7 +153,7 @@ def _debiasing(experiment: Experiment) -> None:
   recipes.letters(setting.recipe, setting.quadratic)
   coarse = worlds.operator(experiment).coarse
   bias_symmetry.check_name(setting.subgroup, setting.group, coarse)
-  if {"quantile", "pooled_quantile"} & {*block.maps} and block.points < block.quantiles:
+  if {*maps.QUANTILE} & {*block.maps} and block.points < block.quantiles:
     raise ValueError(
       f"config.debias.quantiles={block.quantiles} of config.debias.points={block.points} rows: "
       f"need as many rows. Set --config.debias.quantiles={block.points} or fewer."

@@ -36,6 +36,7 @@ from downscaling.runtime import files, progress
 from downscaling.runtime import mesh as meshes
 
 SPARE = 8  # one row of so many is kept out of a fit that needs rows of its own
+QUANTILE = ("quantile", "pooled_quantile")  # names of quantile maps
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 

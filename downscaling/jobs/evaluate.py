@@ -6,6 +6,8 @@ import numpy as np
 
 from downscaling.assembly import debiasing, samples, time_series, worlds
 from downscaling.baselines import interpolation
+from downscaling.debias import maps
+from downscaling.experiment import Experiment
 from downscaling.jobs import rows
 from downscaling.jobs.job import Item, Job
 from downscaling.jobs.workdir import Workdir, readable
@@ -98,6 +100,17 @@ class Evaluate(Job):
     return [Item("of tables and figures", REPORT_BYTES)]
 
 
+def interpolated_sets(experiment: Experiment) -> dict[str, str]:
+  """{NAME+cubic: the map NAME}: sets that add no small scales, and are drawn by nobody.
+
+  They are behind the default map, and behind quantile mapping where it is fitted. That is BCSD, but
+  for its fine climatology: here the mean field is interpolated, too.
+  """
+  debias = experiment.debias
+  behind = (debias.map, *(name for name in debias.maps if name in maps.QUANTILE))
+  return {f"{name}+cubic": name for name in behind}
+
+
 def evidence_of(work: Workdir, channel: int = 0) -> results.Evidence:
   """Everything the report of one channel is made from, read back from the work folder."""
   e, op = work.experiment, worlds.operator(work.experiment)
@@ -118,10 +131,10 @@ def evidence_of(work: Workdir, channel: int = 0) -> results.Evidence:
   held_out = _ordered(work, rows.mapped(work, "held_out"), channel)
   fitted = _ordered(work, rows.mapped(work, "in_sample"), channel)
   drawn, conditions, misfits, in_time = _drawn(work, channel)
-  cubic = f"{default}+cubic"
-  behind = rows.condition_fields(work, default)[..., channel]
-  conditions[cubic] = time_series.as_rows(behind, e, 1)
-  drawn[cubic] = Ensemble.of(interpolated(conditions[cubic])[:, None])
+  for cubic, source in interpolated_sets(e).items():
+    behind = rows.condition_fields(work, source)[..., channel]
+    conditions[cubic] = time_series.as_rows(behind, e, 1)
+    drawn[cubic] = Ensemble.of(interpolated(conditions[cubic])[:, None])
   known = {"true+diffusion"} & {*drawn}  # sets of which the truth is known
   guesses = {n: interpolated(conditions[n]) for n in known}
   diagnostics = files.read_json(work.folder("debias") / "diagnostics.json")
@@ -233,7 +246,8 @@ def _origins(work: Workdir, drawn: dict, reference: int) -> dict[str, bootstrap.
   for name, source in samples.sources(e).items():
     if source:
       numbers[name] = rows.conditions(e, source)
-  numbers[f"{e.debias.map}+cubic"] = rows.conditions(e, e.debias.map)
+  for name, source in interpolated_sets(e).items():
+    numbers[name] = rows.conditions(e, source)
   numbers["reference"] = rows.judged(e, "hfhr", "reference", reference)
   numbers["floor"] = rows.floor(e)
   found = {
@@ -286,7 +300,7 @@ def report_provenance(work: Workdir) -> dict:
   coarse = ["lflr", *e.debias.maps]
   stages = {name: work.look(name) for name in ("data", "debias", "train", "samples")}
   held_out = dict.fromkeys(
-    (*coarse, *samples.sources(e), f"{e.debias.map}+cubic"), "held-out"
+    (*coarse, *samples.sources(e), *interpolated_sets(e)), "held-out"
   )
   in_sample = {f"{name} in-sample": "in-sample" for name in coarse if name != "lflr"}
   return {

@@ -51,7 +51,9 @@ class Theme:
       "reference": (self.ink, "-"), "floor": (self.muted, (0, (1, 2))),
     }  # fmt: skip
     if row.endswith("cubic"):
-      colour, dashes = self.cubic, (0, (3, 1.2, 1, 1.2))
+      behind = {"quantile": (0, (1, 1)), "pooled_quantile": (0, (1, 2.5))}
+      colour = self.cubic
+      dashes = behind.get(row.split("+")[0], (0, (3, 1.2, 1, 1.2)))
     else:
       colour, dashes = kinds.get(
         row.split("+")[0].split()[0], (self.cubic, (0, (2, 1)))

@@ -7,6 +7,7 @@ from downscaling import checks, experiment
 from downscaling.debias import maps, quantile_map
 from downscaling.equations import ks
 from downscaling.fields import symmetry
+from downscaling.jobs import evaluate
 from downscaling.runtime import mesh as meshes
 
 ROWS, POINTS, QUANTILES = 4000, 24, 200
@@ -103,6 +104,15 @@ def test_the_job_fits_it_by_name_and_reads_it_back(name, tmp_path):
   made.save(tmp_path)
   y = cloud(3, 10)
   np.testing.assert_array_equal(maps.load(tmp_path)(y), made(y))
+
+
+def test_the_report_interpolates_behind_it():
+  """BCSD's rows stand beside those of the default map."""
+  fitted = {"debias.maps": ("equivariant", "quantile"), "debias.quantiles": 64}
+  found = evaluate.interpolated_sets(experiment.load("ks:smoke", **fitted))
+  assert found == {"equivariant+cubic": "equivariant", "quantile+cubic": "quantile"}
+  default = evaluate.interpolated_sets(experiment.load("ks:smoke"))
+  assert list(default) == ["equivariant+cubic"]
 
 
 def test_fewer_rows_than_quantiles_are_refused_before_anything_is_fitted():
