@@ -38,6 +38,7 @@ def setting(group=None, stop=lambda: False, **sinkhorn):
     sinkhorn=options,
     minibatch=batches,
     recipe="GQ",
+    quantiles=60,  # of 120 rows
     config_hash="hash",
     stop=stop,
   )
