@@ -125,7 +125,9 @@ class Downscaler:
       if self.table is not None:
         files.copy(trained, partial / "train", [trained / error_table.FILE])
       for fitted in (source / "debias").glob("*/map.json"):
-        files.copy(source, partial, fitted.parent.glob("*"))
+        for part in fitted.parent.iterdir():
+          if part.name != "checkpoints":
+            files.copy(source, partial, [part, *part.rglob("*")])
       if (source / NOISE).exists():
         files.copy(source, partial, [source / NOISE])
       # What it saves lies in one folder, wherever data and prior were.

@@ -12,6 +12,7 @@ import pytest
 import xarray
 
 import downscaling
+from downscaling.debias import maps
 from downscaling.equations import ks, rollouts
 from downscaling.jobs import verify
 from downscaling.runtime import files, stage_folder
@@ -121,6 +122,21 @@ def test_what_it_saves_is_what_it_loads(workdir, fitted, tmp_path):
   with pytest.raises(FileExistsError, match="not empty"):
     fitted.save(tmp_path / "other")
   assert [p.name for p in (tmp_path / "other").iterdir()] == ["mine.txt"]
+
+
+def test_a_map_of_maps_is_saved_whole(workdir, fitted, tmp_path):
+  """Maps of several channels, and chains, keep their parts in folders of their own."""
+  run = shutil.copytree(workdir, tmp_path / "run")
+  folder = run / "debias" / "equivariant"
+  (folder / "arrays.npz").unlink()
+  maps.Chain((fitted.map,)).save(folder)
+  (folder / "checkpoints").mkdir()
+  (folder / "checkpoints" / "left").write_text("behind")
+  downscaling.Downscaler.load(run).save(tmp_path / "small")
+  again = downscaling.Downscaler.load(tmp_path / "small")
+  y = np.random.default_rng(5).normal(size=(2, 24, 1)).astype(np.float32)
+  np.testing.assert_array_equal(again.debias(y), fitted.debias(y))
+  assert not (tmp_path / "small" / "debias" / "equivariant" / "checkpoints").exists()
 
 
 def test_another_map_by_its_name(workdir, fitted):
