@@ -209,18 +209,17 @@ def main():
             draw=draw_number,
           )
     if args.draws > 1:
-      print_differences([row for row in rows if row["bias"] == bias])
+      print_differences([row for row in rows if row["bias"] == bias], args.draws)
   if args.out:
     draw(rows, args.out / "sweep.png")
 
 
-def print_differences(rows):
+def print_differences(rows, draws):
   """equivariant less gaussian by column, mean ± standard error over the draws, for every n."""
   of = {(row["map"], row["points"], row["draw"]): row for row in rows}
   for n in dict.fromkeys(row["points"] for row in rows if row["map"] == "equivariant"):
     pairs = [
-      (of["equivariant", n, draw], of["gaussian", n, draw])
-      for draw in range(len([key for key in of if key[:2] == ("gaussian", n)]))
+      (of["equivariant", n, draw], of["gaussian", n, draw]) for draw in range(draws)
     ]
     told = []
     for key, words in COLUMNS.items():

@@ -225,9 +225,9 @@ def inspect(argv: list[str]) -> None:
     fail(f"{what}: {folder} is damaged; see the lines with FIX above.")
 
 
-def folder_of(folder: str) -> pathlib.Path:
-  """A folder that was typed, here or on an object store. Ends the program for another scheme: it
-  would become a local folder of that name.
+def folder_of(folder: str, flag: str = "--workdir") -> pathlib.Path:
+  """A folder that was typed, here or on an object store that answers. Ends the program for another
+  scheme: it would become a local folder of that name. flag: where it was typed, for the message.
   """
   from downscaling.runtime import files
   from downscaling.runtime.remote_paths import RemotePath
@@ -238,7 +238,7 @@ def folder_of(folder: str) -> pathlib.Path:
       found.reach()
     return found
   except (ValueError, OSError) as error:
-    fail(f"--workdir={folder}: {error}")
+    fail(f"{flag}={folder}: {error}")
 
 
 def read_experiment(overrides: dict):
@@ -304,11 +304,13 @@ def work(job: str, experiment, stop: supervision.Stop) -> str:
     processes.same_everywhere(facts(experiment))
     elsewhere = FLAGS.devices and ":" in FLAGS.devices
     devices = target_devices.devices(FLAGS.devices) if elsewhere else None
-    for folder in filter(None, (experiment.data.dir, experiment.train.dir)):
-      folder_of(folder)
+    if experiment.data.dir:
+      folder_of(experiment.data.dir, "--config.data.dir")
+    if experiment.train.dir:
+      folder_of(experiment.train.dir, "--config.train.dir")
     workdir = jobs.Workdir(
       experiment=experiment,
-      path=folder_of(FLAGS.workdir),
+      path=files.folder(FLAGS.workdir),
       mesh=meshes.make(**experiment.mesh.asdict(), devices=devices),
       stop=stop,
       command=shlex.join(["downscaling", *sys.argv[1:]]),
@@ -362,11 +364,11 @@ def compiler_settings() -> dict[str, str]:
 
 def doctor(found, experiment) -> str:
   """The report; ends the program with code 1 if something is to be mended."""
-  from downscaling.runtime import doctor, progress
+  from downscaling.runtime import doctor, files, progress
   from downscaling.runtime import mesh as meshes
 
   mesh = meshes.make(**({} if experiment is None else experiment.mesh.asdict()))
-  workdir = folder_of(FLAGS.workdir) if FLAGS.workdir else None
+  workdir = files.folder(FLAGS.workdir) if FLAGS.workdir else None
   text, well = doctor.report(found, mesh, workdir, facts(experiment))
   if not well:
     progress.say(text)

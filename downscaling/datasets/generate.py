@@ -18,7 +18,7 @@ from tensorflow_datasets.core import example_serializer
 from tensorflow_datasets.core import splits as tfds_splits
 
 from downscaling.datasets import simulated
-from downscaling.runtime import files, ledger, mirror, progress, supervision
+from downscaling.runtime import files, ledger, progress, supervision
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime.remote_paths import RemotePath
 
@@ -205,5 +205,5 @@ def _finalise(plan: Plan, shards) -> None:
   plan.builder.info.set_splits(tfds_splits.SplitDict(splits))
   plan.builder.info.write_to_directory(plan.builder.data_dir)
   if isinstance(plan.builder.home, RemotePath):
-    mirror.push(here, plan.builder.home, "*.json")
+    files.copy(here, plan.builder.home, here.glob("*.json"))
   plan.builder.info.read_from_directory(plan.builder.data_dir)

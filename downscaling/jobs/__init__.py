@@ -34,10 +34,14 @@ def run(name: str, work: Workdir) -> str:
 
   Raises: supervision.Interrupted if a stop was asked for; whatever the job raises.
   """
-  if name == PIPELINE:
-    return _pipeline(work)
+  for each in JOBS if name == PIPELINE else (name,):
+    JOBS[each](work).check()
+  return _pipeline(work) if name == PIPELINE else _one(name, work)
+
+
+def _one(name: str, work: Workdir) -> str:
+  """Does one job, or says that it is done."""
   job = JOBS[name](work)
-  job.check()
   if work.done(job.stage, optional=True):
     return f"{name} is done already, in {work.folder(job.stage)}"
   if work.stop():
@@ -48,11 +52,9 @@ def run(name: str, work: Workdir) -> str:
 def _pipeline(work: Workdir) -> str:
   """All jobs in order; finished ones are skipped, interrupted ones continue."""
   report = work.folder("report")
-  for job in JOBS.values():
-    job(work).check()
   done = work.done("report")
   for name in JOBS:
-    progress.say(f"{name}: {run(name, work)}")
+    progress.say(f"{name}: {_one(name, work)}")
   if done and meshes.is_main():  # else evaluate has just printed it
     print(terminal.summary(files.read_json(report / "metrics.json")))
   return f"report: {report / 'report.html'}"

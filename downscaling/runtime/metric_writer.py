@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from downscaling.runtime import files, mirror, trackers
+from downscaling.runtime import files, trackers
 from downscaling.runtime import mesh as meshes
 from downscaling.runtime.remote_paths import RemotePath
 
@@ -93,7 +93,7 @@ class MetricWriter:
       if pattern == EVENTS and self._board:
         self._board.flush()
         self._sent = time.monotonic()
-      mirror.push(self._here, self.folder, pattern)
+      files.copy(self._here, self.folder, self._here.glob(pattern))
 
   def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
     """Adds images {name: [height, width, 3] uint8} to TensorBoard."""

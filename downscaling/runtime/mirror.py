@@ -63,12 +63,6 @@ def tree(folder: RemotePath) -> pathlib.Path:
   return here
 
 
-def push(here: pathlib.Path, folder: RemotePath, pattern: str) -> None:
-  """Writes files of a local folder that match a pattern to the object store."""
-  for path in sorted(here.glob(pattern)):
-    (folder / path.name).write_bytes(path.read_bytes())
-
-
 def _told(note: pathlib.Path) -> str:
   try:
     return note.read_text()

@@ -95,14 +95,10 @@ def changed(
       if whole:
         wrong[name] = "is missing"
       continue
-    if isinstance(path, RemotePath):
-      read = whole or size <= SMALL or path.version() != version
-    else:
-      about = path.stat()
-      if about.st_size != size:
-        wrong[name] = f"has {about.st_size} bytes, {size} were written"
-        continue
-      read = whole or size <= SMALL or about.st_mtime_ns != version
+    if not isinstance(path, RemotePath) and path.stat().st_size != size:
+      wrong[name] = f"has {path.stat().st_size} bytes, {size} were written"
+      continue
+    read = whole or size <= SMALL or files.version(path) != version
     if read and files.sha256(path) != digest:
       wrong[name] = "is not what was written there: damaged, edited, or of another run"
   return wrong
